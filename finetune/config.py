@@ -1,0 +1,340 @@
+"""Configuration: dataclasses filled from YAML and `key.sub=value` overrides. No torch, no transformers.
+
+Every key of every YAML is a field here; an unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from finetune.errors import ConfigError, shorten
+
+T = TypeVar("T")
+
+
+@dataclass
+class ModelConfig:
+    """Which checkpoint is trained and how it is held in memory."""
+
+    path: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # a plain Qwen2.5-VL folder or hub name, or a folder saved by this project
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the checkpoint was saved
+    attn_implementation: str = "auto"  # auto: flash_attention_2 where importable on CUDA, else sdpa
+    quantization: Literal["none", "nf4"] = "none"  # nf4: QLoRA, needs bitsandbytes
+    adapter: str | None = None  # a PEFT folder to start from
+
+
+@dataclass
+class TokensConfig:
+    """How many forensic tokens the tokenizer gains; several cls tokens are spelled `<cls_1>`..`<cls_n>`."""
+
+    num_cls: int = 1
+    num_mask: int = 32
+
+
+@dataclass
+class NoiseResidualConfig:
+    """The noise-residual expert: a convolutional stream computed from the pixels the vision tower sees."""
+
+    enabled: bool = False
+    channels: int = 48  # width of the stream
+    stride: int = 4  # output stride in pixels of the processed image; must divide the patch size times two
+    dilations: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # one residual block each
+    to_language: bool = False  # also add the stream, pooled per merged patch, to the image tokens the LLM reads
+
+
+@dataclass
+class HeadsConfig:
+    """Classification and mask head on the hidden states at the forensic tokens."""
+
+    enabled: bool = True
+    mask: Literal["query", "grid"] = "query"  # query: token-query decoder over vision patches; grid: tokens -> grid -> mask
+    layer: str | int = "last"  # "last", "weighted" (learned weighted sum of all layers) or a layer index (0 = embeddings)
+    hidden_size: int = 256  # width of the decoder
+    num_layers: int = 2  # cross-attention layers of the query decoder
+    num_heads: int = 8
+    dropout: float = 0.0
+    vision_layers: list[int] = field(default_factory=lambda: [-1])  # tower blocks whose pre-merger patches are decoded
+    grid_size: int = 16  # side of the coarse grid of the `grid` head
+    cls_uses_mask: bool = True  # the image score also reads pooled evidence of the mask branch
+    mask_sigmoid: bool = False  # the head itself returns scores in (0, 1) instead of logits
+    seed: int = 0  # initialises new heads, independent of the global RNG
+    noise_residual: NoiseResidualConfig = field(default_factory=NoiseResidualConfig)
+
+
+@dataclass
+class SourceConfig:
+    """One data file: any format of data/README.md."""
+
+    path: str = ""
+    format: str = "auto"
+    root: str | None = None  # image paths are relative to it; default: the file's own folder
+    weight: float = 1.0  # relative share in the mixture; 2.0 draws its samples twice as often
+
+
+@dataclass
+class DataConfig:
+    """What is trained and evaluated on, and how a record becomes a token sequence."""
+
+    train: list[SourceConfig] = field(default_factory=list)
+    eval: list[SourceConfig] = field(default_factory=list)
+    template: str = "zh"  # zh, en, or the path of a YAML like finetune/data/templates/zh.yaml
+    layout: Literal["tokens_first", "text_first"] = "tokens_first"
+    max_length: int = 4096  # tokens; a longer record is an error that names it, image tokens are never cut
+    min_pixels: int = 3136  # bounds of the processed image, Qwen2.5-VL's smart resize
+    max_pixels: int = 1003520
+    mask_resolution: Literal["processed", "original"] = "processed"  # at which size mask losses are computed
+    max_polygon_points: int = 48  # budget of a record's polygons in the answer
+    max_eval_samples: int | None = None
+    num_workers: int = 0
+    class_balanced: bool = True  # draw real and tampered equally often
+
+
+@dataclass
+class LossConfig:
+    """Weights of the loss terms (0 switches one off) and their parameters."""
+
+    text: float = 1.0
+    focal: float = 1.0
+    dice: float = 1.0
+    boundary: float = 0.2
+    authentic: float = 1.0
+    bce: float = 0.0
+    contrast_region: float = 0.1
+    contrast_image: float = 0.0
+    focal_gamma: float = 2.0
+    focal_alpha: float | None = None
+    temperature: float = 0.1
+    bce_pos_weight: float = 1.0
+
+
+@dataclass
+class LoraConfig:
+    """LoRA on the language model; `target_modules` is a regular expression over full module names."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: str = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+
+
+@dataclass
+class TrainConfig:
+    """What trains, how long and how fast. `trainer_args` passes any further `transformers.TrainingArguments` on."""
+
+    trainable: list[str] = field(default_factory=lambda: ["new_tokens", "cls_head", "mask_head", "noise_residual"])
+    batch_size: int = 1  # per device
+    eval_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    epochs: float = 1.0
+    max_steps: int = -1  # > 0 overrides epochs
+    max_seconds: float | None = None  # wall-clock budget: the schedule is compressed and training stops in time
+    learning_rate: float = 1e-4
+    group_learning_rates: dict[str, float] = field(default_factory=dict)  # trainable group -> its own rate
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA that has it, else fp32
+    gradient_checkpointing: bool = False
+    eval_steps: int = 200
+    early_stopping_patience: int | None = None  # evaluations without improvement
+    metric_for_best: str = "eval_score"
+    save_total_limit: int = 2
+    logging_steps: int = 10
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    resume: str | None = None  # a checkpoint folder, or "auto" for the last one of output_dir
+    trainer_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class GenerationConfig:
+    """How the predictor decides and writes."""
+
+    score_threshold: float = 0.5
+    mask_threshold: float = 0.5
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 8
+
+
+@dataclass
+class RunConfig:
+    """One training run: everything `sft_llm.py` reads."""
+
+    output_dir: str = "runs/run"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[T] = RunConfig) -> T:  # type: ignore[assignment]
+    """Read a YAML file and apply `key.sub=value` overrides (values in YAML syntax).
+
+    A top-level `extends: other.yaml` (relative to the file) is read first; mappings merge, everything else replaces.
+
+    Raises:
+        ConfigError: file missing or not YAML, unknown key (with the nearest known one), value of another type.
+    """
+    tree = _read_tree(Path(path), seen=())
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {override!r} is not of the form key.sub=value, e.g. train.max_steps=10")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not YAML ({_one_line(error)})") from error
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"override {override!r}: '{parent}' is {shorten(child)}, not a section")
+            node = child
+        node[leaf] = parsed
+    return build(schema, tree, where=str(path))
+
+
+def build(schema: type[T], tree: Mapping[str, Any], where: str = "config") -> T:
+    """Fill a dataclass from a mapping, checking every key and type.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _convert(schema, dict(tree), where, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain dicts and lists, for YAML, JSON and model configs."""
+    return dataclasses.asdict(config)
+
+
+def config_hash(config: Any) -> str:
+    """Twelve hex digits that change when any value of the configuration changes."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: 'extends' forms a circle: {' -> '.join(str(p) for p in seen)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {path} does not exist; see configs/train/ for ready ones") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {_one_line(error)}") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {shorten(tree)}")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    return _merge(_read_tree(path.parent / str(parent), (*seen, path.resolve())), tree)
+
+
+def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in update.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
+    """`value` as `kind`, a type annotation made of dataclasses, list, dict, Literal, unions and scalars."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _convert_dataclass(kind, value, where, key)
+    origin = typing.get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return _convert_union(typing.get_args(kind), value, where, key)
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise ConfigError(f"{where}: '{key}' is {shorten(value)}; choose one of {', '.join(map(str, choices))}")
+        return value
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: '{key}' is {shorten(value)}; expected a list")
+        return [_convert(typing.get_args(kind)[0], item, where, f"{key}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: '{key}' is {shorten(value)}; expected a mapping")
+        item_kind = typing.get_args(kind)[1]
+        return {str(k): _convert(item_kind, v, where, f"{key}.{k}") for k, v in value.items()}
+    if kind is Any:
+        return value
+    return _convert_scalar(kind, value, where, key)
+
+
+def _convert_dataclass(kind: type, value: Any, where: str, key: str) -> Any:
+    if kind is SourceConfig and isinstance(value, str):
+        value = {"path": value}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: '{key}' is {shorten(value)}; expected a section with keys {_field_names(kind)}")
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for name, item in value.items():
+        dotted = f"{key}.{name}" if key else str(name)
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, n=1)
+            advice = f"did you mean '{near[0]}'?" if near else f"known keys: {_field_names(kind)}"
+            raise ConfigError(f"{where}: unknown key '{dotted}' (value {shorten(item)}); {advice}")
+        arguments[name] = _convert(hints[name], item, where, dotted)
+    return kind(**arguments)
+
+
+def _convert_union(kinds: tuple[Any, ...], value: Any, where: str, key: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    errors = []
+    for kind in sorted((k for k in kinds if k is not type(None)), key=lambda k: k is str):  # str last: it is greedy
+        try:
+            return _convert(kind, value, where, key)
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _convert_scalar(kind: Any, value: Any, where: str, key: str) -> Any:
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 (no dot) as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where}: '{key}' is {shorten(value)} ({type(value).__name__}); expected {kind.__name__}")
+
+
+def _field_names(kind: Any) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(kind))
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
