@@ -1,0 +1,317 @@
+"""Pictures of a prediction: mask overlay, heat map, side-by-side panel, mask files. No model, no HTML, no torch.
+
+Images are RGB uint8 (H, W, 3); masks are (H, W) scores in [0, 1] or bool in the image's own frame. A pixel counts as
+marked where `score >= threshold`. Built-in labels are ASCII: a machine without a CJK font would draw boxes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+UInt8 = NDArray[np.uint8]
+Color = tuple[int, int, int]
+
+PREDICTED_COLOR: Color = (255, 64, 48)
+TRUE_COLOR: Color = (0, 229, 255)
+
+_CJK_FONT_NAMES = (
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "NotoSansSC-Regular.ttf",
+    "NotoSansSC-Regular.otf",
+    "SourceHanSansSC-Regular.otf",
+    "SourceHanSansCN-Regular.otf",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "msyh.ttc",
+    "simhei.ttf",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "STHeiti Light.ttc",
+    "Arial Unicode.ttf",
+)
+
+
+def overlay_mask(
+    image_rgb: UInt8,
+    mask_scores: NDArray[np.generic],
+    color: Color = PREDICTED_COLOR,
+    alpha: float = 0.45,
+    threshold: float = 0.5,
+    draw_contour: bool = True,
+) -> UInt8:
+    """Tint the marked pixels and outline them.
+
+    Args:
+        image_rgb: (H, W, 3) uint8.
+        mask_scores: (H, W) float in [0, 1] or bool.
+        color: RGB of the tint.
+        alpha: opacity of the tint in [0, 1].
+        threshold: a pixel is marked where its score is at least this.
+        draw_contour: outline each region (and hole) with `draw_outline`.
+
+    Returns:
+        (H, W, 3) uint8, a new array.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+    image = _check_image(image_rgb)
+    marked = binarize(_check_mask(mask_scores, image), threshold)  # (H, W)
+    shown = image.copy()
+    tint = np.asarray(color, dtype=np.float32)
+    blended = image[marked].astype(np.float32) * (1.0 - alpha) + tint * alpha  # (K, 3)
+    shown[marked] = np.clip(np.rint(blended), 0, 255).astype(np.uint8)
+    return draw_outline(shown, marked, color) if draw_contour else shown
+
+
+def draw_outline(image_rgb: UInt8, marked: NDArray[np.bool_], color: Color, width: int | None = None) -> UInt8:
+    """Outline the regions of a bool mask (H, W) in `color` between two thin dark lines, so it shows on bright and dark.
+
+    Args:
+        width: width of the coloured line in pixels; by default 1 per 320 pixels of the longer side.
+
+    Returns:
+        (H, W, 3) uint8, a new array.
+    """
+    shown = np.ascontiguousarray(_check_image(image_rgb)).copy()
+    if not marked.any():
+        return shown
+    contours, _ = cv2.findContours(marked.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    inner = width or max(1, round(max(marked.shape) / 320))
+    cv2.drawContours(shown, contours, -1, (0, 0, 0), inner + 2 * max(1, inner // 2))
+    cv2.drawContours(shown, contours, -1, color, inner)
+    return shown
+
+
+def heat_map(scores: NDArray[np.generic]) -> UInt8:
+    """Colour scores with the perceptually uniform `inferno` map over the fixed range 0 (black) to 1 (pale yellow).
+
+    The range is never stretched to the image's own, so that two heat maps can be compared; values outside are clipped
+    and NaN is drawn grey.
+
+    Args:
+        scores: (H, W) float in [0, 1] or bool.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    values = np.asarray(scores, dtype=np.float32)  # (H, W)
+    if values.ndim != 2:
+        raise ValueError(f"scores of shape {values.shape}, expected (H, W)")
+    missing = np.isnan(values)
+    levels = np.rint(np.clip(np.where(missing, 0.0, values), 0.0, 1.0) * 255).astype(np.uint8)
+    colored = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)  # (H, W, 3)
+    colored[missing] = 128
+    return np.asarray(colored, dtype=np.uint8)
+
+
+def mask_picture(marked: NDArray[np.generic]) -> UInt8:
+    """White-on-black (H, W) uint8 picture of a mask that is bool, 0/1 or scores (marked from 0.5 on)."""
+    return np.where(binarize(marked, 0.5), np.uint8(255), np.uint8(0))
+
+
+def binarize(mask_scores: NDArray[np.generic], threshold: float = 0.5) -> NDArray[np.bool_]:
+    """Marked pixels: a bool mask as it is, any other where `score >= threshold`; NaN is not marked."""
+    mask = np.asarray(mask_scores)
+    return mask if mask.dtype == np.bool_ else np.asarray(mask >= threshold)
+
+
+def evidence_overlay(
+    image_rgb: UInt8,
+    true_mask: NDArray[np.generic] | None,
+    mask_scores: NDArray[np.generic],
+    threshold: float = 0.5,
+) -> UInt8:
+    """`overlay_mask` of the prediction in red with the outline of the true mask, if there is one, in cyan above it."""
+    shown = overlay_mask(image_rgb, mask_scores, threshold=threshold)
+    if true_mask is None:
+        return shown
+    return draw_outline(shown, binarize(_check_mask(true_mask, shown)), TRUE_COLOR)
+
+
+def comparison_panel(
+    image: UInt8 | Image.Image,
+    true_mask: NDArray[np.generic] | None,
+    mask_scores: NDArray[np.generic],
+    title: str = "",
+    *,
+    threshold: float = 0.5,
+    tile_side: int = 320,
+    font_path: str | None = None,
+) -> Image.Image:
+    """One picture: image | true mask | predicted heat map with its colour bar | overlay, each labelled.
+
+    Args:
+        image: RGB, (H, W, 3) uint8 or PIL.
+        true_mask: (H, W) bool or 0/1, or None where it is unknown (a hatched tile says so).
+        mask_scores: (H, W) in [0, 1].
+        title: one line above; characters that no font found can draw are left out.
+        threshold: of the overlay.
+        tile_side: longer side of one tile in pixels; small images are enlarged without smoothing of the masks.
+        font_path: TrueType file to use instead of the first CJK font found.
+
+    Returns:
+        PIL RGB image.
+    """
+    rgb = to_rgb_array(image)
+    scores = _check_mask(mask_scores, rgb)
+    truth = None if true_mask is None else _check_mask(true_mask, rgb)
+    size_wh = _fit((rgb.shape[1], rgb.shape[0]), tile_side)
+    # The masks are enlarged before outlines are drawn, so the outline is crisp at tile size.
+    big = np.asarray(Image.fromarray(rgb).resize(size_wh, Image.Resampling.LANCZOS))
+    big_scores = cv2.resize(scores.astype(np.float32), size_wh, interpolation=_mask_interpolation(rgb, size_wh))
+    big_truth = None
+    if truth is not None:
+        marked = binarize(truth).astype(np.uint8)
+        big_truth = cv2.resize(marked, size_wh, interpolation=cv2.INTER_NEAREST).astype(bool)
+    tiles = (
+        ("image", Image.fromarray(big)),
+        ("true mask", _unknown_tile(size_wh) if big_truth is None else Image.fromarray(mask_picture(big_truth))),
+        ("predicted score", Image.fromarray(heat_map(big_scores))),
+        (_overlay_label(truth, threshold), Image.fromarray(evidence_overlay(big, big_truth, big_scores, threshold))),
+    )
+    return _lay_out(tiles, size_wh, title, font_path)
+
+
+def save_mask_png(mask_scores: NDArray[np.generic], path: str | Path, threshold: float | None = None) -> None:
+    """Write a mask as one-channel 8-bit PNG and make its folder: scores as round(255·score), or 0/255 with a threshold.
+
+    Args:
+        mask_scores: (H, W) float in [0, 1] or bool.
+        path: file to write.
+        threshold: None keeps the scores; a number marks `score >= threshold` with 255.
+    """
+    mask = np.asarray(mask_scores)
+    if mask.ndim != 2:
+        raise ValueError(f"mask of shape {mask.shape}, expected (H, W)")
+    if threshold is None and mask.dtype != np.bool_:
+        finite = np.nan_to_num(mask.astype(np.float32), nan=0.0)
+        levels = np.rint(np.clip(finite, 0.0, 1.0) * 255).astype(np.uint8)
+    else:
+        levels = np.where(binarize(mask, 0.5 if threshold is None else threshold), np.uint8(255), np.uint8(0))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(levels).save(path, format="PNG", optimize=True)
+
+
+def to_rgb_array(image: UInt8 | Image.Image) -> UInt8:
+    """(H, W, 3) uint8 of a PIL image of any mode or of an array that already is one."""
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    return _check_image(image)
+
+
+# --- fonts ---
+
+
+@lru_cache(maxsize=4)
+def find_cjk_font(font_path: str | None = None) -> str | None:
+    """File of a font with Chinese glyphs: `font_path` if it opens, else the first known one installed, else None."""
+    for name in (font_path, *_CJK_FONT_NAMES):
+        if name is None:
+            continue
+        try:
+            found = ImageFont.truetype(name, 12).path  # Pillow searches the system's font folders by file name
+        except OSError:
+            continue
+        return str(found)
+    return None
+
+
+def drawable_text(text: str, font_path: str | None = None) -> str:
+    """`text` as it can be drawn without placeholder boxes: whole with a CJK font, its ASCII part without one."""
+    line = " ".join(text.split())
+    if line.isascii() or find_cjk_font(font_path):
+        return line
+    return " ".join("".join(char if char.isascii() else " " for char in line).split())
+
+
+def _font(text: str, size: int, font_path: str | None) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    path = None if text.isascii() and font_path is None else find_cjk_font(font_path)
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+
+
+# --- layout of the panel ---
+
+_MARGIN, _GAP, _LABEL_HEIGHT, _TITLE_HEIGHT, _BAR_HEIGHT = 12, 8, 22, 28, 8
+_INK: Color = (32, 36, 44)
+
+
+def _lay_out(
+    tiles: tuple[tuple[str, Image.Image], ...], size_wh: tuple[int, int], title: str, font_path: str | None
+) -> Image.Image:
+    width, height = size_wh
+    line = drawable_text(title, font_path)
+    top = _MARGIN + (_TITLE_HEIGHT if line else 0)
+    column = max(width, 120)
+    panel_width = 2 * _MARGIN + len(tiles) * column + (len(tiles) - 1) * _GAP
+    panel = Image.new("RGB", (panel_width, top + _LABEL_HEIGHT + height + _BAR_HEIGHT + 2 * _MARGIN), "white")
+    draw = ImageDraw.Draw(panel)
+    if line:
+        font = _font(line, 16, font_path)
+        draw.text((_MARGIN, _MARGIN), _shorten_to(draw, line, font, panel_width - 2 * _MARGIN), fill=_INK, font=font)
+    for index, (label, tile) in enumerate(tiles):
+        left = _MARGIN + index * (column + _GAP) + (column - width) // 2
+        font = _font(label, 13, None)
+        draw.text((left, top), _shorten_to(draw, label, font, column), fill=_INK, font=font)
+        panel.paste(tile.convert("RGB"), (left, top + _LABEL_HEIGHT))
+        if label == "predicted score":
+            bar = heat_map(np.tile(np.linspace(0, 1, width, dtype=np.float32), (_BAR_HEIGHT, 1)))
+            panel.paste(Image.fromarray(bar), (left, top + _LABEL_HEIGHT + height + 4))
+            _mark_bar_ends(draw, left, top + _LABEL_HEIGHT + height + 4 + _BAR_HEIGHT, width)
+    return panel
+
+
+def _mark_bar_ends(draw: ImageDraw.ImageDraw, left: int, top: int, width: int) -> None:
+    font = _font("0", 10, None)
+    draw.text((left, top), "0", fill=_INK, font=font)
+    draw.text((left + width - draw.textlength("1", font=font), top), "1", fill=_INK, font=font)
+
+
+def _overlay_label(truth: NDArray[np.generic] | None, threshold: float) -> str:
+    return f"predicted >= {threshold:g}" + (" (red), true (cyan)" if truth is not None else "")
+
+
+def _shorten_to(
+    draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> str:
+    if draw.textlength(text, font=font) <= width:
+        return text
+    while text and draw.textlength(text + "...", font=font) > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def _unknown_tile(size_wh: tuple[int, int]) -> Image.Image:
+    """Diagonal hatching: a mask that is not known must not look like an empty one."""
+    x, y = np.meshgrid(np.arange(size_wh[0]), np.arange(size_wh[1]))
+    return Image.fromarray(np.where((x + y) % 16 < 2, np.uint8(170), np.uint8(225)))
+
+
+def _fit(size_wh: tuple[int, int], longer_side: int) -> tuple[int, int]:
+    scale = longer_side / max(size_wh)
+    return max(1, round(size_wh[0] * scale)), max(1, round(size_wh[1] * scale))
+
+
+def _mask_interpolation(image: UInt8, size_wh: tuple[int, int]) -> int:
+    return cv2.INTER_AREA if size_wh[0] < image.shape[1] else cv2.INTER_NEAREST
+
+
+def _check_image(image: UInt8) -> UInt8:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image of shape {image.shape} and dtype {image.dtype}, expected (H, W, 3) uint8")
+    return image
+
+
+def _check_mask(mask: NDArray[np.generic], image: UInt8) -> NDArray[np.generic]:
+    array = np.asarray(mask)
+    if array.shape != image.shape[:2]:
+        raise ValueError(f"mask of shape {array.shape} for an image of {image.shape[:2]}; resize the mask first")
+    return array
