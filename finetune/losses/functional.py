@@ -1,0 +1,346 @@
+"""Loss functions: each returns `(sum, count)`, so that accumulation and several devices divide once, by one normaliser.
+
+`sum` is a scalar tensor tied to the graph of every input, even when nothing is supervised (then it is exactly 0);
+`count` is how many positions or images it sums over, known from the targets alone. Half precision is computed in
+float32, float64 stays. Masks are per image at their own size: (h, w), 0 = authentic pixel, anything else = tampered.
+No reduction over the batch and no weights here; those belong to `criterion.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import distance_transform_edt
+from torch import Tensor
+
+from finetune.special_tokens import IGNORE_INDEX
+
+SumCount: TypeAlias = tuple[Tensor, int]
+_Kind: TypeAlias = Callable[[Tensor | None], bool]
+
+DICE_SMOOTH = 1e-5
+"""Added to numerator and denominator of the soft Dice (monai's `smooth_nr = smooth_dr = 1e-5`)."""
+
+_NORM_EPS = 1e-4
+"""Shortest feature vector that is scaled to unit length; bounds the gradient of an all-zero feature."""
+
+
+def text_cross_entropy(logits: Tensor, targets: Tensor) -> SumCount:
+    """Next-token cross-entropy, summed over the supervised positions.
+
+    Args:
+        logits: (K, V) float; row i predicts `targets[i]` (already shifted).
+        targets: (K,) int64 in [0, V) or -100 for a position that supervises nothing.
+
+    Returns:
+        Sum of -log p in nats, and the number of targets that are not -100.
+    """
+    _require(logits.ndim == 2 and targets.shape == logits.shape[:1], "logits (K, V) and targets (K,)", logits, targets)
+    total = F.cross_entropy(_full(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum")  # 0 where none is left
+    return total, text_count(targets)
+
+
+def focal_loss(cls_logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: float | None = None) -> SumCount:
+    """Binary focal loss `-alpha_t (1 - p_t)^gamma log p_t`, summed over the labelled images.
+
+    Args:
+        cls_logits: (N,) float, positive = tampered.
+        labels: (N,) integer in {0, 1, -100}; -100 = unlabelled.
+        gamma: focusing exponent >= 0; 0 gives plain binary cross-entropy.
+        alpha: weight of the tampered class, 1 - alpha that of the real one; None weights both by 1.
+
+    Returns:
+        Sum over labelled rows, and their number.
+
+    Source: Lin et al. 2017 (RetinaNet). Equals `monai.losses.FocalLoss(gamma=gamma, alpha=alpha, use_softmax=False)`.
+    """
+    _require(
+        cls_logits.ndim == 1 and labels.shape == cls_logits.shape, "cls_logits and labels (N,)", cls_logits, labels
+    )
+    labels = labels.to(cls_logits.device)
+    is_labelled = labels != IGNORE_INDEX
+    logits = _full(cls_logits)[is_labelled]  # (n,)
+    targets = labels[is_labelled].to(logits.dtype)  # (n,)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    log_one_minus_pt = F.logsigmoid(-logits * (2 * targets - 1))  # log space: finite gradient for every gamma
+    loss = (gamma * log_one_minus_pt).exp() * cross_entropy
+    if alpha is not None:
+        loss = (targets * alpha + (1 - targets) * (1 - alpha)) * loss
+    return loss.sum(), label_count(labels)
+
+
+def dice_loss(mask_logits: Sequence[Tensor], mask_targets: Sequence[Tensor | None]) -> SumCount:
+    """Soft Dice loss `1 - (2 sum(p t) + s) / (sum(p) + sum(t) + s)` per image, on tampered images only.
+
+    On an authentic image the Dice loss is about 1 whatever is predicted, so it would only add noise there;
+    `authentic_pixel_loss` takes those images.
+
+    Args:
+        mask_logits: per image (h, w) float.
+        mask_targets: per image (h, w) integer or bool, or None for an image without pixel target.
+
+    Returns:
+        Sum over images with at least one tampered pixel, each in [0, 1], and the number of these images.
+
+    Source: Milletari et al. 2016 without squares; equals `monai.losses.DiceLoss(sigmoid=True, smooth_nr=1e-5,
+    smooth_dr=1e-5)` image by image.
+    """
+    total = _zero(*mask_logits)
+    for logits, target in _paired(mask_logits, mask_targets, is_tampered):
+        scores = _full(logits).sigmoid()  # (h, w)
+        truth = target.to(scores)  # (h, w)
+        overlap = (scores * truth).sum()
+        total = total + 1 - (2 * overlap + DICE_SMOOTH) / (scores.sum() + truth.sum() + DICE_SMOOTH)
+    return total, image_count(mask_targets, is_tampered)
+
+
+def signed_distance(mask: Tensor) -> Tensor:
+    """Signed Euclidean distance in pixels from each pixel centre to the mask's border, negative inside the mask.
+
+    The border runs between pixels, so the nearest values are +-0.5. This is `one_hot2dist` of the authors' code minus
+    0.5 (theirs is 0 on the innermost border pixels, which then get no gradient).
+
+    Args:
+        mask: (h, w), non-zero inside; needs pixels of both kinds, else the result is all zero.
+
+    Returns:
+        (h, w) float32 on the CPU.
+    """
+    inside = np.ascontiguousarray((mask != 0).cpu().numpy())
+    if inside.all() or not inside.any():
+        return torch.zeros(inside.shape, dtype=torch.float32)
+    outward, inward = distance_transform_edt(~inside), distance_transform_edt(inside)
+    return torch.from_numpy(np.where(inside, 0.5 - inward, outward - 0.5).astype(np.float32))
+
+
+def boundary_loss(mask_logits: Sequence[Tensor], mask_targets: Sequence[Tensor | None]) -> SumCount:
+    """Boundary loss: mean over pixels of score x signed distance to the true border, over the image diagonal.
+
+    Far-off false positives cost most and deep hits earn most. The value is negative for a good mask (down to minus the
+    mean depth of the true region); the original grows with resolution, divided by the diagonal it does not.
+
+    Args:
+        mask_logits: per image (h, w) float.
+        mask_targets: per image (h, w) integer or bool, or None.
+
+    Returns:
+        Sum over images with both tampered and authentic pixels, each in (-0.5, 1), and the number of these images.
+
+    Source: Kervadec et al. 2019, "Boundary loss for highly unbalanced segmentation"; scale is ours.
+    """
+    total = _zero(*mask_logits)
+    for logits, target in _paired(mask_logits, mask_targets, is_mixed):
+        scores = _full(logits).sigmoid()  # (h, w)
+        distance = signed_distance(target).to(scores)  # (h, w)
+        diagonal = float(np.hypot(*target.shape))
+        total = total + (scores * distance).mean() / diagonal
+    return total, image_count(mask_targets, is_mixed)
+
+
+def authentic_pixel_loss(mask_logits: Sequence[Tensor], mask_targets: Sequence[Tensor | None]) -> SumCount:
+    """Mean over pixels of the cross-entropy against "authentic" (`-log(1 - p)`), on authentic images only.
+
+    Args:
+        mask_logits: per image (h, w) float; every gradient entry is positive, so descent lowers the map.
+        mask_targets: per image (h, w) integer or bool, or None.
+
+    Returns:
+        Sum over images whose target is all zero, each >= 0, and the number of these images.
+    """
+    total = _zero(*mask_logits)
+    for logits, _ in _paired(mask_logits, mask_targets, is_authentic):
+        total = total + F.softplus(_full(logits)).mean()
+    return total, image_count(mask_targets, is_authentic)
+
+
+def mask_bce(mask_logits: Sequence[Tensor], mask_targets: Sequence[Tensor | None], pos_weight: float = 1.0) -> SumCount:
+    """Binary cross-entropy per image, mean over its pixels, on every image with a pixel target.
+
+    Args:
+        mask_logits: per image (h, w) float.
+        mask_targets: per image (h, w) integer or bool, or None.
+        pos_weight: factor > 0 on the term of tampered pixels.
+
+    Returns:
+        Sum over images with a target, and their number.
+    """
+    total = _zero(*mask_logits)
+    for logits, target in _paired(mask_logits, mask_targets, has_target):
+        full = _full(logits)
+        weight = full.new_tensor(pos_weight)
+        total = total + F.binary_cross_entropy_with_logits(full, target.to(full), pos_weight=weight)
+    return total, image_count(mask_targets, has_target)
+
+
+def region_contrast(
+    features: Sequence[Tensor],
+    mask_targets: Sequence[Tensor | None],
+    temperature: float = 0.1,
+    max_anchors: int = 256,
+) -> SumCount:
+    """InfoNCE between the cells of one image: authentic cells pull together, tampered cells are their negatives.
+
+    "Tampered" is relative to its own image, so each image is contrasted with itself only. The mask is averaged down to
+    the feature grid: a cell above 0.5 is tampered, at exactly 0 authentic, in between it is dropped. An image whose
+    grid keeps no tampered or fewer than two authentic cells adds 0 and still counts, so that the count follows from
+    the targets alone. Formula: `_info_nce`.
+
+    Args:
+        features: per image (C, h, w) float; scaled to unit length per cell here.
+        mask_targets: per image (H, W) integer or bool, of any size, or None.
+        temperature: > 0, divides the cosine.
+        max_anchors: most authentic, and most tampered, cells of one image; taken at even strides, without randomness.
+
+    Returns:
+        Sum over images of the mean loss per positive pair (>= 0), and the number of images with both kinds of pixel.
+
+    Source: InfoNCE of van den Oord et al. 2018; image by image as in FOCAL, Wu et al. 2023.
+    """
+    total = _zero(*features)
+    for grid, target in zip(features, mask_targets, strict=True):
+        if not is_mixed(target):
+            continue
+        assert target is not None
+        tampered_share = F.adaptive_avg_pool2d((target.to(grid.device) != 0).float()[None], grid.shape[-2:]).flatten()
+        cells = _full(grid).flatten(1).T  # (h w, C)
+        authentic = _evenly(torch.nonzero(tampered_share == 0).flatten(), max_anchors)
+        tampered = _evenly(torch.nonzero(tampered_share > 0.5).flatten(), max_anchors)
+        if len(authentic) > 1 and len(tampered) > 0:
+            total = total + _info_nce(cells[authentic], cells[tampered], temperature).mean()
+    return total, image_count(mask_targets, is_mixed)
+
+
+def image_contrast(features: Tensor, labels: Tensor, temperature: float = 0.1) -> SumCount:
+    """Supervised InfoNCE between the images of a batch: real images pull together, tampered ones are their negatives.
+
+    The value depends on the batch's composition: it is 0 with count 0 unless the batch (of this device) holds at least
+    two real and one tampered image, and more negatives make it larger. Compare it only at one batch size.
+
+    Args:
+        features: (N, D) float; scaled to unit length here.
+        labels: (N,) integer in {0, 1, -100}; -100 takes no part.
+        temperature: > 0, divides the cosine.
+
+    Returns:
+        Sum over anchors (real images) of the mean over their positives, and the number of anchors.
+
+    Source: pairs of Khosla et al. 2020 restricted to real anchors, NT-Xent denominator. With tampered images labelled
+    each as its own class, the mean equals `pytorch_metric_learning.losses.NTXentLoss(temperature)`.
+    """
+    _require(
+        features.ndim == 2 and labels.shape == features.shape[:1], "features (N, D), labels (N,)", features, labels
+    )
+    labels = labels.to(features.device)
+    total, count = _zero(features), contrast_anchor_count(labels)
+    if count:
+        vectors = _full(features)
+        total = total + _info_nce(vectors[labels == 0], vectors[labels == 1], temperature).sum()
+    return total, count
+
+
+def _info_nce(anchors: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """Per anchor a, mean over p != a of `-log(e^{s_ap} / (e^{s_ap} + sum_n e^{s_an}))` with s = cosine / temperature.
+
+    Each positive stands alone against the negatives (NT-Xent), so positives do not repel one another.
+
+    Args:
+        anchors: (A, C), A >= 2, all positives of each other.
+        negatives: (B, C), B >= 1.
+
+    Returns:
+        (A,) losses >= 0.
+    """
+    anchors, negatives = F.normalize(anchors, dim=1, eps=_NORM_EPS), F.normalize(negatives, dim=1, eps=_NORM_EPS)
+    positive = anchors @ anchors.T / temperature  # (A, A)
+    negative = (anchors @ negatives.T / temperature).logsumexp(dim=1, keepdim=True)  # (A, 1)
+    losses = F.softplus(negative - positive)  # (A, A): -log sigmoid(s_ap - log sum_n e^{s_an})
+    others = ~torch.eye(len(anchors), dtype=torch.bool, device=anchors.device)
+    return losses.masked_fill(~others, 0.0).sum(dim=1) / (len(anchors) - 1)
+
+
+def has_target(target: Tensor | None) -> bool:
+    """Whether the image has a pixel target."""
+    return target is not None
+
+
+def is_tampered(target: Tensor | None) -> bool:
+    """Whether the target has at least one tampered pixel."""
+    return target is not None and bool((target != 0).any())
+
+
+def is_authentic(target: Tensor | None) -> bool:
+    """Whether the target is there and all zero."""
+    return target is not None and not is_tampered(target)
+
+
+def is_mixed(target: Tensor | None) -> bool:
+    """Whether the target has both tampered and authentic pixels."""
+    return target is not None and is_tampered(target) and bool((target == 0).any())
+
+
+def text_count(targets: Tensor) -> int:
+    """Number of targets that are not -100."""
+    return int((targets != IGNORE_INDEX).sum())
+
+
+def label_count(labels: Tensor) -> int:
+    """Number of images with a label in {0, 1}.
+
+    Raises:
+        ValueError: for any other value than 0, 1 and -100.
+    """
+    is_labelled = labels != IGNORE_INDEX
+    if bool((is_labelled & (labels != 0) & (labels != 1)).any()):
+        raise ValueError(f"image labels are 0, 1 or {IGNORE_INDEX}, found {sorted(set(labels.tolist()))}")
+    return int(is_labelled.sum())
+
+
+def image_count(mask_targets: Sequence[Tensor | None], kind: _Kind) -> int:
+    """Number of targets of one kind: `has_target`, `is_tampered`, `is_authentic` or `is_mixed`."""
+    return sum(kind(target) for target in mask_targets)
+
+
+def contrast_anchor_count(labels: Tensor) -> int:
+    """Number of anchors of `image_contrast`: the real images, if there are two of them and a tampered one, else 0."""
+    real = int((labels == 0).sum())
+    return real if real > 1 and bool((labels == 1).any()) else 0
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is float64 already."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _zero(*tensors: Tensor) -> Tensor:
+    """Exactly 0, tied to the graph of every tensor; it adds up no element, so no inf or NaN can leak in."""
+    total = torch.zeros(()) if not tensors else _full(tensors[0][:0]).sum()
+    for tensor in tensors[1:]:
+        total = total + _full(tensor[:0]).sum()
+    return total
+
+
+def _paired(
+    mask_logits: Sequence[Tensor], mask_targets: Sequence[Tensor | None], kind: _Kind
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits, 0/1 target on the logits' device) of the images whose target is of that kind; shapes checked."""
+    _require(len(mask_logits) == len(mask_targets), "one target per map", *mask_logits)
+    for logits, target in zip(mask_logits, mask_targets, strict=True):
+        if target is not None and kind(target):
+            _require(logits.shape == target.shape, "mask_logits and mask_targets of one (h, w)", logits, target)
+            yield logits, (target != 0).to(logits.device)
+
+
+def _evenly(indices: Tensor, most: int) -> Tensor:
+    """At most `most` of the indices, at even strides from the first one."""
+    if len(indices) <= most:
+        return indices
+    return indices[torch.arange(most, device=indices.device) * len(indices) // most]
+
+
+def _require(condition: bool, expected: str, *found: Tensor) -> None:
+    if not condition:
+        raise ValueError(f"expected {expected}, found shapes {[tuple(tensor.shape) for tensor in found]}")
