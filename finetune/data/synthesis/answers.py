@@ -1,6 +1,7 @@
 """Words and polygons for the answer of a generated sample, made from its mask and provenance only.
 
-Evidence says what was done, where, and how hard it is to see; several phrasings, Chinese and English. No chat templates.
+Evidence says what was done, where, and how hard it is to see; several phrasings, Chinese and English.
+No chat templates here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from skimage.draw import polygon as fill_polygon
 
 LANGUAGES = ("zh", "en")
 IntPolygon = list[list[int]]
-"""[[x, y], ...] in whole pixels of the image's own frame (0, 0 is the corner of the first pixel), last point not repeated."""
+"""[[x, y], ...] in whole pixels of the image's own frame, (0, 0) the corner of the first pixel; the last point is not
+repeated."""
 
 _PLACES = {
     "zh": (("左上", "上方", "右上"), ("左侧", "中央", "右侧"), ("左下", "下方", "右下")),
@@ -33,7 +35,8 @@ _FINDINGS: dict[str, dict[str, tuple[str, ...]]] = {
                   "{place}缺少自然的传感器噪声，判断为擦除修补"),
         "retouch.smooth": ("{place}被局部磨皮模糊，细节与噪声少于周围", "{place}区域经过局部平滑处理，清晰度低于四周"),
         "retouch.grain": ("{place}被局部添加噪点，颗粒明显强于周围", "{place}的颗粒强度与四周不一致，疑似局部加噪"),
-        "retouch.tone": ("{place}经过局部调色与重采样，明暗和清晰度与周围不连贯", "{place}的对比度被局部修改，细节有重采样痕迹"),
+        "retouch.tone": ("{place}经过局部调色与重采样，明暗和清晰度与周围不连贯",
+                         "{place}的对比度被局部修改，细节有重采样痕迹"),
         "authentic": ("未发现拼接、复制、擦除或局部修饰的痕迹，全图噪声与清晰度一致",
                       "画面各处噪声、锐度与压缩痕迹一致，未见篡改",
                       "没有发现局部异常，判断为真实图像"),
@@ -69,27 +72,34 @@ def place_words(mask: np.ndarray, language: str) -> str:
         mask: (H, W) bool with at least one pixel.
         language: `zh` or `en`.
     """
-    _, labels, stats, centres = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    _, _, stats, centres = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     x, y = centres[1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())]
     row, column = int(3 * y / mask.shape[0]), int(3 * x / mask.shape[1])
     return _PLACES[language][min(row, 2)][min(column, 2)]
 
 
 def difficulty(operation: dict[str, Any], degradations: list[dict[str, Any]]) -> int:
-    """How hard the edit is to see: 0 easy, 1 medium, 2 hard; from its strength, size and what was done to the image after."""
+    """How hard the edit is to see: 0 easy, 1 medium, 2 hard; from its strength, its size and what came after it."""
     points = 0
     points += operation["mean_abs_change"] < 20
     points += operation["mean_abs_change"] < 8
     points += operation["area"] < 0.06
     points += bool(operation.get("colour_match", 0) > 0.5)
     points += operation["name"] == "copy_move"
-    points += any(step["name"] in ("double_jpeg", "noise", "blur", "resize_back") or step.get("quality", 100) < 80
-                  for step in degradations)  # fmt: skip
+    points += any(
+        step["name"] in ("double_jpeg", "noise", "blur", "resize_back") or step.get("quality", 100) < 80
+        for step in degradations
+    )
     return 0 if points <= 1 else 1 if points == 2 else 2
 
 
-def evidence_text(mask: np.ndarray | None, operation: dict[str, Any] | None, degradations: list[dict[str, Any]],
-                  language: str, rng: np.random.Generator) -> str:  # fmt: skip
+def evidence_text(
+    mask: np.ndarray | None,
+    operation: dict[str, Any] | None,
+    degradations: list[dict[str, Any]],
+    language: str,
+    rng: np.random.Generator,
+) -> str:
     """One sentence of evidence.
 
     Args:
@@ -117,7 +127,7 @@ def mask_to_polygons(mask: np.ndarray, max_points: int = 24, min_area: float = 0
         min_area: pieces smaller than this share of the image are left out, unless that leaves nothing.
 
     Returns:
-        polygons from large to small, coordinates 0..W and 0..H on pixel corners; [] for an empty mask. Holes are filled.
+        polygons from large to small, coordinates 0..W and 0..H on pixel corners, holes filled; [] for an empty mask.
     """
     # On a doubled grid the outline runs a quarter pixel inside the true border, so rounding lands on pixel corners.
     doubled = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)

@@ -1,7 +1,7 @@
-"""Post-processing that an image meets after it was (or was not) tampered with: JPEG, WebP, resizing, noise, blur, contrast.
+"""Post-processing of an image that was, or was not, tampered with: JPEG, WebP, resizing, noise, blur, contrast.
 
-A plan is drawn first, as plain dicts that go into the provenance, and applied afterwards. Authentic and tampered images draw
-from one distribution, so nothing about an image's history tells its label. Nothing here knows about labels.
+A plan is drawn first, as plain dicts that go into the provenance, and applied afterwards. Authentic and tampered images
+draw from one distribution, so nothing about an image's history tells its label. Nothing here knows about labels.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ Plan = list[dict[str, Any]]
 """Degradations in the order of application: `{"name": ..., parameters...}`, all JSON values."""
 
 DEGRADATIONS = ("jpeg", "double_jpeg", "webp", "resize", "resize_back", "noise", "blur", "contrast")
-"""Every known degradation. `resize` makes the picture on a larger or smaller canvas and resamples it to its final size."""
+"""Every known degradation. `resize` makes the picture on a larger or smaller canvas and resamples it to the final
+size."""
 
 
-def draw_plan(rng: np.random.Generator, weights: Mapping[str, float], none_probability: float,
-              two_probability: float) -> Plan:  # fmt: skip
+def draw_plan(
+    rng: np.random.Generator, weights: Mapping[str, float], none_probability: float, two_probability: float
+) -> Plan:
     """Draw zero, one or two different degradations with their parameters.
 
     Args:
@@ -142,9 +144,7 @@ def resize(image: np.ndarray, size_hw: tuple[int, int], interpolation: str) -> n
 
 def jpeg_round_trip(image: np.ndarray, quality: int, subsampling: str = "4:2:0") -> np.ndarray:
     """Encode and decode (H, W, 3) uint8 RGB as JPEG, quality 1..100, chroma subsampling `4:2:0` or `4:4:4`."""
-    factor = (
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444 if subsampling == "4:4:4" else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420
-    )
+    factor = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444 if subsampling == "4:4:4" else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420
     parameters = [cv2.IMWRITE_JPEG_QUALITY, int(quality), cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factor]
     return _round_trip(image, ".jpg", parameters)
 

@@ -1,4 +1,4 @@
-"""Make a data set of authentic and tampered images, with masks, polygons, evidence and full provenance, from photographs.
+"""Make a data set of authentic and tampered images, with masks, polygons, evidence and provenance, from photographs.
 
 Same seed, same files byte for byte, whatever the number of workers: every sample has its own generator seeded by
 (seed, split, index). The set is written beside its final place and renamed at the end, so that it is never half there.
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,86 +27,13 @@ import PIL
 from tqdm import tqdm
 
 from finetune.data.synthesis.answers import LANGUAGES, evidence_text, mask_to_polygons
-from finetune.data.synthesis.degradations import DEGRADATIONS, apply_plan, canvas_size, draw_plan
-from finetune.data.synthesis.operations import MASK_CONVENTIONS, OPERATIONS, Donor, OperationSettings, tamper
+from finetune.data.synthesis.config import SynthConfig
+from finetune.data.synthesis.degradations import apply_plan, canvas_size, draw_plan
+from finetune.data.synthesis.operations import OPERATIONS, Donor, tamper
 from finetune.data.synthesis.photos import SPLITS, Photo, PhotoSet, develop, find_photos
-from finetune.errors import ConfigError, ForensicsError
+from finetune.errors import ForensicsError
 
 FORMAT_VERSION = 1
-
-
-@dataclass
-class SynthConfig:
-    """What to make.
-
-    Args:
-        num_train, num_eval: number of images per split, >= 0, not both 0.
-        seed: everything random follows from it.
-        sizes_hw: output sizes (H, W), drawn uniformly; multiples of 28 pass Qwen2.5-VL's resizing unchanged, which keeps
-            the noise traces.
-        tampered_fraction: share of tampered images in [0, 1]; the count is exact, the order random.
-        operations: relative weight of each tampering operation.
-        operation_settings: area ranges, shapes, edges, mask convention.
-        degradations: relative weight of each post-processing step, the same for both classes.
-        no_degradation, two_degradations: chance of none; chance of two where there is any.
-        grey_photo_weight: how often a grey photograph is the host, relative to a coloured scene.
-        monochrome: chance that a coloured host is made grey.
-        language: of the evidence text: `zh`, `en`, or `both` (drawn per sample).
-        max_points: point budget of the polygons of one image.
-        photos_dir: the user's photographs; None for the packaged ones.
-        held_out_fraction: share of a user's photographs held out for `eval`.
-        workers: processes; 0 means one per core. Never changes the output.
-    """
-
-    num_train: int = 2000
-    num_eval: int = 300
-    seed: int = 0
-    sizes_hw: tuple[tuple[int, int], ...] = ((224, 224), (196, 252), (252, 196))
-    tampered_fraction: float = 0.5
-    operations: dict[str, float] = field(
-        default_factory=lambda: {"splice": 0.4, "copy_move": 0.2, "erase": 0.2, "retouch": 0.2}
-    )
-    operation_settings: OperationSettings = field(default_factory=OperationSettings)
-    degradations: dict[str, float] = field(
-        default_factory=lambda: {"jpeg": 0.4, "double_jpeg": 0.12, "webp": 0.08, "resize": 0.1, "resize_back": 0.05,
-                                 "noise": 0.08, "blur": 0.05, "contrast": 0.12}
-    )  # fmt: skip
-    no_degradation: float = 0.35
-    two_degradations: float = 0.2
-    grey_photo_weight: float = 0.4
-    monochrome: float = 0.05
-    language: str = "zh"
-    max_points: int = 24
-    photos_dir: str | None = None
-    held_out_fraction: float = 0.25
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        self.sizes_hw = tuple((int(height), int(width)) for height, width in self.sizes_hw)
-        settings = self.operation_settings
-        _require(self.num_train >= 0 and self.num_eval >= 0 and self.num_train + self.num_eval > 0,
-                 "num_train, num_eval", (self.num_train, self.num_eval), "counts >= 0, not both 0")  # fmt: skip
-        _require(bool(self.sizes_hw) and all(32 <= side <= 2048 for size in self.sizes_hw for side in size),
-                 "sizes_hw", self.sizes_hw, "(height, width) pairs of 32..2048 px")  # fmt: skip
-        _require(self.seed >= 0, "seed", self.seed, ">= 0")
-        _require(self.workers >= 0, "workers", self.workers, ">= 0")
-        _require(self.max_points >= 4, "max_points", self.max_points, ">= 4")
-        _require(self.language in (*LANGUAGES, "both"), "language", self.language, "zh, en or both")
-        _require(settings.mask_convention in MASK_CONVENTIONS, "mask_convention", settings.mask_convention,
-                 " or ".join(MASK_CONVENTIONS))  # fmt: skip
-        for name in ("tampered_fraction", "no_degradation", "two_degradations", "monochrome", "held_out_fraction"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a fraction in [0, 1]")
-        for name, known in (("operations", OPERATIONS), ("degradations", DEGRADATIONS)):
-            weights = getattr(self, name)
-            unknown = sorted(set(weights) - set(known))
-            _require(not unknown, name, unknown, f"names of {', '.join(known)}")
-            _require(all(weight >= 0 for weight in weights.values()), name, weights, "weights >= 0")
-        _require(sum(self.operations.values()) > 0, "operations", self.operations, "at least one weight above 0")
-
-
-def _require(good: bool, name: str, found: object, expected: str) -> None:
-    if not good:
-        raise ConfigError(f"synth: {name} is {found!r}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -123,7 +50,9 @@ class SampleTask:
         return f"{self.split}-{self.index:06d}"
 
 
-def synthesize(config: SynthConfig, out_dir: str | Path, progress: bool = True, overwrite: bool = False) -> dict[str, Any]:
+def synthesize(
+    config: SynthConfig, out_dir: str | Path, progress: bool = True, overwrite: bool = False
+) -> dict[str, Any]:
     """Write `{train,eval}/{images,masks}/*.png`, `{train,eval}.jsonl`, `eval_annotations.json` and `manifest.json`.
 
     With more than one worker the caller's script needs the usual `if __name__ == "__main__":` (processes are spawned).
@@ -160,10 +89,12 @@ def _check_target(out_dir: Path, overwrite: bool) -> None:
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return
     if not overwrite:
-        raise ForensicsError(f"output {str(out_dir)!r} exists and is not empty; choose another folder or pass overwrite")
+        raise ForensicsError(f"output {str(out_dir)!r} is not empty; choose another folder or pass overwrite")
     if not (out_dir / "manifest.json").is_file():
-        raise ForensicsError(f"output {str(out_dir)!r} holds no manifest.json, so it is not a generated set; it is not"
-                             " overwritten, choose another folder")  # fmt: skip
+        raise ForensicsError(
+            f"output {str(out_dir)!r} holds no manifest.json, so it is not a generated set; it is not"
+            " overwritten, choose another folder"
+        )
 
 
 def _write_set(config: SynthConfig, photos: PhotoSet, root: Path, progress: bool) -> dict[str, Any]:
@@ -173,16 +104,19 @@ def _write_set(config: SynthConfig, photos: PhotoSet, root: Path, progress: bool
         (root / split / "masks").mkdir()
     tasks = [task for split in SPLITS for task in plan_tasks(config, split)]
     with _results(config, photos, root, tasks) as results:
-        for task, record in zip(tasks, tqdm(results, total=len(tasks), desc="synth", unit="img", disable=not progress),
-                                strict=True):  # fmt: skip
+        for task, record in zip(
+            tasks, tqdm(results, total=len(tasks), desc="synth", unit="img", disable=not progress), strict=True
+        ):
             records[task.split].append(record)
     hashes = {}
     for split in SPLITS:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records[split])
         (root / f"{split}.jsonl").write_text(lines, encoding="utf-8")
         hashes[f"{split}.jsonl"] = hashlib.sha256(lines.encode()).hexdigest()
-    annotations = [{"image_path": record["images"][0], "mask_path": record["masks"][0], "label": record["labels"][0]}
-                   for record in records["eval"]]  # fmt: skip
+    annotations = [
+        {"image_path": record["images"][0], "mask_path": record["masks"][0], "label": record["labels"][0]}
+        for record in records["eval"]
+    ]
     _write_json(root / "eval_annotations.json", annotations)
     manifest = _manifest(config, photos, records, hashes)
     _write_json(root / "manifest.json", manifest)
@@ -202,8 +136,9 @@ def plan_tasks(config: SynthConfig, split: str) -> list[SampleTask]:
 
 
 @contextmanager
-def _results(config: SynthConfig, photos: PhotoSet, root: Path,
-             tasks: list[SampleTask]) -> Iterator[Iterator[dict[str, Any]]]:  # fmt: skip
+def _results(
+    config: SynthConfig, photos: PhotoSet, root: Path, tasks: list[SampleTask]
+) -> Iterator[Iterator[dict[str, Any]]]:
     """Records of the tasks in their order, made in this process or in spawned ones."""
     make = partial(write_sample, config=config, photos=photos, root=root)
     workers = min(config.workers or os.cpu_count() or 1, max(1, len(tasks) // 16))
@@ -215,7 +150,7 @@ def _results(config: SynthConfig, photos: PhotoSet, root: Path,
         finally:
             cv2.setNumThreads(threads)
         return
-    executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,))
+    executor = ProcessPoolExecutor(workers, get_context("spawn"), cv2.setNumThreads, (1,))
     try:
         yield executor.map(make, tasks, chunksize=max(1, min(32, len(tasks) // (4 * workers))))
     finally:
@@ -224,8 +159,16 @@ def _results(config: SynthConfig, photos: PhotoSet, root: Path,
 
 @dataclass(frozen=True)
 class Sample:
-    """One generated image: `image` (H, W, 3) uint8 RGB, `mask` (H, W) bool or None, provenance; and, for checks, the picture
-    before and after the operation and its mask, all before post-processing."""
+    """One generated image in memory.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, finished.
+        mask: (H, W) bool of the finished image, None when authentic.
+        group: scene of the host photograph.
+        provenance: JSON values.
+        host, edited, edited_mask: the picture before and after the operation and its mask, all before post-processing
+            and on its canvas; for checks.
+    """
 
     image: np.ndarray
     mask: np.ndarray | None
@@ -239,8 +182,7 @@ class Sample:
 def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Sample:
     """Make one image in memory.
 
-    Size, degradations and host are drawn from streams of their own before anything depends on the label, so the label cannot
-    influence them.
+    Size, degradations and host come from streams of their own, drawn before anything depends on the label.
     """
     streams = np.random.SeedSequence([config.seed, SPLITS.index(task.split), task.index]).spawn(4)
     rng_plan, rng_host, rng_edit, _ = (np.random.default_rng(stream) for stream in streams)
@@ -251,8 +193,12 @@ def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Samp
     photo = _draw_host(pool, rng_host, config.grey_photo_weight)
     is_grey = photo.is_grey or bool(rng_host.random() < config.monochrome)
     host, camera = develop(photo, size_hw, rng_host, is_grey)
-    provenance: dict[str, Any] = {"source": camera, "operation": None, "degradations": plan,
-                                  "seed": [config.seed, task.split, task.index]}  # fmt: skip
+    provenance: dict[str, Any] = {
+        "source": camera,
+        "operation": None,
+        "degradations": plan,
+        "seed": [config.seed, task.split, task.index],
+    }
     if not task.is_tampered:
         return Sample(apply_plan(host, plan, final_hw), None, photo.group, provenance, host, host, None)
     names = [name for name in OPERATIONS if config.operations.get(name, 0) > 0]
@@ -281,7 +227,7 @@ def _draw_host(pool: tuple[Photo, ...], rng: np.random.Generator, grey_weight: f
 
 
 def _draw_donor_photo(pool: tuple[Photo, ...], host: Photo, is_grey: bool, rng: np.random.Generator) -> Photo:
-    """A photograph of another scene of the same split, coloured if the picture is; the host's own scene when there is none."""
+    """A photograph of another scene of the same split, coloured if the host is; the host itself when there is none."""
     others = [photo for photo in pool if photo.group != host.group and (is_grey or not photo.is_grey)]
     others = others or [host]
     return others[int(rng.integers(len(others)))]
@@ -317,20 +263,39 @@ def _write_png(path: Path, array: np.ndarray) -> None:
         raise OSError(f"cannot write {path}")
 
 
-def _manifest(config: SynthConfig, photos: PhotoSet, records: dict[str, list[dict[str, Any]]],
-              hashes: dict[str, str]) -> dict[str, Any]:  # fmt: skip
+def _manifest(
+    config: SynthConfig, photos: PhotoSet, records: dict[str, list[dict[str, Any]]], hashes: dict[str, str]
+) -> dict[str, Any]:
     counts = {}
     for split in SPLITS:
-        kinds = Counter((record["provenance"]["operation"] or {"name": "authentic"})["name"] for record in records[split])
+        operations = [record["provenance"]["operation"] for record in records[split]]
+        kinds = Counter(operation["name"] if operation else "authentic" for operation in operations)
         labels = Counter(record["labels"][0] for record in records[split])
         groups = Counter(record["group"] for record in records[split])
-        counts[split] = {"images": len(records[split]), "authentic": labels[0], "tampered": labels[1],
-                         "operations": dict(sorted(kinds.items())), "groups": dict(sorted(groups.items()))}  # fmt: skip
+        counts[split] = {
+            "images": len(records[split]),
+            "authentic": labels[0],
+            "tampered": labels[1],
+            "operations": dict(sorted(kinds.items())),
+            "groups": dict(sorted(groups.items())),
+        }
     # Machine paths and the number of processes do not belong to the content: the same seed gives the same manifest.
     content = asdict(replace(config, photos_dir=None if config.photos_dir is None else Path(config.photos_dir).name))
     del content["workers"]
     listed = [{key: value for key, value in asdict(photo).items() if key != "path"} for photo in photos.photos]
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "opencv": cv2.__version__,
-                "pillow": PIL.__version__}  # fmt: skip
-    return {"format_version": FORMAT_VERSION, "seed": config.seed, "counts": counts, "sha256": hashes,
-            "photos": listed, "rejected_photos": list(photos.rejected), "config": content, "versions": versions}  # fmt: skip
+    versions = {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+        "pillow": PIL.__version__,
+    }
+    return {
+        "format_version": FORMAT_VERSION,
+        "seed": config.seed,
+        "counts": counts,
+        "sha256": hashes,
+        "photos": listed,
+        "rejected_photos": list(photos.rejected),
+        "config": content,
+        "versions": versions,
+    }

@@ -1,8 +1,8 @@
-"""Tampering operations: splice, copy-move, erase by inpainting, local retouch. Each gives the altered image, the mask of the
-pixels it really altered, and its parameters.
+"""Tampering operations: splice, copy-move, erase by inpainting, local retouch. Each gives the altered image, the mask
+of the pixels it really altered, and its parameters.
 
-An edit that changed almost nothing is drawn again on the same host (never a new host: that would make tampered pictures a
-selection of the authentic ones), so that no invisible edit is labelled. Post-processing is in `degradations`.
+An edit that changed almost nothing is drawn again on the same host (never a new host: that would make tampered pictures
+a selection of the authentic ones), so that no invisible edit is labelled. Post-processing is in `degradations`.
 """
 
 from __future__ import annotations
@@ -81,12 +81,13 @@ class Tampering:
     parameters: dict[str, Any]
 
 
-def tamper(host: np.ndarray, operation: str, rng: np.random.Generator, settings: OperationSettings,
-           draw_donor: DrawDonor) -> Tampering:  # fmt: skip
+def tamper(
+    host: np.ndarray, operation: str, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor
+) -> Tampering:
     """Tamper with a picture.
 
-    The mask is exact: outside it the image equals the host bit by bit. Inside it a pixel may by accident keep its value (a
-    blurred highlight, say); such gaps of up to 7 px are closed, larger unaltered parts are not masked.
+    The mask is exact: outside it the image equals the host bit by bit. Inside it a pixel may by accident keep its value
+    (a blurred highlight, say); such gaps of up to 7 px are closed, larger unaltered parts are not masked.
 
     Args:
         host: (H, W, 3) uint8 RGB authentic picture; not modified.
@@ -133,9 +134,10 @@ def _feather(rng: np.random.Generator, settings: OperationSettings) -> float:
     return 0.0 if rng.random() < 1 / 3 else round(float(rng.uniform(0, settings.max_feather)), 2)
 
 
-def splice(host: np.ndarray, rng: np.random.Generator, settings: OperationSettings,
-           draw_donor: DrawDonor) -> Edit | None:  # fmt: skip
-    """Paste a region of an independently taken donor picture; in half the cases its colours are moved towards the host's."""
+def splice(
+    host: np.ndarray, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor
+) -> Edit | None:
+    """Paste a region of an independently taken donor picture; half of them with colours moved towards the host's."""
     donor, camera = draw_donor(rng)
     region, parameters = draw_region(donor, rng, settings.area_ranges["splice"], settings.shape_weights)
     offset = _draw_offset(region, rng)
@@ -149,7 +151,7 @@ def splice(host: np.ndarray, rng: np.random.Generator, settings: OperationSettin
 
 
 def match_colour(content: np.ndarray, region: np.ndarray, host: np.ndarray, strength: float) -> np.ndarray:
-    """Move mean and spread of each RGB channel of `content` inside `region` towards the host's at that place (Reinhard 2001).
+    """Move mean and spread of each RGB channel inside `region` towards the host's at that place (Reinhard 2001).
 
     Args:
         content, host: (H, W, 3) uint8. region: (H, W) bool. strength: 0 leaves it, 1 matches fully.
@@ -163,8 +165,9 @@ def match_colour(content: np.ndarray, region: np.ndarray, host: np.ndarray, stre
     return np.clip((content - inside.mean(axis=0)) * ratio + mean, 0, 255)
 
 
-def copy_move(host: np.ndarray, rng: np.random.Generator, settings: OperationSettings,
-              draw_donor: DrawDonor) -> Edit | None:  # fmt: skip
+def copy_move(
+    host: np.ndarray, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor
+) -> Edit | None:
     """Copy a region of the host to another place of it: a quarter exactly, the rest rotated, scaled or flipped."""
     del draw_donor
     source, parameters = draw_region(host, rng, settings.area_ranges["copy_move"], settings.shape_weights)
@@ -187,9 +190,14 @@ def copy_move(host: np.ndarray, rng: np.random.Generator, settings: OperationSet
     content, target = _warp(host, source, np.column_stack([linear, origin + offset]), interpolation)
     if (target & source).sum() > 0.25 * min(target.sum(), source.sum()):
         return None
-    parameters |= {"offset_xy": offset, "angle": angle, "scale": scale, "flip": flip,
-                   "interpolation": "cubic" if interpolation == cv2.INTER_CUBIC else "linear",
-                   "mask_convention": settings.mask_convention}  # fmt: skip
+    parameters |= {
+        "offset_xy": offset,
+        "angle": angle,
+        "scale": scale,
+        "flip": flip,
+        "interpolation": "cubic" if interpolation == cv2.INTER_CUBIC else "linear",
+        "mask_convention": settings.mask_convention,
+    }
     return Edit(content, target, _feather(rng, settings), parameters, source)
 
 
@@ -200,16 +208,18 @@ def _draw_offset(region: np.ndarray, rng: np.random.Generator) -> list[int]:
     return [int(rng.integers(-left, full_w - width - left + 1)), int(rng.integers(-top, full_h - height - top + 1))]
 
 
-def _warp(image: np.ndarray, region: np.ndarray, matrix: np.ndarray,
-          interpolation: int) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Move image and region by a (2, 3) matrix from source to target pixels; the picture is mirrored beyond its border."""
+def _warp(
+    image: np.ndarray, region: np.ndarray, matrix: np.ndarray, interpolation: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Move image and region by a (2, 3) matrix from source to target pixels, mirroring the picture at its border."""
     size = (image.shape[1], image.shape[0])
     moved = cv2.warpAffine(image, matrix, size, flags=interpolation, borderMode=cv2.BORDER_REFLECT_101)
     return moved, cv2.warpAffine(region.astype(np.uint8), matrix, size, flags=cv2.INTER_NEAREST).astype(bool)
 
 
-def erase(host: np.ndarray, rng: np.random.Generator, settings: OperationSettings,
-          draw_donor: DrawDonor) -> Edit | None:  # fmt: skip
+def erase(
+    host: np.ndarray, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor
+) -> Edit | None:
     """Remove what is inside a region by inpainting from its surroundings (OpenCV: Telea 2004 or Navier-Stokes 2001)."""
     del draw_donor
     region, parameters = draw_region(host, rng, settings.area_ranges["erase"], settings.shape_weights)
@@ -221,8 +231,9 @@ def erase(host: np.ndarray, rng: np.random.Generator, settings: OperationSetting
     return Edit(content, region, feather, parameters | {"method": method, "radius": radius})
 
 
-def retouch(host: np.ndarray, rng: np.random.Generator, settings: OperationSettings,
-            draw_donor: DrawDonor) -> Edit | None:  # fmt: skip
+def retouch(
+    host: np.ndarray, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor
+) -> Edit | None:
     """Change a region in place: smoothing, added grain, or resampling with a change of contrast."""
     del draw_donor
     region, parameters = draw_region(host, rng, settings.area_ranges["retouch"], settings.shape_weights)
@@ -250,4 +261,4 @@ def retouch(host: np.ndarray, rng: np.random.Generator, settings: OperationSetti
 
 Operation = Callable[[np.ndarray, np.random.Generator, OperationSettings, DrawDonor], Edit | None]
 OPERATIONS: dict[str, Operation] = {"splice": splice, "copy_move": copy_move, "erase": erase, "retouch": retouch}
-"""Every operation: host, generator, settings, donor → an edit, or None where this draw does not fit (it is drawn again)."""
+"""Every operation: host, generator, settings, donor → an edit, or None where a draw does not fit and is repeated."""

@@ -88,8 +88,8 @@ def find_photos(photos_dir: str | Path | None = None, held_out_fraction: float =
 
     Args:
         photos_dir: folder searched recursively, or None for the packaged photographs.
-        held_out_fraction: share of a user's photographs for `eval`, at least one and not all. The choice follows the hash
-            of each file's content, so it does not depend on names or order. The packaged ones have a fixed assignment.
+        held_out_fraction: share of a user's photographs for `eval`, at least one and not all. The choice follows the
+            hash of each file's content, not names or order. The packaged ones have a fixed assignment.
 
     Raises:
         ForensicsError: no such folder, or fewer than two usable photographs; names the refused files.
@@ -144,8 +144,10 @@ def _default_photos() -> PhotoSet:
     found = PhotoSet(tuple(photos), tuple(missing))
     if any(len(found.of(split)) < 1 for split in SPLITS):
         names = ", ".join(item["name"] for item in missing)
-        raise ForensicsError(f"packaged photographs are missing: {names}; install scikit-image, scikit-learn and"
-                             " matplotlib, or give your own folder with --photos")  # fmt: skip
+        raise ForensicsError(
+            f"packaged photographs are missing: {names}; install scikit-image, scikit-learn and"
+            " matplotlib, or give your own folder with --photos"
+        )
     return found
 
 
@@ -195,12 +197,13 @@ def open_photos(photos: Sequence[Photo]) -> dict[str, np.ndarray]:
     return {photo.name: open_photo(photo.path) for photo in photos}
 
 
-def develop(photo: Photo, size_hw: tuple[int, int], rng: np.random.Generator,
-            monochrome: bool = False) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
+def develop(
+    photo: Photo, size_hw: tuple[int, int], rng: np.random.Generator, monochrome: bool = False
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Take an authentic picture of a photograph with a virtual camera drawn at random.
 
-    Crop, resample, flip and rotate by right angles, exposure, white balance, gamma, saturation, signal-dependent sensor noise
-    (variance a·x + b, as in Foi et al. 2008), sharpening or softening, and in half the cases a JPEG made in the camera.
+    Crop, resample, flip and rotate by right angles, exposure, white balance, gamma, saturation, signal-dependent sensor
+    noise (variance a·x + b, as in Foi et al. 2008), sharpening or softening, and in half the cases the camera's JPEG.
     Hosts of both classes and donors of splices go through this same function.
 
     Args:
@@ -234,9 +237,10 @@ def develop(photo: Photo, size_hw: tuple[int, int], rng: np.random.Generator,
     return picture, {"photo": photo.name, **view, "flip": flip, "rot90": turns, "monochrome": is_grey, **camera}
 
 
-def _draw_crop(source: np.ndarray, crop_hw: tuple[int, int],
-               rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
-    """Window of the source that is resampled to `crop_hw`; a flat piece (sky, wall) is drawn again, for both classes alike."""
+def _draw_crop(
+    source: np.ndarray, crop_hw: tuple[int, int], rng: np.random.Generator
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Window of the source to be resampled to `crop_hw`; flat pieces (sky, wall) are drawn again, in both classes."""
     height, width = source.shape[:2]
     smallest = max(crop_hw[0] / height, crop_hw[1] / width)
     low, high = max(smallest, 0.45), max(1.15, smallest * 1.05)

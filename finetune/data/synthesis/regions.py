@@ -1,4 +1,4 @@
-"""Shapes of tampered regions: smooth blobs, polygons, ellipses and segments of the picture itself, with feathered edges.
+"""Shapes of tampered regions: smooth blobs, polygons, ellipses, segments of the picture itself; feathered edges.
 
 Only binary shapes and their soft edges; what happens inside them belongs to `operations`.
 """
@@ -15,8 +15,9 @@ SHAPES = ("blob", "polygon", "ellipse", "segment")
 MAX_TRIES = 12
 
 
-def draw_region(image: np.ndarray, rng: np.random.Generator, area_range: tuple[float, float],
-                weights: Mapping[str, float]) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
+def draw_region(
+    image: np.ndarray, rng: np.random.Generator, area_range: tuple[float, float], weights: Mapping[str, float]
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Draw one region of a wanted size.
 
     Args:
@@ -126,7 +127,7 @@ def _largest_piece(mask: np.ndarray) -> np.ndarray:
 
 
 def soft_edge(region: np.ndarray, feather: float) -> np.ndarray:
-    """(H, W) float32 opacity in [0, 1] of a bool region whose edge fades over about `feather` pixels; 0 is a hard cut."""
+    """(H, W) float32 opacity in [0, 1] of a bool region whose edge fades over some `feather` pixels; 0 cuts hard."""
     alpha = region.astype(np.float32)
     if feather <= 0:
         return alpha

@@ -1,0 +1,142 @@
+"""Configuration of the tampering generator: one dataclass, checked when it is made. Every default is here or in
+`operations.OperationSettings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from finetune.data.synthesis.answers import LANGUAGES
+from finetune.data.synthesis.degradations import DEGRADATIONS
+from finetune.data.synthesis.operations import MASK_CONVENTIONS, OPERATIONS, OperationSettings
+from finetune.data.synthesis.regions import SHAPES
+from finetune.errors import ConfigError
+
+
+@dataclass
+class SynthConfig:
+    """What to make.
+
+    Args:
+        num_train, num_eval: number of images per split, >= 0, not both 0.
+        seed: everything random follows from it.
+        sizes_hw: output sizes (H, W), drawn uniformly; multiples of 28 pass Qwen2.5-VL's resizing unchanged, which
+            keeps the noise traces.
+        tampered_fraction: share of tampered images in [0, 1]; the count is exact, the order random.
+        operations: relative weight of each tampering operation.
+        operation_settings: area ranges, shapes, edges, mask convention.
+        degradations: relative weight of each post-processing step, the same for both classes.
+        no_degradation, two_degradations: chance of none; chance of two where there is any.
+        grey_photo_weight: how often a grey photograph is the host, relative to a coloured scene.
+        monochrome: chance that a coloured host is made grey.
+        language: of the evidence text: `zh`, `en`, or `both` (drawn per sample).
+        max_points: point budget of the polygons of one image.
+        photos_dir: the user's photographs; None for the packaged ones.
+        held_out_fraction: share of a user's photographs held out for `eval`.
+        workers: processes; 0 means one per core. Never changes the output.
+    """
+
+    num_train: int = 2000
+    num_eval: int = 300
+    seed: int = 0
+    sizes_hw: tuple[tuple[int, int], ...] = ((224, 224), (196, 252), (252, 196))
+    tampered_fraction: float = 0.5
+    operations: dict[str, float] = field(
+        default_factory=lambda: {"splice": 0.4, "copy_move": 0.2, "erase": 0.2, "retouch": 0.2}
+    )
+    operation_settings: OperationSettings = field(default_factory=OperationSettings)
+    degradations: dict[str, float] = field(
+        default_factory=lambda: {
+            "jpeg": 0.4,
+            "double_jpeg": 0.12,
+            "webp": 0.08,
+            "resize": 0.1,
+            "resize_back": 0.05,
+            "noise": 0.08,
+            "blur": 0.05,
+            "contrast": 0.12,
+        }
+    )
+    no_degradation: float = 0.35
+    two_degradations: float = 0.2
+    grey_photo_weight: float = 0.4
+    monochrome: float = 0.05
+    language: str = "zh"
+    max_points: int = 24
+    photos_dir: str | None = None
+    held_out_fraction: float = 0.25
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.operation_settings, Mapping):  # from YAML
+            self.operation_settings = make_settings(self.operation_settings)
+        self.sizes_hw = tuple((int(height), int(width)) for height, width in self.sizes_hw)
+        _require(
+            self.num_train >= 0 and self.num_eval >= 0 and self.num_train + self.num_eval > 0,
+            "num_train, num_eval",
+            (self.num_train, self.num_eval),
+            "counts >= 0, not both 0",
+        )
+        _require(
+            bool(self.sizes_hw) and all(32 <= side <= 2048 for size in self.sizes_hw for side in size),
+            "sizes_hw",
+            self.sizes_hw,
+            "(height, width) pairs of 32..2048 px",
+        )
+        _require(self.seed >= 0, "seed", self.seed, ">= 0")
+        _require(self.workers >= 0, "workers", self.workers, ">= 0")
+        _require(self.max_points >= 4, "max_points", self.max_points, ">= 4")
+        _require(self.language in (*LANGUAGES, "both"), "language", self.language, "zh, en or both")
+        _check_settings(self.operation_settings)
+        for name in ("tampered_fraction", "no_degradation", "two_degradations", "monochrome", "held_out_fraction"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a fraction in [0, 1]")
+        for name, known in (("operations", OPERATIONS), ("degradations", DEGRADATIONS)):
+            weights = getattr(self, name)
+            unknown = sorted(set(weights) - set(known))
+            _require(not unknown, name, unknown, f"names of {', '.join(known)}")
+            _require(all(weight >= 0 for weight in weights.values()), name, weights, "weights >= 0")
+        _require(sum(self.operations.values()) > 0, "operations", self.operations, "at least one weight above 0")
+
+
+def _require(good: bool, name: str, found: object, expected: str) -> None:
+    if not good:
+        raise ConfigError(f"synth: {name} is {found!r}, expected {expected}")
+
+
+def make_settings(values: Mapping[str, Any]) -> OperationSettings:
+    """`OperationSettings` from plain values; area ranges that are not given keep their defaults."""
+    known = {item.name for item in fields(OperationSettings)}
+    unknown = sorted(set(values) - known)
+    _require(not unknown, "operation_settings", unknown, f"names of {', '.join(sorted(known))}")
+    merged = dict(values)
+    if "area_ranges" in merged:
+        given = {name: (float(low), float(high)) for name, (low, high) in merged["area_ranges"].items()}
+        merged["area_ranges"] = {**OperationSettings().area_ranges, **given}
+    return OperationSettings(**merged)
+
+
+def _check_settings(settings: OperationSettings) -> None:
+    _require(
+        settings.mask_convention in MASK_CONVENTIONS,
+        "mask_convention",
+        settings.mask_convention,
+        " or ".join(MASK_CONVENTIONS),
+    )
+    for name, (low, high) in settings.area_ranges.items():
+        _require(
+            name in OPERATIONS and 0.01 <= low < high <= 0.5,
+            f"area_ranges.{name}",
+            (low, high),
+            "an operation with shares 0.01 <= least < largest <= 0.5 of the image",
+        )
+    shapes = settings.shape_weights
+    _require(
+        set(shapes) <= set(SHAPES) and min(shapes.values()) >= 0 and sum(shapes.values()) > 0,
+        "shape_weights",
+        dict(shapes),
+        f"weights >= 0 of {', '.join(SHAPES)}, at least one above 0",
+    )
+    _require(0 <= settings.max_feather <= 20, "max_feather", settings.max_feather, "0..20 px")
+    _require(0 <= settings.min_change < 30, "min_change", settings.min_change, "0..30 levels")
