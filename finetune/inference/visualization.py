@@ -6,6 +6,7 @@ marked where `score >= threshold`. Built-in labels are ASCII: a machine without 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def draw_outline(image_rgb: UInt8, marked: NDArray[np.bool_], color: Color, widt
     """Outline the regions of a bool mask (H, W) in `color` between two thin dark lines, so it shows on bright and dark.
 
     Args:
-        width: width of the coloured line in pixels; by default 1 per 320 pixels of the longer side.
+        width: width of the coloured line in pixels; by default 1 per 200 of the longer side, at least 2.
 
     Returns:
         (H, W, 3) uint8, a new array.
@@ -85,7 +86,7 @@ def draw_outline(image_rgb: UInt8, marked: NDArray[np.bool_], color: Color, widt
     if not marked.any():
         return shown
     contours, _ = cv2.findContours(marked.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    inner = width or max(1, round(max(marked.shape) / 320))
+    inner = width or max(2, round(max(marked.shape) / 200))
     cv2.drawContours(shown, contours, -1, (0, 0, 0), inner + 2 * max(1, inner // 2))
     cv2.drawContours(shown, contours, -1, color, inner)
     return shown
@@ -137,6 +138,56 @@ def evidence_overlay(
     return draw_outline(shown, binarize(_check_mask(true_mask, shown)), TRUE_COLOR)
 
 
+@dataclass(frozen=True)
+class EvidenceTiles:
+    """The four pictures of one prediction, all at the same display size (h, w).
+
+    Args:
+        image: (h, w, 3) uint8 RGB.
+        true_mask: (h, w) uint8, 0 or 255, or None where it is unknown.
+        heat: (h, w, 3) uint8 RGB, `heat_map` of the scores.
+        overlay: (h, w, 3) uint8 RGB, `evidence_overlay`.
+    """
+
+    image: UInt8
+    true_mask: UInt8 | None
+    heat: UInt8
+    overlay: UInt8
+
+
+def evidence_tiles(
+    image: UInt8 | Image.Image,
+    true_mask: NDArray[np.generic] | None,
+    mask_scores: NDArray[np.generic],
+    *,
+    threshold: float = 0.5,
+    side: int = 320,
+) -> EvidenceTiles:
+    """Scale image and masks so that the longer side is `side`, then tint and outline: lines are crisp at display size.
+
+    Args:
+        image: RGB, (H, W, 3) uint8 or PIL.
+        true_mask: (H, W) bool or 0/1, or None.
+        mask_scores: (H, W) in [0, 1].
+    """
+    rgb = to_rgb_array(image)
+    scores = _check_mask(mask_scores, rgb).astype(np.float32)
+    scale = side / max(rgb.shape[:2])
+    size_wh = (max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale)))
+    small = np.asarray(Image.fromarray(rgb).resize(size_wh, Image.Resampling.LANCZOS))  # (h, w, 3)
+    small_scores = cv2.resize(scores, size_wh, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+    truth = None
+    if true_mask is not None:
+        marked = binarize(_check_mask(true_mask, rgb)).astype(np.uint8)
+        truth = cv2.resize(marked, size_wh, interpolation=cv2.INTER_NEAREST).astype(bool)  # (h, w)
+    return EvidenceTiles(
+        image=small,
+        true_mask=None if truth is None else mask_picture(truth),
+        heat=heat_map(small_scores),
+        overlay=evidence_overlay(small, truth, small_scores, threshold),
+    )
+
+
 def comparison_panel(
     image: UInt8 | Image.Image,
     true_mask: NDArray[np.generic] | None,
@@ -161,22 +212,15 @@ def comparison_panel(
     Returns:
         PIL RGB image.
     """
-    rgb = to_rgb_array(image)
-    scores = _check_mask(mask_scores, rgb)
-    truth = None if true_mask is None else _check_mask(true_mask, rgb)
-    size_wh = _fit((rgb.shape[1], rgb.shape[0]), tile_side)
-    # The masks are enlarged before outlines are drawn, so the outline is crisp at tile size.
-    big = np.asarray(Image.fromarray(rgb).resize(size_wh, Image.Resampling.LANCZOS))
-    big_scores = cv2.resize(scores.astype(np.float32), size_wh, interpolation=_mask_interpolation(rgb, size_wh))
-    big_truth = None
-    if truth is not None:
-        marked = binarize(truth).astype(np.uint8)
-        big_truth = cv2.resize(marked, size_wh, interpolation=cv2.INTER_NEAREST).astype(bool)
+    shown = evidence_tiles(image, true_mask, mask_scores, threshold=threshold, side=tile_side)
+    size_wh = (shown.image.shape[1], shown.image.shape[0])
+    truth = _unknown_tile(size_wh) if shown.true_mask is None else Image.fromarray(shown.true_mask)
+    overlay_label = f"predicted >= {threshold:g}" + ("" if shown.true_mask is None else " (red), true (cyan)")
     tiles = (
-        ("image", Image.fromarray(big)),
-        ("true mask", _unknown_tile(size_wh) if big_truth is None else Image.fromarray(mask_picture(big_truth))),
-        ("predicted score", Image.fromarray(heat_map(big_scores))),
-        (_overlay_label(truth, threshold), Image.fromarray(evidence_overlay(big, big_truth, big_scores, threshold))),
+        ("image", Image.fromarray(shown.image)),
+        ("true mask", truth),
+        (_HEAT_LABEL, Image.fromarray(shown.heat)),
+        (overlay_label, Image.fromarray(shown.overlay)),
     )
     return _lay_out(tiles, size_wh, title, font_path)
 
@@ -242,6 +286,7 @@ def _font(text: str, size: int, font_path: str | None) -> ImageFont.FreeTypeFont
 
 _MARGIN, _GAP, _LABEL_HEIGHT, _TITLE_HEIGHT, _BAR_HEIGHT = 12, 8, 22, 28, 8
 _INK: Color = (32, 36, 44)
+_HEAT_LABEL = "predicted score"
 
 
 def _lay_out(
@@ -262,7 +307,7 @@ def _lay_out(
         font = _font(label, 13, None)
         draw.text((left, top), _shorten_to(draw, label, font, column), fill=_INK, font=font)
         panel.paste(tile.convert("RGB"), (left, top + _LABEL_HEIGHT))
-        if label == "predicted score":
+        if label == _HEAT_LABEL:
             bar = heat_map(np.tile(np.linspace(0, 1, width, dtype=np.float32), (_BAR_HEIGHT, 1)))
             panel.paste(Image.fromarray(bar), (left, top + _LABEL_HEIGHT + height + 4))
             _mark_bar_ends(draw, left, top + _LABEL_HEIGHT + height + 4 + _BAR_HEIGHT, width)
@@ -273,10 +318,6 @@ def _mark_bar_ends(draw: ImageDraw.ImageDraw, left: int, top: int, width: int) -
     font = _font("0", 10, None)
     draw.text((left, top), "0", fill=_INK, font=font)
     draw.text((left + width - draw.textlength("1", font=font), top), "1", fill=_INK, font=font)
-
-
-def _overlay_label(truth: NDArray[np.generic] | None, threshold: float) -> str:
-    return f"predicted >= {threshold:g}" + (" (red), true (cyan)" if truth is not None else "")
 
 
 def _shorten_to(
@@ -293,15 +334,6 @@ def _unknown_tile(size_wh: tuple[int, int]) -> Image.Image:
     """Diagonal hatching: a mask that is not known must not look like an empty one."""
     x, y = np.meshgrid(np.arange(size_wh[0]), np.arange(size_wh[1]))
     return Image.fromarray(np.where((x + y) % 16 < 2, np.uint8(170), np.uint8(225)))
-
-
-def _fit(size_wh: tuple[int, int], longer_side: int) -> tuple[int, int]:
-    scale = longer_side / max(size_wh)
-    return max(1, round(size_wh[0] * scale)), max(1, round(size_wh[1] * scale))
-
-
-def _mask_interpolation(image: UInt8, size_wh: tuple[int, int]) -> int:
-    return cv2.INTER_AREA if size_wh[0] < image.shape[1] else cv2.INTER_NEAREST
 
 
 def _check_image(image: UInt8) -> UInt8:

@@ -1,0 +1,143 @@
+"""Style sheet and script of the HTML report, as strings because the report is one file.
+
+The style follows the system's light or dark scheme, folds to one column on a phone and prints without controls. The script
+does four things: language switch, filter, sort, enlarge a picture. The report is readable without it.
+"""
+
+CSS = """
+:root{--bg:#f4f6f8;--card:#fff;--ink:#1b2430;--soft:#566273;--line:#dfe4ea;--accent:#1f63d0;--ok:#17703f;--okbg:#e2f4e9;
+--bad:#b3261e;--badbg:#fce8e6;--warn:#8a5200;--c1:#1f63d0;--c2:#d2481c;--c3:#7a3fc4;--c4:#14866d;--tile:#f8fafc}
+@media (prefers-color-scheme:dark){:root{--bg:#0f1319;--card:#181e27;--ink:#e7ecf2;--soft:#a2aebd;--line:#2b3442;
+--accent:#7db0ff;--ok:#7fd8a4;--okbg:#123524;--bad:#ff9d94;--badbg:#43191a;--warn:#f0b860;--c1:#7db0ff;--c2:#ff9466;
+--c3:#c39bff;--c4:#5fd3b8;--tile:#1d2530}}
+*{box-sizing:border-box}
+html{scroll-behavior:smooth;scroll-padding-top:64px;-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
+"PingFang SC","Hiragino Sans GB","Microsoft YaHei","Noto Sans CJK SC","WenQuanYi Zen Hei",sans-serif}
+i{font-style:normal}
+.lang-zh .en,.lang-en .zh,.lang-zh .sep,.lang-en .sep{display:none}
+header.page{background:var(--card);border-bottom:1px solid var(--line)}
+.bar{max-width:1240px;margin:auto;padding:14px 20px 6px;display:flex;flex-wrap:wrap;gap:8px 22px;align-items:center}
+h1{font-size:1.4rem;line-height:1.25;margin:0;flex:1 1 280px;overflow-wrap:anywhere}
+nav{display:flex;gap:14px}nav a{color:var(--accent);text-decoration:none}nav a:hover{text-decoration:underline}
+button,select{font:inherit;color:var(--ink);background:var(--card);border:1px solid var(--line);border-radius:8px;
+padding:5px 11px;cursor:pointer}
+button:hover,select:hover{border-color:var(--accent)}
+button[aria-pressed=true]{background:var(--accent);border-color:var(--accent);color:var(--card)}
+:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+.languages{display:flex}.languages button{padding:3px 10px;border-radius:0}
+.languages button:first-child{border-radius:8px 0 0 8px}.languages button:last-child{border-radius:0 8px 8px 0;border-left:0}
+dl{margin:0}
+dl.run{max-width:1240px;margin:auto;padding:4px 20px 16px;display:grid;gap:8px 26px;
+grid-template-columns:repeat(auto-fill,minmax(190px,1fr))}
+dl.run .wide{grid-column:1/-1}
+dt{color:var(--soft);font-size:.8rem}dd{margin:0;overflow-wrap:anywhere}dl.run b{font-weight:600}
+main{max-width:1240px;margin:auto;padding:6px 20px 60px}
+section{margin-top:26px}h2{font-size:1.12rem;margin:0 0 12px}
+.note,.empty{color:var(--soft);font-size:.87rem;margin:8px 2px}
+.tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(215px,1fr));margin-bottom:14px}
+.tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:12px 16px}
+.tile span{color:var(--soft);font-size:.87rem}
+.tile b{display:block;font-size:2rem;line-height:1.2;font-weight:650;font-variant-numeric:tabular-nums;letter-spacing:-.01em}
+.tile small{display:block;color:var(--soft);font-variant-numeric:tabular-nums}
+.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:12px}
+table.metrics{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+.metrics th,.metrics td{padding:6px 14px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
+.metrics thead th{border-top:0;color:var(--soft);font-weight:500;font-size:.85rem}
+.metrics th:first-child{text-align:left;font-weight:500}
+.metrics .group th{background:var(--tile);font-size:.85rem;font-weight:650;padding-top:8px}
+.metrics td.best{font-weight:700}.metrics .none,.metrics .ci{color:var(--soft)}.arrow{color:var(--soft)}
+.metrics .plot{width:150px;text-align:left}.metrics .plot .right{float:right}
+.metrics caption{text-align:left;padding:10px 14px 6px;font-weight:650;font-size:.9rem}
+.ops{max-width:760px}.ops+*{margin-top:12px}
+.dots{width:120px;height:16px;display:block}.dots .axis{stroke:var(--line);stroke-width:1.5}
+.dots .ci{stroke:var(--c1);stroke-width:5;opacity:.35;stroke-linecap:round}.dots .model{fill:var(--c1)}
+.dots .base{fill:var(--card);stroke:var(--soft);stroke-width:1.4}
+.charts{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
+.chart{margin:0;background:var(--card);border:1px solid var(--line);border-radius:12px;padding:10px 12px 6px}
+.chart figcaption{display:flex;flex-wrap:wrap;gap:2px 14px;align-items:baseline;font-size:.87rem;margin:0 4px 4px}
+.chart figcaption b{font-weight:600;margin-right:auto}
+.chart svg{width:100%;height:auto;display:block}
+.chart text{fill:var(--soft);font-size:11px;font-variant-numeric:tabular-nums}
+.grid{stroke:var(--line);stroke-width:1}.axis{stroke:var(--soft);stroke-width:1}
+.line{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round}.line.raw{opacity:.3;stroke-width:1.2}
+.line.chance{stroke:var(--soft);stroke-dasharray:4 4;stroke-width:1}
+.dot,.bar.c1,.bar.c2,.bar.c3,.bar.c4{fill:currentColor}.threshold{stroke:var(--ink);stroke-dasharray:4 3;stroke-width:1.2}
+.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}
+.key::before{content:"";display:inline-block;width:12px;height:4px;border-radius:2px;background:currentColor;margin-right:5px;
+vertical-align:middle}
+.controls{position:sticky;top:0;z-index:2;display:flex;flex-wrap:wrap;gap:8px 16px;align-items:center;
+background:var(--bg);padding:10px 0;margin-top:12px}
+.filters{display:flex;flex-wrap:wrap;gap:6px}.filters button{padding:3px 11px;border-radius:999px;font-size:.9rem}
+.controls output{color:var(--soft);margin-left:auto;font-variant-numeric:tabular-nums}
+.legend{display:flex;flex-wrap:wrap;gap:4px 6px;align-items:center;margin-bottom:12px}
+.scale{width:130px;height:10px;border-radius:3px}
+.swatch{width:14px;height:14px;border-radius:3px;margin-left:14px;border:2px solid}
+.pred.swatch{border-color:#ff4030;background:#ff403073}.true.swatch{border-color:#00b4c8}
+#cards{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(min(100%,560px),1fr))}
+.card{background:var(--card);border:1px solid var(--line);border-left:5px solid var(--soft);border-radius:12px;
+padding:12px 14px;min-width:0}
+.card.ok{border-left-color:var(--ok)}.card.bad{border-left-color:var(--bad)}
+.card>header{display:flex;gap:10px;align-items:center;margin-bottom:8px}
+h3{font:600 .92rem/1.35 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:0;flex:1;overflow-wrap:anywhere}
+.badge{font-size:.8rem;font-weight:600;border-radius:999px;padding:1px 10px;white-space:nowrap;color:var(--soft);
+border:1px solid var(--line)}
+.badge.ok{color:var(--ok);background:var(--okbg);border-color:transparent}
+.badge.bad{color:var(--bad);background:var(--badbg);border-color:transparent}
+.pictures{display:grid;grid-template-columns:repeat(4,1fr);gap:8px}
+.pictures figure{margin:0;min-width:0}
+.pictures img,.missing{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:#0b0d11;border-radius:6px}
+.pictures img{cursor:zoom-in}
+.missing{display:grid;place-items:center;color:var(--soft);font-size:.8rem;
+background:repeating-linear-gradient(135deg,var(--line) 0 2px,var(--tile) 2px 12px)}
+.pictures figcaption{color:var(--soft);font-size:.8rem;text-align:center;margin-top:2px}
+.facts dl{display:flex;flex-wrap:wrap;gap:4px 22px;margin-top:8px;font-variant-numeric:tabular-nums}
+.label1{color:var(--c2)}.label0{color:var(--c4)}
+.meter{display:inline-block;width:64px;height:6px;border-radius:3px;background:var(--line);overflow:hidden;vertical-align:middle}
+.meter i{display:block;height:100%;background:var(--c1)}
+.answer{margin-top:8px;font-size:.87rem}.answer>span:first-child{color:var(--soft);margin-right:8px}
+pre{margin:5px 0 0;padding:8px 10px;background:var(--tile);border:1px solid var(--line);border-radius:8px;max-height:116px;
+overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere;font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,
+"Noto Sans Mono CJK SC","WenQuanYi Zen Hei Mono","PingFang SC","Microsoft YaHei",monospace}
+dialog{border:0;border-radius:12px;padding:12px;background:var(--card);color:var(--ink);max-width:96vw}
+dialog::backdrop{background:#000b}dialog img{display:block;width:min(88vw,78vh);max-height:82vh;object-fit:contain}
+dialog p{margin:6px 0 0;text-align:center;font-size:.87rem}
+[hidden]{display:none!important}
+@media (max-width:600px){main,.bar,dl.run{padding-left:12px;padding-right:12px}.pictures{grid-template-columns:1fr 1fr}
+.controls{position:static}dl.run{grid-template-columns:1fr 1fr}.metrics th,.metrics td{padding:6px 9px}
+.metrics th:first-child{white-space:normal;min-width:110px}}
+@media print{:root{--bg:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#ccc;--tile:#f6f6f6;--accent:#1f63d0;--ok:#17703f;
+--okbg:#fff;--bad:#b3261e;--badbg:#fff;--c1:#1f63d0;--c2:#d2481c;--c3:#7a3fc4;--c4:#14866d}
+body{font-size:11px}nav,.languages,.controls{display:none}.card,.chart,.tile,tr{break-inside:avoid}
+main,.bar,dl.run{max-width:none;padding-left:0;padding-right:0}pre{max-height:none;overflow:visible}
+.charts{grid-template-columns:repeat(3,1fr)}#cards{grid-template-columns:1fr 1fr}
+*{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
+"""
+
+SCRIPT = """
+(function(){
+var root=document.documentElement,all=function(q){return Array.prototype.slice.call(document.querySelectorAll(q))};
+function speak(lang){root.className='lang-'+lang;root.lang=lang;
+ all('[data-lang]').forEach(function(b){b.setAttribute('aria-pressed',b.dataset.lang===lang)})}
+all('[data-lang]').forEach(function(b){b.onclick=function(){speak(b.dataset.lang)}});
+speak(/^zh/i.test(navigator.language||'zh')?'zh':'en');
+var cards=all('.card'),box=document.getElementById('cards'),none=document.getElementById('none');
+function matches(card,f){var o=card.dataset.outcome;
+ return f==='all'||(f==='wrong'?o==='fp'||o==='fn':o===f||card.dataset.op===f)}
+function filter(f){var n=0;cards.forEach(function(c){c.hidden=!matches(c,f);n+=c.hidden?0:1});
+ all('[data-filter]').forEach(function(b){b.setAttribute('aria-pressed',b.dataset.filter===f)});
+ none.hidden=n>0;document.getElementById('shown').textContent=n+' / '+cards.length}
+function sort(value){var p=value.split('-'),sign=p[1]==='down'?-1:1;
+ cards.sort(function(a,b){var x=a.dataset[p[0]],y=b.dataset[p[0]];
+  if((x==='')!==(y===''))return x===''?1:-1;
+  return sign*(x-y)||a.dataset.index-b.dataset.index});
+ cards.forEach(function(c){box.appendChild(c)})}
+if(box){all('[data-filter]').forEach(function(b){b.onclick=function(){filter(b.dataset.filter)}});
+ document.getElementById('sort').onchange=function(){sort(this.value)};filter('all');
+ var zoom=document.getElementById('zoom');
+ all('.pictures img').forEach(function(i){
+  i.onclick=function(){zoom.firstChild.src=i.src;zoom.firstChild.alt=i.alt;zoom.lastChild.textContent=i.alt;zoom.showModal()};
+  i.onkeydown=function(e){if(e.key==='Enter'||e.key===' '){e.preventDefault();i.onclick()}}});
+ zoom.onclick=function(){zoom.close()}}
+})();
+"""

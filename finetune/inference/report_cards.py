@@ -1,0 +1,247 @@
+"""The sample cards of the report: four pictures, verdict against truth, generated text, and the buttons that filter them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from finetune.inference.report_markup import DASH, as_number, bilingual, data_uri, esc, format_number
+from finetune.inference.visualization import evidence_tiles, heat_map
+
+Outcome = Literal["tp", "tn", "fp", "fn", "unknown"]
+
+TOTAL_IMAGE_BYTES = 6_000_000
+"""All pictures of one report together stay below this, in characters of base64."""
+
+_SIDES = (320, 256, 208, 160, 128, 96, 64)
+_QUALITIES = (82, 70, 55, 40)
+
+_OUTCOMES: dict[Outcome, tuple[str, str]] = {
+    "tp": ("命中", "tampering found"),
+    "tn": ("正确：真实", "correct: real"),
+    "fp": ("误报", "false alarm"),
+    "fn": ("漏检", "missed tampering"),
+    "unknown": ("无标注", "no truth"),
+}
+
+
+@dataclass(frozen=True)
+class ReportSample:
+    """One evaluated image as the report shows it.
+
+    Args:
+        id: the record's id.
+        image: RGB picture, PIL or (H, W, 3) uint8.
+        true_mask: (H, W) bool or 0/1, or None where it is unknown.
+        mask_scores: (H, W) in [0, 1], or None when no mask head ran.
+        label_true: 0 real, 1 tampered, None unknown.
+        label_pred: the verdict, 0 or 1.
+        score: probability that the image is tampered, in [0, 1].
+        f1: pixel F1 at the threshold, None on authentic images.
+        text: generated answer.
+        parse_ok: whether `text` is the JSON asked for; None when no text was generated.
+        operation: how the image was tampered, from the record's provenance; "" when unknown.
+    """
+
+    id: str
+    image: Image.Image | NDArray[np.uint8] = field(repr=False)
+    true_mask: NDArray[np.generic] | None = field(repr=False)
+    mask_scores: NDArray[np.generic] | None = field(repr=False)
+    label_true: int | None
+    label_pred: int
+    score: float
+    f1: float | None = None
+    text: str = ""
+    parse_ok: bool | None = None
+    operation: str = ""
+
+    @property
+    def outcome(self) -> Outcome:
+        """Verdict against truth: tp, tn, fp, fn, or unknown."""
+        if self.label_true is None:
+            return "unknown"
+        if self.label_true == 1:
+            return "tp" if self.label_pred == 1 else "fn"
+        return "fp" if self.label_pred == 1 else "tn"
+
+
+def controls_html(samples: Sequence[ReportSample]) -> str:
+    """Filter buttons with their counts and the sort menu; the page's script makes them work."""
+    count = {outcome: sum(sample.outcome == outcome for sample in samples) for outcome in _OUTCOMES}
+    buttons = [
+        _button("all", "全部", "All", len(samples), is_pressed=True),
+        _button("wrong", "判错", "Wrong verdicts", count["fp"] + count["fn"]),
+        _button("fn", "漏检", "Missed tampering", count["fn"]),
+        _button("fp", "误报", "False alarms", count["fp"]),
+    ]
+    for index, name in enumerate(operations(samples)):
+        n = sum(sample.operation == name for sample in samples)
+        buttons.append(_button(f"op{index}", name, name, n))
+    orders = (
+        ("index", "原顺序 original order"),
+        ("score-down", "分数 ↓ score, high first"),
+        ("score-up", "分数 ↑ score, low first"),
+        ("f1-up", "F1 ↑ worst first"),
+        ("f1-down", "F1 ↓ best first"),
+    )
+    options = "".join(f'<option value="{value}">{text}</option>' for value, text in orders)
+    return (
+        f'<div class="controls"><div class="filters" role="group" aria-label="filter">{"".join(buttons)}</div>'
+        f'<label>{bilingual("排序", "Sort")} <select id="sort">{options}</select></label>'
+        f'<output id="shown" aria-live="polite"></output></div>'
+    )
+
+
+def cards_html(samples: Sequence[ReportSample], mask_threshold: float) -> str:
+    """All cards; picture size and quality shrink with the number of samples to keep the file small."""
+    budget = TOTAL_IMAGE_BYTES // max(1, len(samples))
+    names = {name: index for index, name in enumerate(operations(samples))}
+    return "".join(
+        _card(sample, index, names.get(sample.operation), mask_threshold, budget)
+        for index, sample in enumerate(samples)
+    )
+
+
+def operations(samples: Sequence[ReportSample]) -> list[str]:
+    """The distinct operations in alphabetical order, without the empty one."""
+    return sorted({sample.operation for sample in samples} - {""})
+
+
+def operation_table(samples: Sequence[ReportSample]) -> str:
+    """Per operation: how many of the samples shown, how many were found, their mean pixel F1. "" without operations."""
+    rows = []
+    for name in operations(samples):
+        chosen = [sample for sample in samples if sample.operation == name and sample.label_true == 1]
+        if not chosen:
+            continue
+        found = sum(sample.label_pred == 1 for sample in chosen) / len(chosen)
+        known = [f1 for sample in chosen if (f1 := as_number(sample.f1)) is not None]
+        mean_f1 = float(np.mean(known)) if known else None
+        rows.append(
+            f'<tr><th scope="row">{esc(name)}</th><td>{len(chosen)}</td>{_bar_cell(found)}{_bar_cell(mean_f1)}</tr>'
+        )
+    if not rows:
+        return ""
+    head = "".join(
+        f'<th scope="col">{bilingual(zh, en)}</th>'
+        for zh, en in (
+            ("操作", "Operation"),
+            ("张数", "Images"),
+            ("检出率", "Detected"),
+            ("平均像素 F1", "Mean pixel F1"),
+        )
+    )
+    return (
+        f'<div class="scroll"><table class="metrics ops"><caption>{bilingual("按篡改方式（下列样本）", "By operation (samples below)")}'
+        f"</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _card(sample: ReportSample, index: int, op_index: int | None, threshold: float, budget: int) -> str:
+    outcome = sample.outcome
+    f1 = as_number(sample.f1)
+    score = as_number(sample.score)
+    data = (
+        f'data-index="{index}" data-outcome="{outcome}" data-op="{"" if op_index is None else f"op{op_index}"}" '
+        f'data-score="{-1 if score is None else round(score, 6)}" data-f1="{"" if f1 is None else round(f1, 6)}"'
+    )
+    state = "ok" if outcome in ("tp", "tn") else "unknown" if outcome == "unknown" else "bad"
+    badge = f'<span class="badge {state}">{bilingual(*_OUTCOMES[outcome])}</span>'
+    return (
+        f'<article class="card {state}" {data}><header><h3>{esc(sample.id)}</h3>{badge}</header>'
+        f'<div class="pictures">{_pictures(sample, threshold, budget)}</div>'
+        f'<div class="facts">{_facts(sample, score, f1)}{_text_block(sample)}</div></article>'
+    )
+
+
+def _facts(sample: ReportSample, score: float | None, f1: float | None) -> str:
+    width = 0.0 if score is None else 100 * min(1.0, max(0.0, score))
+    meter = f'<span class="meter"><i style="width:{width:.1f}%"></i></span>'
+    facts = [
+        (bilingual("判定", "Verdict"), _label(sample.label_pred)),
+        (bilingual("真值", "Truth"), _label(sample.label_true)),
+        (bilingual("篡改分数", "Score"), f"{format_number(score)} {meter}"),
+        (bilingual("像素 F1", "Pixel F1"), format_number(f1)),
+        (bilingual("操作", "Operation"), esc(sample.operation or DASH)),
+    ]
+    return f"<dl>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in facts)}</dl>"
+
+
+def _text_block(sample: ReportSample) -> str:
+    if not sample.text:
+        return ""
+    if sample.parse_ok is None:
+        mark = ""
+    elif sample.parse_ok:
+        mark = f'<span class="badge ok">{bilingual("可解析", "parsed")}</span>'
+    else:
+        mark = f'<span class="badge bad">{bilingual("无法解析", "not parsable")}</span>'
+    return f'<div class="answer"><span>{bilingual("模型回答", "Answer")}</span>{mark}<pre tabindex="0">{esc(sample.text)}</pre></div>'
+
+
+def _pictures(sample: ReportSample, threshold: float, budget: int) -> str:
+    """Four figures, at the largest size and quality of which all together fit into `budget` characters."""
+    tiles: list[tuple[tuple[str, str], str | None]] = []
+    for side in _SIDES:
+        for quality in _QUALITIES:
+            tiles = _encoded(sample, threshold, side, quality)
+            if sum(len(uri) for _, uri in tiles if uri) <= budget:
+                return "".join(_picture(sample.id, label, uri) for label, uri in tiles)
+    return "".join(_picture(sample.id, label, uri) for label, uri in tiles)
+
+
+def _encoded(
+    sample: ReportSample, threshold: float, side: int, quality: int
+) -> list[tuple[tuple[str, str], str | None]]:
+    size_hw = (
+        (sample.image.height, sample.image.width) if isinstance(sample.image, Image.Image) else sample.image.shape[:2]
+    )
+    has_scores = sample.mask_scores is not None
+    scores = sample.mask_scores if sample.mask_scores is not None else np.zeros(size_hw, dtype=np.float32)
+    shown = evidence_tiles(sample.image, sample.true_mask, scores, threshold=threshold, side=side)
+    truth = None
+    if shown.true_mask is not None:
+        truth = data_uri(Image.fromarray(shown.true_mask).convert("1"), None)
+    heat = data_uri(Image.fromarray(shown.heat), quality) if has_scores else None
+    overlay = data_uri(Image.fromarray(shown.overlay), quality) if has_scores else None
+    return [
+        (("图像", "image"), data_uri(Image.fromarray(shown.image), quality)),
+        (("真实掩码", "true mask"), truth),
+        (("预测热图", "heat map"), heat),
+        (("叠加", "overlay"), overlay),
+    ]
+
+
+def _picture(record: str, label: tuple[str, str], uri: str | None) -> str:
+    if uri is None:
+        inside = f'<div class="missing">{bilingual("未知", "unknown")}</div>'
+    else:
+        alt = esc(f"{record}: {label[0]} {label[1]}")
+        inside = f'<img src="{uri}" alt="{alt}" loading="lazy" decoding="async" tabindex="0" role="button">'
+    return f"<figure>{inside}<figcaption>{bilingual(*label)}</figcaption></figure>"
+
+
+def _label(label: int | None) -> str:
+    names = {0: bilingual("真实", "real"), 1: bilingual("篡改", "tampered")}
+    return DASH if label is None else f'<b class="label{label}">{names[1 if label else 0]}</b>'
+
+
+def _bar_cell(value: float | None) -> str:
+    if value is None:
+        return f'<td class="none">{DASH}</td>'
+    return f'<td>{value:.3f} <span class="meter"><i style="width:{100 * value:.0f}%"></i></span></td>'
+
+
+def _button(value: str, zh: str, en: str, count: int, is_pressed: bool = False) -> str:
+    pressed = "true" if is_pressed else "false"
+    return f'<button type="button" data-filter="{value}" aria-pressed="{pressed}">{bilingual(zh, en)} <b>{count}</b></button>'
+
+
+def color_bar() -> str:
+    """The heat map's colours from 0 to 1 as a data URI, 256×1 pixels."""
+    return data_uri(Image.fromarray(heat_map(np.linspace(0, 1, 256, dtype=np.float32)[None, :])), None)

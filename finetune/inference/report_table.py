@@ -1,0 +1,249 @@
+"""The metrics of one run beside the baselines: as a console table and as the table of the HTML report.
+
+Reads the structure of `metrics.json`; computes nothing. A row that no column has a value for is left out of the console
+table and shown with dashes in the report only when it is a known metric.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from finetune.inference.report_markup import DASH, as_number, bilingual, esc, format_number
+
+Direction = Literal["up", "down", "count"]
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One row: where the value stands in metrics.json, its names, and whether more or less is better."""
+
+    group: str
+    key: str
+    zh: str
+    en: str
+    direction: Direction
+
+    @property
+    def path(self) -> str:
+        """`group.key`, as the keys of `intervals` are written."""
+        return f"{self.group}.{self.key}"
+
+
+GROUPS: dict[str, tuple[str, str]] = {
+    "image": ("整图判别", "Image verdict"),
+    "localization": ("篡改定位（仅篡改图）", "Localisation (tampered images)"),
+    "authentic": ("真实图像", "Authentic images"),
+    "text": ("文本", "Text"),
+}
+
+ROWS: tuple[MetricRow, ...] = (
+    MetricRow("image", "auroc", "AUROC", "AUROC", "up"),
+    MetricRow("image", "average_precision", "平均精度", "average precision", "up"),
+    MetricRow("image", "balanced_accuracy", "平衡准确率", "balanced accuracy", "up"),
+    MetricRow("image", "accuracy", "准确率", "accuracy", "up"),
+    MetricRow("image", "f1", "F1", "F1", "up"),
+    MetricRow("image", "ece", "校准误差 ECE", "calibration error (ECE)", "down"),
+    MetricRow("image", "n_real", "真实图数量", "authentic images", "count"),
+    MetricRow("image", "n_fake", "篡改图数量", "tampered images", "count"),
+    MetricRow("localization", "f1", "像素 F1 @0.5", "pixel F1 @0.5", "up"),
+    MetricRow("localization", "iou", "IoU @0.5", "IoU @0.5", "up"),
+    MetricRow("localization", "dice", "Dice", "Dice", "up"),
+    MetricRow("localization", "auc", "像素 AUC", "pixel AUC", "up"),
+    MetricRow("localization", "f1_best_threshold", "最佳阈值 F1", "F1 at best threshold", "up"),
+    MetricRow("localization", "n", "图像数量", "images", "count"),
+    MetricRow("authentic", "false_alarm_rate", "误报率", "false-alarm rate", "down"),
+    MetricRow("authentic", "false_positive_area", "误报面积", "false-positive area", "down"),
+    MetricRow("text", "parse_rate", "JSON 可解析率", "parse rate", "up"),
+    MetricRow("text", "label_agreement", "文本与判定一致率", "text agrees with verdict", "up"),
+)
+
+BASELINE_NAMES: dict[str, tuple[str, str]] = {
+    "ela": ("误差水平 ELA", "error levels (ELA)"),
+    "noise_variance": ("局部噪声", "noise variance"),
+}
+
+
+def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
+    """The known rows, then every other number that stands in one of the groups, under its own key."""
+    rows = list(ROWS)
+    known = {row.path for row in rows}
+    for group in GROUPS:
+        for key, value in _mapping(metrics.get(group)).items():
+            if f"{group}.{key}" not in known and as_number(value) is not None:
+                rows.append(MetricRow(group, key, key, key, "count" if isinstance(value, int) else "up"))
+    order = list(GROUPS)
+    return sorted(rows, key=lambda row: order.index(row.group))
+
+
+def baseline_keys(metrics: Mapping[str, Any]) -> list[str]:
+    """The known baselines in fixed order, then any other one of metrics.json."""
+    found = _mapping(metrics.get("baselines"))
+    return [*BASELINE_NAMES, *(name for name in found if name not in BASELINE_NAMES)]
+
+
+def baseline_label(name: str) -> tuple[str, str]:
+    """Chinese and English name of a baseline."""
+    return BASELINE_NAMES.get(name, (name, name))
+
+
+def value_of(metrics: Mapping[str, Any], row: MetricRow, baseline: str | None = None) -> Any:
+    """The row's value for the model, or for one baseline; None where it is missing."""
+    source = metrics if baseline is None else _mapping(_mapping(metrics.get("baselines")).get(baseline))
+    return _mapping(source.get(row.group)).get(row.key)
+
+
+def interval_of(metrics: Mapping[str, Any], path: str) -> tuple[float, float] | None:
+    """Bootstrap interval of the model's value: `intervals["image.auroc"]` -> (low, high), None where it is missing."""
+    ends = _mapping(metrics.get("intervals")).get(path)
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        return None
+    low, high = as_number(ends[0]), as_number(ends[1])
+    return None if low is None or high is None else (low, high)
+
+
+def format_table(metrics: Mapping[str, Any]) -> str:
+    """Plain-text table: metric, model with its 95 % interval, and both baselines, aligned also with Chinese in it.
+
+    Args:
+        metrics: the content of metrics.json; anything may be missing.
+
+    Returns:
+        Lines without a trailing newline. An arrow says which way is better, `*` marks the best of a row.
+    """
+    names = baseline_keys(metrics)
+    head = ["", "模型 model", "95% 区间 CI", *(_short_baseline(name) for name in names)]
+    lines: list[list[str] | str] = []
+    for group, (zh, en) in GROUPS.items():
+        rows = []
+        for row in (row for row in metric_rows(metrics) if row.group == group):
+            values = [value_of(metrics, row, name) for name in (None, *names)]
+            if all(as_number(value) is None for value in values):
+                continue
+            interval = interval_of(metrics, row.path)
+            best = best_columns(row, values)
+            cells = [format_number(value) + ("*" if i in best else " ") for i, value in enumerate(values)]
+            ends = DASH if interval is None else f"{interval[0]:.3f}-{interval[1]:.3f}"
+            name = row.en if row.zh == row.en else f"{row.en} {row.zh}"
+            rows.append([f"  {name} {_ARROWS[row.direction]}".rstrip(), cells[0], ends, *cells[1:]])
+        if rows:
+            lines += [f"{zh} {en}", *rows]
+    table = [head, *(line for line in lines if isinstance(line, list))]
+    widths = [max(display_width(line[i]) for line in table) for i in range(len(head))]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    text = [_aligned(head, widths), rule]
+    text += [line if isinstance(line, str) else _aligned(line, widths) for line in lines]
+    return "\n".join([*text, rule])
+
+
+def best_columns(row: MetricRow, values: list[Any]) -> set[int]:
+    """Indices of the best values of a row (several when tied); empty for counts and where fewer than two are known."""
+    known = {i: number for i, value in enumerate(values) if (number := as_number(value)) is not None}
+    if row.direction == "count" or len(known) < 2:
+        return set()
+    best = max(known.values()) if row.direction == "up" else min(known.values())
+    return {i for i, number in known.items() if number == best}
+
+
+def display_width(text: str) -> int:
+    """Columns a text takes in a terminal: two for each full-width character, none for combining marks."""
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide - sum(unicodedata.combining(char) > 0 for char in text)
+
+
+def table_html(metrics: Mapping[str, Any]) -> str:
+    """The same table for the report, with a bar for every value in [0, 1] and a dot-and-interval drawing per row."""
+    names = baseline_keys(metrics)
+    labels = "".join(f'<th scope="col">{bilingual(*baseline_label(name))}</th>' for name in names)
+    head = (
+        f'<tr><th scope="col">{bilingual("指标", "Metric")}</th><th scope="col">{bilingual("本模型", "This model")}</th>'
+        f'<th scope="col">{bilingual("95% 自助区间", "95% bootstrap")}</th>{labels}'
+        f'<th scope="col" class="plot">0<span class="right">1</span></th></tr>'
+    )
+    body = []
+    columns = len(names) + 4
+    rows = metric_rows(metrics)
+    for group, (zh, en) in GROUPS.items():
+        body.append(f'<tr class="group"><th colspan="{columns}" scope="colgroup">{bilingual(zh, en)}</th></tr>')
+        body += [_row_html(metrics, row, names) for row in rows if row.group == group]
+    return (
+        f'<div class="scroll"><table class="metrics"><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
+    )
+
+
+def tiles_html(metrics: Mapping[str, Any]) -> str:
+    """The four numbers one looks for first, large, each with its interval and the baselines' values."""
+    by_path = {row.path: row for row in ROWS}
+    shown = ("image.auroc", "localization.f1", "authentic.false_alarm_rate", "text.parse_rate")
+    titles = {"image.auroc": ("整图 AUROC", "Image AUROC"), "text.parse_rate": ("文本可解析率", "Text parse rate")}
+    tiles = []
+    for path in shown:
+        row = by_path[path]
+        zh, en = titles.get(path, (row.zh, row.en))
+        interval = interval_of(metrics, path)
+        notes = [] if interval is None else [f"95% {interval[0]:.3f} – {interval[1]:.3f}"]
+        known = [(name, as_number(value_of(metrics, row, name))) for name in baseline_keys(metrics)]
+        beside = " · ".join(f"{_short_baseline(name)} {value:.3f}" for name, value in known if value is not None)
+        notes += [beside] if beside else []
+        small = "".join(f"<small>{esc(note)}</small>" for note in notes)
+        arrow = _ARROWS[row.direction]
+        value = format_number(value_of(metrics, row))
+        tiles.append(f'<div class="tile"><span>{bilingual(zh, en)} {arrow}</span><b>{esc(value)}</b>{small}</div>')
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+_ARROWS: dict[Direction, str] = {"up": "↑", "down": "↓", "count": ""}
+
+
+def _row_html(metrics: Mapping[str, Any], row: MetricRow, names: list[str]) -> str:
+    values = [value_of(metrics, row, name) for name in (None, *names)]
+    best = best_columns(row, values)
+    interval = interval_of(metrics, row.path)
+    cells = [_cell(value, i in best) for i, value in enumerate(values)]
+    ends = DASH if interval is None else f"{interval[0]:.3f} – {interval[1]:.3f}"
+    plot = "" if row.direction == "count" else _dot_plot(values, interval)
+    name = f'<th scope="row">{bilingual(row.zh, row.en)} <i class="arrow">{_ARROWS[row.direction]}</i></th>'
+    return f'<tr>{name}{cells[0]}<td class="ci">{ends}</td>{"".join(cells[1:])}<td class="plot">{plot}</td></tr>'
+
+
+def _cell(value: Any, is_best: bool) -> str:
+    text = format_number(value)
+    if text == DASH:
+        return f'<td class="none">{DASH}</td>'
+    return f'<td class="best">{esc(text)}</td>' if is_best else f"<td>{esc(text)}</td>"
+
+
+def _dot_plot(values: list[Any], interval: tuple[float, float] | None) -> str:
+    """Filled dot: the model, with a bar for its interval. Hollow dots: the baselines. Axis 0 to 1."""
+
+    def at(number: float) -> str:
+        return f"{4 + 112 * min(1.0, max(0.0, number)):.1f}"
+
+    parts = ['<line class="axis" x1="4" x2="116" y1="8" y2="8"/>']
+    for value in values[1:]:
+        if (number := as_number(value)) is not None:
+            parts.append(f'<circle class="base" cx="{at(number)}" cy="8" r="3.2"/>')
+    if interval is not None:
+        parts.append(f'<line class="ci" x1="{at(interval[0])}" x2="{at(interval[1])}" y1="8" y2="8"/>')
+    if (number := as_number(values[0])) is not None:
+        parts.append(f'<circle class="model" cx="{at(number)}" cy="8" r="4"/>')
+    return f'<svg class="dots" viewBox="0 0 120 16" aria-hidden="true">{"".join(parts)}</svg>'
+
+
+def _short_baseline(name: str) -> str:
+    return {"ela": "ELA", "noise_variance": "噪声 noise"}.get(name, name)
+
+
+def _aligned(cells: list[str], widths: list[int]) -> str:
+    """First column to the left, the others to the right."""
+    padded = []
+    for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        space = " " * (width - display_width(cell))
+        padded.append(cell + space if i == 0 else space + cell)
+    return "  ".join(padded).rstrip()
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
