@@ -1,0 +1,25 @@
+# Shared by the other scripts (source it): repository root, messages, the virtual environment. Does nothing by itself.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="$ROOT/.venv"
+
+say() { printf '==> %s\n' "$*"; }
+
+fail() {
+    printf '==> error: %s\n' "$*" >&2
+    exit 1
+}
+
+# Puts the environment's programs (python, accelerate, ninja, ...) first on PATH; call it after setup.sh.
+use_venv() {
+    unset PYTHONHOME PYTHONPATH
+    export VIRTUAL_ENV="$VENV" PATH="$VENV/bin:$PATH"
+    export HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+}
+
+# Local files only: nothing asks a model hub.
+go_offline() { export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1; }
+
+has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+
+cpu_count() { getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1; }
