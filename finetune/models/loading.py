@@ -1,0 +1,306 @@
+"""Model, tokenizer and processor as one unit: loading from hub names, plain folders, our folders and adapters; saving.
+
+The tokenizer gains the forensic tokens here, the embedding rows are initialised here, and everything a folder needs to be
+loaded again is written here. safetensors only: no pickle is ever loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.models.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import AutoProcessor, Qwen2VLImageProcessorPil, logging  # noqa: E402
+
+from finetune.config import HeadsConfig, ModelConfig, to_dict  # noqa: E402
+from finetune.errors import MissingDependencyError, ModelLoadError  # noqa: E402
+from finetune.models.qwen_forensics_model import (  # noqa: E402
+    HEAD_MODULES,
+    QwenForensicsConfig,
+    QwenForensicsForConditionalGeneration,
+)
+from finetune.special_tokens import SpecialTokens  # noqa: E402
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass
+class Bundle:
+    """A model with the processor and the vocabulary that belong to it.
+
+    model: a `QwenForensicsForConditionalGeneration`, or a PeftModel around one.
+    """
+
+    model: nn.Module
+    processor: Any
+    tokens: SpecialTokens
+
+    @property
+    def base(self) -> QwenForensicsForConditionalGeneration:
+        """The model without a PEFT wrapper."""
+        return unwrap(self.model)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+
+def unwrap(model: Any) -> QwenForensicsForConditionalGeneration:
+    """The `QwenForensicsForConditionalGeneration` inside any wrapper (DDP, DeepSpeed, PEFT)."""
+    while not isinstance(model, QwenForensicsForConditionalGeneration):
+        inner = getattr(model, "module", None) or getattr(getattr(model, "base_model", None), "model", None)
+        if inner is None:
+            raise TypeError(f"found a {type(model).__name__}, expected a QwenForensicsForConditionalGeneration")
+        model = inner
+    return model
+
+
+def load_bundle(
+    config: ModelConfig,
+    tokens: SpecialTokens | None = None,
+    heads: HeadsConfig | None = None,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    device_map: Any = None,
+) -> Bundle:
+    """Load a checkpoint of any kind with its processor.
+
+    A plain Qwen2.5-VL checkpoint gets `tokens` and `heads` (or their defaults); a folder saved by this project keeps its own,
+    and `heads`, when given, must have the same shapes. A folder with `adapter_config.json` is loaded on its base model.
+
+    Raises:
+        ModelLoadError: folder missing or incomplete, weights that do not fit, an adapter that matches nothing.
+    """
+    adapter = config.adapter or (config.path if (Path(config.path) / ADAPTER_CONFIG).is_file() else None)
+    source = adapter or config.path
+    _check_folder(source)
+    processor = load_processor(source, min_pixels, max_pixels)
+    saved = _saved_config(source)
+    if saved is not None and saved.cls_token_ids:
+        tokens = SpecialTokens(saved.num_cls, saved.num_mask)
+    tokens = tokens or SpecialTokens()
+    new_ids = add_forensic_tokens(processor.tokenizer, tokens)
+    base_path = _base_model_path(adapter) if adapter and adapter == config.path else config.path
+    model = _load_model(base_path, config, _model_settings(saved, heads, processor, tokens), device_map)
+    grow_embeddings(model, len(processor.tokenizer), new_ids)
+    if adapter:
+        return Bundle(load_adapter(model, adapter), processor, tokens)
+    return Bundle(model, processor, tokens)
+
+
+def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
+    """The official processor with the PIL image backend (CPU and GPU then see the same pixels).
+
+    Args:
+        min_pixels, max_pixels: bounds of the resized image's area; None keeps the checkpoint's.
+
+    Raises:
+        ModelLoadError: no tokenizer or processor in the folder.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"{path}: no Qwen2.5-VL tokenizer and processor could be read ({_first_line(error)}); point model.path at a "
+            "complete checkpoint folder"
+        ) from error
+    size = dict(image_processor.size)
+    image_processor.size = {
+        "shortest_edge": min_pixels or size["shortest_edge"],
+        "longest_edge": max_pixels or size["longest_edge"],
+    }
+    processor.image_processor = image_processor
+    return processor
+
+
+def add_forensic_tokens(tokenizer: Any, tokens: SpecialTokens) -> list[int]:
+    """Add the tokens a tokenizer lacks, as special tokens; returns the ids that are new.
+
+    Raises:
+        ModelLoadError: two tokens share an id, or one is split into pieces.
+    """
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in tokens.all if token not in vocabulary]
+    if missing:
+        tokenizer.add_tokens(missing, special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(list(tokens.all))
+    if len(set(ids)) != len(ids) or tokenizer.encode(tokens.run, add_special_tokens=False) != ids:
+        raise ModelLoadError(f"the tokenizer does not give the {len(ids)} forensic tokens one id each: found {ids}")
+    return [token_id for token, token_id in zip(tokens.all, ids, strict=True) if token in missing]
+
+
+def grow_embeddings(model: QwenForensicsForConditionalGeneration, vocabulary: int, new_ids: list[int], seed: int = 0) -> None:
+    """Make room for `vocabulary` tokens if there is none, and initialise the rows of `new_ids`.
+
+    The released matrices have spare rows (151936 or 152064 for 151665 tokens): they are never shrunk, and only grown when a
+    row is really missing. A new row is the mean of the rows in use plus noise of a tenth of their spread, by token id.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if vocabulary > rows:
+        model.resize_token_embeddings(vocabulary, pad_to_multiple_of=64, mean_resizing=False)
+    if not new_ids:
+        return
+    matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    generator = torch.Generator().manual_seed(seed)
+    used = min(new_ids)
+    with torch.no_grad():
+        for weight in matrices.values():
+            known = weight[:used].float()
+            noise = torch.randn(len(new_ids), weight.shape[1], generator=generator).to(weight.device)
+            weight[new_ids] = (known.mean(dim=0) + 0.1 * known.std(dim=0) * noise).to(weight.dtype)
+
+
+def load_adapter(model: QwenForensicsForConditionalGeneration, path: str | Path, *, is_trainable: bool = False) -> Any:
+    """Put a PEFT folder (LoRA, token rows, heads) on a model; every key must find its place.
+
+    Raises:
+        ModelLoadError: an adapter key matches nothing in the model, or a part the adapter declares is missing.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    weights_path = Path(path) / "adapter_model.safetensors"
+    if not weights_path.is_file():
+        raise ModelLoadError(f"{path}: no adapter_model.safetensors; this is not a complete adapter folder")
+    wrapped = PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
+    with safe_open(weights_path, "pt") as stored:
+        found = set(stored.keys())
+    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    if found != expected:
+        odd = sorted(found ^ expected)
+        raise ModelLoadError(
+            f"{path}: {len(odd)} of {len(found | expected)} adapter tensors do not fit this base model, e.g. '{odd[0]}'; "
+            "load it on the model it was trained on"
+        )
+    return wrapped
+
+
+def save_bundle(bundle: Bundle, out_dir: str | Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Write a folder that `load_bundle` opens: weights or adapter, our config, tokenizer, processor."""
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    arguments: dict[str, Any] = {} if bundle.model is bundle.base else {"save_embedding_layers": False}
+    bundle.model.save_pretrained(out_dir, state_dict=state_dict, **arguments)
+    if bundle.model is not bundle.base:
+        bundle.base.config.save_pretrained(out_dir)
+    save_processor(bundle.processor, out_dir)
+
+
+def save_processor(processor: Any, out_dir: str | Path) -> None:
+    """Write processor and tokenizer, without the truncation or padding an earlier call may have left in the tokenizer."""
+    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    processor.save_pretrained(out_dir)
+
+
+def _load_model(
+    path: str, config: ModelConfig, settings: dict[str, Any], device_map: Any
+) -> QwenForensicsForConditionalGeneration:
+    arguments: dict[str, Any] = {
+        "dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+        "attn_implementation": _attention(config.attn_implementation),
+        "device_map": device_map,
+        **settings,
+    }
+    if config.quantization == "nf4":
+        arguments["quantization_config"] = _nf4()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # new heads are expected; anything else missing is an error below
+    try:
+        model, info = QwenForensicsForConditionalGeneration.from_pretrained(
+            path, output_loading_info=True, use_safetensors=True, **arguments
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelLoadError(f"{path}: the model cannot be loaded: {_first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(key for key in info["missing_keys"] if key.split(".")[0] not in HEAD_MODULES)
+    unexpected = sorted(key for key in info["unexpected_keys"])
+    if missing:
+        raise ModelLoadError(
+            f"{path}: {len(missing)} weights are missing, e.g. '{missing[0]}'; this is not a complete Qwen2.5-VL checkpoint"
+        )
+    if any(key.split(".")[0] in HEAD_MODULES for key in unexpected):
+        raise ModelLoadError(
+            f"{path}: the folder holds head weights that this configuration has no place for, e.g. '{unexpected[0]}'; "
+            "leave `heads` as they were saved"
+        )
+    return model
+
+
+def _model_settings(
+    saved: QwenForensicsConfig | None, heads: HeadsConfig | None, processor: Any, tokens: SpecialTokens
+) -> dict[str, Any]:
+    ids = processor.tokenizer.convert_tokens_to_ids
+    settings: dict[str, Any] = {
+        "cls_token_ids": ids(list(tokens.cls)),
+        "mask_token_ids": ids(list(tokens.mask)),
+        "image_mean": list(processor.image_processor.image_mean),
+        "image_std": list(processor.image_processor.image_std),
+    }
+    if heads is not None:
+        settings["heads"] = to_dict(heads)
+    elif saved is not None:
+        settings["heads"] = saved.heads
+    return settings
+
+
+def _saved_config(path: str) -> QwenForensicsConfig | None:
+    """The configuration of a folder saved by this project, else None."""
+    file = Path(path) / "config.json"
+    if not file.is_file() or json.loads(file.read_text()).get("model_type") != QwenForensicsConfig.model_type:
+        return None
+    return QwenForensicsConfig.from_pretrained(path)
+
+
+def _base_model_path(adapter: str) -> str:
+    base = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ModelLoadError(f"{adapter}: {ADAPTER_CONFIG} names no base model; give it as model.path with model.adapter")
+    return str(base)
+
+
+def _check_folder(path: str) -> None:
+    looks_local = path.startswith((".", "/", "~")) or Path(path).exists() or path.count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise ModelLoadError(f"model folder '{path}' does not exist; give an existing folder or a hub name like org/model")
+
+
+def _attention(name: str) -> str:
+    if name != "auto":
+        return name
+    from transformers.utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+
+
+def _nf4() -> Any:
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise MissingDependencyError("model.quantization: nf4 needs bitsandbytes; install it with: pip install 'qwen-forensics[qlora]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["visual", "lm_head", "embed_tokens", *HEAD_MODULES],
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
