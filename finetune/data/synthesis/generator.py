@@ -29,20 +29,20 @@ from tqdm import tqdm
 from finetune.data.synthesis.answers import LANGUAGES, evidence_text, mask_to_polygons
 from finetune.data.synthesis.config import SynthConfig
 from finetune.data.synthesis.degradations import apply_plan, canvas_size, draw_plan
-from finetune.data.synthesis.operations import OPERATIONS, Donor, tamper
+from finetune.data.synthesis.operations import OPERATIONS, Donor, NoVisibleEditError, tamper
 from finetune.data.synthesis.photos import SPLITS, Photo, PhotoSet, develop, find_photos
-from finetune.errors import ForensicsError
+from finetune.errors import DataFormatError, ForensicsError
 
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class SampleTask:
-    """One image to make: where in the set it stands and whether it is tampered."""
+    """One image to make: where in the set it stands and the tampering operation, None for an authentic image."""
 
     split: str
     index: int
-    is_tampered: bool
+    operation: str | None = None
 
     @property
     def id(self) -> str:
@@ -128,11 +128,15 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def plan_tasks(config: SynthConfig, split: str) -> list[SampleTask]:
-    """The samples of one split in order; exactly `tampered_fraction` of them tampered, in random places."""
+    """The samples of one split in order: exact counts of both classes and of each operation, in random places."""
     count = config.num_train if split == "train" else config.num_eval
-    flags = np.arange(count) < round(config.tampered_fraction * count)
-    np.random.default_rng([config.seed, SPLITS.index(split)]).shuffle(flags)
-    return [SampleTask(split, index, bool(flag)) for index, flag in enumerate(flags)]
+    tampered = round(config.tampered_fraction * count)
+    names = [name for name in OPERATIONS if config.operations.get(name, 0) > 0]
+    weights = np.array([config.operations[name] for name in names])
+    bounds = np.rint(np.cumsum(weights / weights.sum()) * tampered)
+    which = np.searchsorted(bounds, np.arange(count), side="right")  # len(names) = authentic
+    np.random.default_rng([config.seed, SPLITS.index(split)]).shuffle(which)
+    return [SampleTask(split, index, (*names, None)[int(kind)]) for index, kind in enumerate(which)]
 
 
 @contextmanager
@@ -183,6 +187,9 @@ def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Samp
     """Make one image in memory.
 
     Size, degradations and host come from streams of their own, drawn before anything depends on the label.
+
+    Raises:
+        DataFormatError: the host is so flat that no operation shows in it.
     """
     streams = np.random.SeedSequence([config.seed, SPLITS.index(task.split), task.index]).spawn(4)
     rng_plan, rng_host, rng_edit, _ = (np.random.default_rng(stream) for stream in streams)
@@ -199,17 +206,19 @@ def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Samp
         "degradations": plan,
         "seed": [config.seed, task.split, task.index],
     }
-    if not task.is_tampered:
+    if task.operation is None:
         return Sample(apply_plan(host, plan, final_hw), None, photo.group, provenance, host, host, None)
-    names = [name for name in OPERATIONS if config.operations.get(name, 0) > 0]
-    p = np.array([config.operations[name] for name in names])
-    name = names[int(rng_edit.choice(len(names), p=p / p.sum()))]
 
     def draw_donor(rng: np.random.Generator) -> Donor:
         return develop(_draw_donor_photo(pool, photo, is_grey, rng), size_hw, rng, is_grey)
 
-    result = tamper(host, name, rng_edit, config.operation_settings, draw_donor)
-    provenance["operation"] = {"name": name, **result.parameters}
+    try:
+        result = tamper(host, task.operation, rng_edit, config.operation_settings, draw_donor)
+    except NoVisibleEditError as error:
+        raise DataFormatError(
+            str(error), record=task.id, field="photo", found=photo.name, fix="remove photographs that are nearly flat"
+        ) from error
+    provenance["operation"] = {"name": task.operation, **result.parameters}
     image = apply_plan(result.image, plan, final_hw)
     mask = result.mask
     if mask.shape != tuple(final_hw):
@@ -249,7 +258,7 @@ def write_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet, root: 
         "id": task.id,
         "group": sample.group,
         "images": [image_path],
-        "labels": [int(task.is_tampered)],
+        "labels": [int(task.operation is not None)],
         "masks": [mask_path],
         "polygons": [[] if sample.mask is None else mask_to_polygons(sample.mask, config.max_points)],
         "evidence": [evidence_text(sample.mask, operation, plan, language, rng)],

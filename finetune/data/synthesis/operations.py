@@ -15,10 +15,15 @@ import cv2
 import numpy as np
 
 from finetune.data.synthesis.degradations import resize, to_uint8
-from finetune.data.synthesis.regions import draw_region, soft_edge
+from finetune.data.synthesis.regions import DoesNotFitError, draw_region, soft_edge
 
 MAX_REDRAWS = 40
 MASK_CONVENTIONS = ("target", "source_and_target")
+
+
+class NoVisibleEditError(Exception):
+    """An operation finds nothing in this picture that it could visibly alter."""
+
 
 Donor = tuple[np.ndarray, dict[str, Any]]
 """(H, W, 3) uint8 RGB picture of the host's size and the parameters of the camera that took it."""
@@ -97,11 +102,12 @@ def tamper(
         draw_donor: gives another authentic picture of the host's size; only `splice` calls it.
 
     Raises:
-        RuntimeError: no visible edit after `MAX_REDRAWS` tries, e.g. when host and donor are both black.
+        NoVisibleEditError: none after `MAX_REDRAWS` tries, e.g. when host and donor are both black.
     """
     for redraws in range(MAX_REDRAWS):
-        edit = OPERATIONS[operation](host, rng, settings, draw_donor)
-        if edit is None:
+        try:
+            edit = OPERATIONS[operation](host, rng, settings, draw_donor)
+        except DoesNotFitError:
             continue
         alpha = soft_edge(edit.region, edit.feather)[..., None]
         image = to_uint8(host + alpha * (edit.content.astype(np.float32) - host))
@@ -118,7 +124,7 @@ def tamper(
             "min_change": settings.min_change,
         }
         return Tampering(image, mask, {**edit.parameters, "feather": edit.feather, **measured})
-    raise RuntimeError(f"{operation}: no visible edit after {MAX_REDRAWS} tries; are the photographs flat?")
+    raise NoVisibleEditError(f"{operation}: no visible edit after {MAX_REDRAWS} tries")
 
 
 def altered_pixels(before: np.ndarray, after: np.ndarray, support: np.ndarray) -> np.ndarray:
@@ -134,9 +140,7 @@ def _feather(rng: np.random.Generator, settings: OperationSettings) -> float:
     return 0.0 if rng.random() < 1 / 3 else round(float(rng.uniform(0, settings.max_feather)), 2)
 
 
-def splice(
-    host: np.ndarray, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor
-) -> Edit | None:
+def splice(host: np.ndarray, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor) -> Edit:
     """Paste a region of an independently taken donor picture; half of them with colours moved towards the host's."""
     donor, camera = draw_donor(rng)
     region, parameters = draw_region(donor, rng, settings.area_ranges["splice"], settings.shape_weights)
@@ -165,9 +169,7 @@ def match_colour(content: np.ndarray, region: np.ndarray, host: np.ndarray, stre
     return np.clip((content - inside.mean(axis=0)) * ratio + mean, 0, 255)
 
 
-def copy_move(
-    host: np.ndarray, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor
-) -> Edit | None:
+def copy_move(host: np.ndarray, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor) -> Edit:
     """Copy a region of the host to another place of it: a quarter exactly, the rest rotated, scaled or flipped."""
     del draw_donor
     source, parameters = draw_region(host, rng, settings.area_ranges["copy_move"], settings.shape_weights)
@@ -185,11 +187,11 @@ def copy_move(
     interpolation = cv2.INTER_CUBIC if rng.random() < 0.5 else cv2.INTER_LINEAR
     _, turned = _warp(host, source, np.column_stack([linear, origin]), interpolation)
     if turned.sum() < 0.95 * scale**2 * source.sum():  # turned or enlarged beyond the frame
-        return None
+        raise DoesNotFitError("the copy is larger than the picture")
     offset = _draw_offset(turned, rng)
     content, target = _warp(host, source, np.column_stack([linear, origin + offset]), interpolation)
     if (target & source).sum() > 0.25 * min(target.sum(), source.sum()):
-        return None
+        raise DoesNotFitError("the copy covers its source")
     parameters |= {
         "offset_xy": offset,
         "angle": angle,
@@ -217,9 +219,7 @@ def _warp(
     return moved, cv2.warpAffine(region.astype(np.uint8), matrix, size, flags=cv2.INTER_NEAREST).astype(bool)
 
 
-def erase(
-    host: np.ndarray, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor
-) -> Edit | None:
+def erase(host: np.ndarray, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor) -> Edit:
     """Remove what is inside a region by inpainting from its surroundings (OpenCV: Telea 2004 or Navier-Stokes 2001)."""
     del draw_donor
     region, parameters = draw_region(host, rng, settings.area_ranges["erase"], settings.shape_weights)
@@ -231,9 +231,7 @@ def erase(
     return Edit(content, region, feather, parameters | {"method": method, "radius": radius})
 
 
-def retouch(
-    host: np.ndarray, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor
-) -> Edit | None:
+def retouch(host: np.ndarray, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor) -> Edit:
     """Change a region in place: smoothing, added grain, or resampling with a change of contrast."""
     del draw_donor
     region, parameters = draw_region(host, rng, settings.area_ranges["retouch"], settings.shape_weights)
@@ -259,6 +257,6 @@ def retouch(
     return Edit(np.clip(content, 0, 255), region, _feather(rng, settings), {"kind": kind, **parameters})
 
 
-Operation = Callable[[np.ndarray, np.random.Generator, OperationSettings, DrawDonor], Edit | None]
+Operation = Callable[[np.ndarray, np.random.Generator, OperationSettings, DrawDonor], Edit]
 OPERATIONS: dict[str, Operation] = {"splice": splice, "copy_move": copy_move, "erase": erase, "retouch": retouch}
-"""Every operation: host, generator, settings, donor → an edit, or None where a draw does not fit and is repeated."""
+"""Every operation: host, generator, settings, donor → an edit; raises `DoesNotFitError` where a draw does not fit."""

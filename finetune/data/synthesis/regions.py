@@ -15,6 +15,10 @@ SHAPES = ("blob", "polygon", "ellipse", "segment")
 MAX_TRIES = 12
 
 
+class DoesNotFitError(Exception):
+    """A random draw does not fit this picture; draw again."""
+
+
 def draw_region(
     image: np.ndarray, rng: np.random.Generator, area_range: tuple[float, float], weights: Mapping[str, float]
 ) -> tuple[np.ndarray, dict[str, Any]]:
@@ -30,7 +34,7 @@ def draw_region(
         (H, W) bool and its parameters. A `segment` that does not exist in that size becomes a `blob`.
 
     Raises:
-        RuntimeError: no shape of that size after many tries (a programming error for ranges within 1..50 %).
+        DoesNotFitError: no shape of that size after `MAX_TRIES` tries.
     """
     size_hw = image.shape[:2]
     p = np.array([weights.get(name, 0.0) for name in SHAPES], dtype=np.float64)
@@ -45,7 +49,7 @@ def draw_region(
         region = _fill(_outline(shape, rng), size_hw, share, rng)
         if area_range[0] * 0.9 <= region.mean() <= area_range[1] * 1.05:
             return region, {"shape": shape}
-    raise RuntimeError(f"no {shape} of {area_range} of an image of {size_hw} after {MAX_TRIES} tries")
+    raise DoesNotFitError(f"no {shape} of {area_range} of an image of {size_hw} after {MAX_TRIES} tries")
 
 
 def _outline(shape: str, rng: np.random.Generator) -> np.ndarray:

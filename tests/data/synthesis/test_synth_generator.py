@@ -1,0 +1,245 @@
+"""The generated set: same bytes for any number of workers, nothing half written, and nothing outside the pixels that
+tells the label."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from finetune.data.synthesis import SynthConfig, generator, synthesize
+from finetune.data.synthesis.answers import polygons_to_mask
+from finetune.data.synthesis.generator import make_sample, plan_tasks
+from finetune.data.synthesis.photos import find_photos
+from finetune.errors import ConfigError, DataFormatError, ForensicsError
+
+LEAK = 0.12
+"""Largest distance of a one-feature AUROC from 0.5 on the 240 samples; the standard error of chance is 0.037."""
+
+
+def read(root: Path, split: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def digests(root: Path) -> dict[str, str]:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("synth") / "set"
+    synthesize(SynthConfig(num_train=240, num_eval=40, seed=7, language="both", workers=1), root, progress=False)
+    return root
+
+
+def test_records_are_complete_and_consistent(data_set: Path) -> None:
+    manifest = json.loads((data_set / "manifest.json").read_text(encoding="utf-8"))
+    for split, count in (("train", 240), ("eval", 40)):
+        records = read(data_set, split)
+        assert [len(records), manifest["counts"][split]["tampered"]] == [count, count // 2]
+        assert manifest["sha256"][f"{split}.jsonl"] == digests(data_set)[f"{split}.jsonl"]
+        for record in records:
+            image = np.asarray(Image.open(data_set / record["images"][0]))
+            height, width = image.shape[:2]
+            assert (height, width) in {(224, 224), (196, 252), (252, 196)}
+            if record["labels"] == [0]:
+                assert record["masks"] == [f"{height}x{width}"]
+                assert record["polygons"] == [[]]
+                assert record["provenance"]["operation"] is None
+                continue
+            mask = np.asarray(Image.open(data_set / record["masks"][0])) > 0
+            assert mask.shape == (height, width)
+            drawn = polygons_to_mask(record["polygons"][0], mask.shape)
+            assert (drawn & mask).sum() / (drawn | mask).sum() > 0.6, record["id"]
+            assert sum(map(len, record["polygons"][0])) <= 24
+        tampered = [record for record in records if record["labels"] == [1]]
+        assert {record["provenance"]["operation"]["name"] for record in tampered} == set(generator.OPERATIONS)
+
+
+def test_polygons_cover_the_masks(data_set: Path) -> None:
+    overlaps = []
+    for record in read(data_set, "train"):
+        if record["labels"] == [1]:
+            mask = np.asarray(Image.open(data_set / record["masks"][0])) > 0
+            drawn = polygons_to_mask(record["polygons"][0], mask.shape)
+            overlaps.append((drawn & mask).sum() / (drawn | mask).sum())
+    assert np.mean(overlaps) > 0.9
+    assert np.mean(np.array(overlaps) > 0.8) > 0.95
+
+
+def test_annotation_list_is_part_b_of_the_format(data_set: Path) -> None:
+    annotations = json.loads((data_set / "eval_annotations.json").read_text(encoding="utf-8"))
+    assert len(annotations) == 40
+    for item in annotations:
+        assert set(item) == {"image_path", "mask_path", "label"}
+        assert (data_set / item["image_path"]).is_file()
+        assert (data_set / item["mask_path"]).is_file() == (item["label"] == 1)
+
+
+def test_photographs_are_disjoint_between_splits_donors_included(data_set: Path) -> None:
+    used: dict[str, set[str]] = {}
+    for split in ("train", "eval"):
+        used[split] = set()
+        for record in read(data_set, split):
+            provenance = record["provenance"]
+            used[split].add(provenance["source"]["photo"])
+            operation = provenance["operation"]
+            if operation and operation["name"] == "splice":
+                used[split].add(operation["donor"]["photo"])
+                assert operation["donor"]["photo"] != provenance["source"]["photo"]
+                assert operation["donor"]["monochrome"] == provenance["source"]["monochrome"]
+    assert not used["train"] & used["eval"]
+
+
+def leak_features(root: Path, record: dict[str, Any]) -> dict[str, float]:
+    """Everything about a sample that must not tell its label, as numbers."""
+    path = root / record["images"][0]
+    image = Image.open(path)
+    source, plan = record["provenance"]["source"], record["provenance"]["degradations"]
+    features = {
+        "bytes": path.stat().st_size,
+        "height": image.height,
+        "width": image.width,
+        "metadata": len(image.info) + len(image.getexif()),
+        "extension": len(path.suffix),
+        "channels": len(image.getbands()),
+        "index": int(record["id"].split("-")[1]),
+        "mean": float(np.asarray(image).mean()),
+        "degradations": len(plan),
+        "quality": next((step["quality"] for step in plan if "quality" in step), 101),
+        "camera_jpeg": source["jpeg_quality"] or 101,
+        "camera_noise": source["noise_a"] * 128 + source["noise_b"],
+        "scale": source["scale"],
+        "monochrome": source["monochrome"],
+    }
+    for name in ("jpeg", "double_jpeg", "webp", "resize", "noise", "contrast"):
+        features[f"has_{name}"] = any(step["name"] == name for step in plan)
+    return {name: float(value) for name, value in features.items()}
+
+
+def test_no_single_feature_outside_the_content_tells_the_label(data_set: Path) -> None:
+    records = read(data_set, "train")
+    labels = [record["labels"][0] for record in records]
+    rows = [leak_features(data_set, record) for record in records]
+    scores = {name: roc_auc_score(labels, [row[name] for row in rows]) for name in rows[0]}
+    for name in ("metadata", "extension", "channels"):
+        assert scores[name] == 0.5, f"{name} must be the same for every image"
+    leaking = {name: round(score, 3) for name, score in scores.items() if abs(score - 0.5) > LEAK}
+    assert not leaking
+
+
+def test_the_label_changes_nothing_but_the_edit() -> None:
+    """The strongest statement about leaks: one task, authentic and tampered, differs in the operation alone."""
+    config, photos = SynthConfig(num_train=60, num_eval=0, seed=3), find_photos()
+    for task in plan_tasks(config, "train")[:30]:
+        real, fake = (
+            make_sample(generator.SampleTask("train", task.index, name), config, photos)
+            for name in (None, task.operation or "splice")
+        )
+        assert np.array_equal(real.host, fake.host)
+        assert real.image.shape == fake.image.shape
+        assert {**real.provenance, "operation": 0} == {**fake.provenance, "operation": 0}
+        assert fake.edited_mask is not None
+        changed = (fake.host != fake.edited).any(axis=2)
+        assert not (changed & ~fake.edited_mask).any()
+
+
+def test_same_bytes_for_one_and_two_workers(tmp_path: Path) -> None:
+    for workers in (1, 2):
+        synthesize(
+            SynthConfig(num_train=40, num_eval=8, seed=2, workers=workers), tmp_path / str(workers), progress=False
+        )
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+    synthesize(SynthConfig(num_train=40, num_eval=8, seed=4, workers=1), tmp_path / "other", progress=False)
+    assert digests(tmp_path / "1")["train.jsonl"] != digests(tmp_path / "other")["train.jsonl"]
+
+
+def test_a_longer_set_keeps_its_hosts(tmp_path: Path) -> None:
+    photos = find_photos()
+    short, long = (SynthConfig(num_train=count, num_eval=0) for count in (10, 50))
+    task = generator.SampleTask("train", 4, "splice")
+    assert np.array_equal(make_sample(task, short, photos).image, make_sample(task, long, photos).image)
+
+
+def test_nothing_is_left_when_generation_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generator, "make_sample", fail)
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(SynthConfig(num_train=4, num_eval=0, workers=1), tmp_path / "set", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_refused_and_only_generated_sets_are_overwritten(tmp_path: Path) -> None:
+    config = SynthConfig(num_train=2, num_eval=0, workers=1)
+    target = tmp_path / "set"
+    target.mkdir()
+    synthesize(config, target, progress=False)  # an empty folder is fine
+    with pytest.raises(ForensicsError, match="not empty"):
+        synthesize(config, target, progress=False)
+    synthesize(config, target, progress=False, overwrite=True)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    with pytest.raises(ForensicsError, match="not a generated set"):
+        synthesize(config, mine, progress=False, overwrite=True)
+    assert (mine / "thesis.txt").read_text() == "precious"
+
+
+def test_two_user_photos_are_enough_and_paths_stay_out_of_the_files(tmp_path: Path) -> None:
+    for photo in find_photos().of("eval")[:2]:
+        Image.open(photo.path).save(tmp_path / f"{photo.group}.png")
+    config = SynthConfig(num_train=12, num_eval=6, photos_dir=str(tmp_path), workers=1, sizes_hw=((112, 140),))
+    manifest = synthesize(config, tmp_path / "out" / "set", progress=False)
+    assert len(manifest["photos"]) == 2
+    for file in ("manifest.json", "train.jsonl", "eval_annotations.json"):
+        assert str(tmp_path) not in (tmp_path / "out" / "set" / file).read_text(encoding="utf-8")
+
+
+def test_a_flat_user_photo_is_named(tmp_path: Path) -> None:
+    for index in range(2):
+        image = np.full((300, 300, 3), 40 * (index + 1), dtype=np.uint8)
+        image[:90, :90] = 255  # bright corner: not one flat colour, but most crops are
+        Image.fromarray(image).save(tmp_path / f"flat{index}.png")
+    config = SynthConfig(
+        num_train=40, num_eval=0, photos_dir=str(tmp_path), workers=1, operations={"retouch": 1},
+        operation_settings={"min_change": 25.0},  # type: ignore[arg-type]
+    )  # fmt: skip
+    with pytest.raises(DataFormatError, match=r"train-.*no visible edit.*flat\d\.png"):
+        synthesize(config, tmp_path / "set", progress=False)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"num_train": 0, "num_eval": 0},
+        {"tampered_fraction": 1.5},
+        {"operations": {"paint": 1.0}},
+        {"operations": {"splice": 0.0}},
+        {"degradations": {"jpg": 1.0}},
+        {"sizes_hw": ()},
+        {"language": "fr"},
+        {"operation_settings": {"mask_convention": "source"}},
+        {"operation_settings": {"area_ranges": {"splice": (0.3, 0.1)}}},
+        {"operation_settings": {"feather": 1}},
+    ],
+)
+def test_bad_configuration_is_named(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        SynthConfig(**bad)
+
+
+def test_no_torch_is_imported() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, finetune.data.synthesis; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,99 @@
+"""Photographs: what is found, how it is split, what a bad folder says, and that the virtual camera keeps its word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.data.synthesis.photos import develop, find_photos, load_rgb, open_photo
+from finetune.errors import ForensicsError
+
+
+def save_texture(path: Path, seed: int, size_hw: tuple[int, int] = (160, 200)) -> Path:
+    coarse = np.random.default_rng(seed).integers(0, 256, (size_hw[0] // 8, size_hw[1] // 8, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(coarse).resize(size_hw[::-1], Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def test_default_photos_are_all_found_and_disjoint_by_scene() -> None:
+    photos = find_photos()
+    assert not photos.rejected
+    groups = {split: {photo.group for photo in photos.of(split)} for split in ("train", "eval")}
+    assert not groups["train"] & groups["eval"]
+    assert not {p.sha256 for p in photos.of("train")} & {p.sha256 for p in photos.of("eval")}
+    for split in ("train", "eval"):
+        assert sum(not photo.is_grey for photo in photos.of(split)) >= 3
+        assert any(photo.is_grey for photo in photos.of(split))
+
+
+def test_user_photos_split_by_content_not_by_name_or_order(tmp_path: Path) -> None:
+    for folder, names in (("one", "abcdefgh"), ("two", "hgfedcba")):
+        for seed, name in enumerate(names):
+            save_texture(tmp_path / folder / "sub" / f"{name}.png", seed)
+    held_out = [{p.sha256 for p in find_photos(tmp_path / folder).of("eval")} for folder in ("one", "two")]
+    assert held_out[0] == held_out[1]
+    assert len(held_out[0]) == 2
+
+
+def test_bad_files_are_reported_by_name_and_duplicates_dropped(tmp_path: Path) -> None:
+    good = save_texture(tmp_path / "a.png", 0)
+    save_texture(tmp_path / "b.jpg", 1)
+    (tmp_path / "copy.png").write_bytes(good.read_bytes())
+    (tmp_path / "broken.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:400])
+    (tmp_path / "empty.png").write_bytes(b"")
+    save_texture(tmp_path / "tiny.png", 2, (64, 64))
+    Image.new("RGB", (200, 200), (9, 9, 9)).save(tmp_path / "flat.png")
+    photos = find_photos(tmp_path)
+    assert {photo.name for photo in photos.photos} == {"a.png", "b.jpg"}
+    assert {item["name"] for item in photos.rejected} == {"copy.png", "broken.jpg", "empty.png", "tiny.png", "flat.png"}
+    assert not any(str(tmp_path) in item["reason"] for item in photos.rejected)
+
+
+def test_too_few_photos_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ForensicsError, match="does not exist"):
+        find_photos(tmp_path / "nowhere")
+    save_texture(tmp_path / "only.png", 0)
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(ForensicsError, match=r"1 usable photographs, need at least 2 .*broken\.png") as caught:
+        find_photos(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_odd_modes_are_read_as_rgb(tmp_path: Path) -> None:
+    levels = np.linspace(0, 65535, 200 * 160).reshape(160, 200).astype(np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    deep = load_rgb(tmp_path / "deep.png")
+    assert deep.shape == (160, 200, 3)
+    assert 100 < deep.mean() < 155  # not clipped to white
+    Image.new("CMYK", (200, 160), (0, 255, 255, 0)).save(tmp_path / "ink.jpg")
+    red = load_rgb(tmp_path / "ink.jpg")[0, 0]
+    assert red[0] > 200 > red[1]
+    rotated = Image.new("RGB", (200, 160))
+    exif = rotated.getexif()
+    exif[0x0112] = 6
+    rotated.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_rgb(tmp_path / "turned.jpg").shape == (200, 160, 3)
+
+
+def test_develop_is_deterministic_of_the_asked_size_and_leaves_the_photo_alone() -> None:
+    for photo in find_photos().photos:
+        before = open_photo(photo.path).copy()
+        first, camera = develop(photo, (196, 252), np.random.default_rng(5))
+        again, _ = develop(photo, (196, 252), np.random.default_rng(5))
+        assert first.shape == (196, 252, 3)
+        assert first.dtype == np.uint8
+        assert np.array_equal(first, again)
+        assert np.array_equal(before, open_photo(photo.path))
+        assert camera["photo"] == photo.name
+
+
+def test_monochrome_pictures_have_equal_channels_like_grey_photos() -> None:
+    for photo in find_photos().photos[:3]:
+        picture, camera = develop(photo, (224, 224), np.random.default_rng(1), monochrome=True)
+        spread = picture.max(axis=2).astype(int) - picture.min(axis=2)
+        assert spread.max() <= 2
+        assert camera["monochrome"]
