@@ -1,0 +1,289 @@
+"""Pixel targets: a mask file, polygons or `HxW` to one (H, W) array of 0/1 at the image's own size, and back again.
+
+Frame: pixels of the upright original image; pixel (row r, column c) covers x in [c, c+1), y in [r, r+1), its centre at
+half-integers. A pixel is in a polygon when its centre lies inside by the even-odd rule; several polygons are united.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from finetune.data.images import decode, image_size_hw
+from finetune.errors import DataFormatError
+from finetune.schema import ImageInput, ImageTarget, Polygon
+
+_MAX_INDEX = 31
+_MAX_COMPRESSION_NOISE = 16
+
+
+def load_mask(
+    target: ImageTarget, size_hw: tuple[int, int], record_id: str | None = None, source: str | None = None
+) -> np.ndarray | None:
+    """The pixel target of one image.
+
+    The mask file wins over polygons, polygons over `HxW`; label 0 alone is an all-zero mask.
+
+    Args:
+        target: what is known about the image.
+        size_hw: (H, W) of the upright image.
+        record_id, source: named in the error.
+
+    Returns:
+        (H, W) uint8, 1 = tampered; None where nothing is known about pixels.
+
+    Raises:
+        DataFormatError: unreadable mask, another size than the image, polygons outside it, a mask that contradicts
+            the label.
+    """
+
+    def refuse(problem: str, field: str, **details: str) -> DataFormatError:
+        return DataFormatError(problem, record=record_id, source=source, field=field, **details)
+
+    if not target.has_mask:
+        return None
+    mask = np.zeros(size_hw, np.uint8)  # (H, W)
+    field = "label"
+    if target.mask_path:
+        field = "mask_path"
+        mask = _read_mask_file(target, size_hw, record_id, source)
+    elif target.polygons is not None:
+        field = "polygons"
+        _check_polygon_frame(target.polygons, size_hw, record_id, source)
+        mask = rasterize_polygons(target.polygons, size_hw)
+    elif target.mask_size_hw:
+        field = "mask_path"
+        _check_size(
+            target.mask_size_hw, size_hw, f"{target.mask_size_hw[0]}x{target.mask_size_hw[1]}", record_id, source
+        )
+    num_tampered = int(mask.sum())
+    if target.label == 0 and num_tampered:
+        raise refuse(
+            "label 0 (real) with a mask that marks pixels",
+            field,
+            found=f"{num_tampered} of {mask.size} pixels",
+            fix="correct the label, or remove the mask",
+        )
+    if target.label == 1 and not num_tampered:
+        raise refuse(
+            "label 1 (tampered) with an empty mask",
+            field,
+            found=target.mask_path or ("polygons without a pixel" if field == "polygons" else "all zero"),
+            fix="correct the label or the mask (255 = tampered; polygons in pixels), or leave the mask out",
+        )
+    return mask
+
+
+def binarize_mask(image: Image.Image) -> np.ndarray:
+    """A mask picture of any mode to (H, W) uint8 of 0/1; `image.format` tells whether it was compressed with loss.
+
+    The value of a pixel is its largest colour channel (a palette is looked up), transparent = 0, 16 bit scaled to 8
+    where needed. In a lossless file whose values all are <= 31 they are indices (0/1 masks, instance numbers): non-zero
+    is tampered. Otherwise > 127 is tampered, which ignores the ringing of JPEG masks and halves anti-aliased edges.
+
+    Raises:
+        ValueError: floating-point pixels, or non-zero values none of which means tampered (a mask in grey).
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    if image.mode.startswith("I"):
+        values = np.asarray(image)  # (H, W)
+        if values.max(initial=0) > 255:
+            values = values / 257.0
+    else:
+        rgba = np.asarray(image.convert("RGBA"))  # (H, W, 4)
+        values = np.where(rgba[..., 3] > 127, rgba[..., :3].max(axis=2), 0)  # (H, W)
+    is_lossy = image.format in ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
+    peak = float(values.max(initial=0))
+    if peak <= _MAX_INDEX and not is_lossy:
+        return (values > 0).astype(np.uint8)
+    mask = (values > 127).astype(np.uint8)
+    if not mask.any() and peak > (_MAX_COMPRESSION_NOISE if is_lossy else 0):
+        raise ValueError(f"largest value {peak:g}")
+    return mask
+
+
+def rasterize_polygons(polygons: Sequence[Polygon], size_hw: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8 with 1 where a pixel centre lies inside any polygon (each by the even-odd rule); exact, clipped."""
+    height, width = size_hw
+    mask = np.zeros(size_hw, np.uint8)  # (H, W)
+    for polygon in polygons:
+        points = np.asarray(polygon, np.float64)  # (P, 2) as x, y
+        top = int(np.clip(np.floor(points[:, 1].min()), 0, height))
+        bottom = int(np.clip(np.ceil(points[:, 1].max()), 0, height))
+        if bottom <= top:
+            continue
+        toggles = np.zeros((bottom - top, width + 1), np.int32)
+        for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
+            # Rows whose centre r + 0.5 lies in [min y, max y): each edge is crossed once, horizontal ones never.
+            first, last = np.ceil(np.clip(np.array(sorted((y0, y1))) - 0.5, top, bottom)).astype(int)
+            rows = np.arange(first, min(last, bottom))
+            if rows.size:
+                x_cross = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0)
+                columns = np.clip(np.ceil(x_cross - 0.5), 0, width).astype(int)  # first centre right of the edge
+                np.add.at(toggles, (rows - top, columns), 1)
+        mask[top:bottom] |= (np.cumsum(toggles, axis=1)[:, :width] % 2).astype(np.uint8)
+    return mask
+
+
+def polygons_from_mask(mask: np.ndarray, max_points: int = 64, min_area: float = 16.0) -> tuple[Polygon, ...]:
+    """The regions of a mask as polygons, largest first, simplified until all together have at most `max_points` points.
+
+    Contours run along pixel edges (8-connected), so `rasterize_polygons` gives the mask back where the budget allows.
+    Holes are joined to their region by a seam of zero width. Douglas-Peucker with the smallest common tolerance that
+    fits; regions that no longer have three points are dropped, but never the largest.
+
+    Args:
+        mask: (H, W), non-zero = tampered.
+        max_points: >= 4, all regions together.
+        min_area: in pixels; smaller regions and holes are left out.
+    """
+    if max_points < 4:
+        raise ValueError(f"a region needs up to 4 points, max_points is {max_points}")
+    regions = _contour_regions(np.asarray(mask) != 0, min_area)
+    if not regions:
+        return ()
+    simplified = _simplify(regions, 0.0)
+    if sum(map(len, simplified)) > max_points:
+        low, high = 0.0, float(max(np.ptp(region[0], axis=0).max() for region in regions))
+        for _ in range(24):
+            middle = (low + high) / 2
+            fits = sum(map(len, _simplify(regions, middle))) <= max_points
+            low, high = (low, middle) if fits else (middle, high)
+        simplified = _simplify(regions, high)
+    while sum(map(len, simplified)) > max_points:
+        simplified.pop()
+    if not simplified:
+        (x0, y0), (x1, y1) = regions[0][0].min(axis=0), regions[0][0].max(axis=0)
+        simplified = [np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])]
+    return tuple(tuple((float(x), float(y)) for x, y in ring) for ring in simplified)
+
+
+def resize_mask(mask: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """(H, W) 0/1 to `size_hw`, uint8: 1 where at least half the area under a pixel was 1; growing repeats pixels."""
+    height, width = size_hw
+    area = np.ascontiguousarray(np.asarray(mask) != 0, dtype=np.float32)
+    shrunk_hw = (min(height, area.shape[0]), min(width, area.shape[1]))
+    if shrunk_hw != area.shape:
+        area = cv2.resize(area, shrunk_hw[::-1], interpolation=cv2.INTER_AREA)
+    if shrunk_hw != size_hw:
+        area = cv2.resize(area, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+    return (area >= 0.5 - 1e-6).astype(np.uint8)  # float32 averages of exactly one half come out a hair below
+
+
+def _read_mask_file(
+    target: ImageTarget, size_hw: tuple[int, int], record_id: str | None, source: str | None
+) -> np.ndarray:
+    path = target.mask_path or ""
+    try:
+        found_hw = image_size_hw(ImageInput(path=path))
+        _check_size(found_hw, size_hw, path, record_id, source)
+        return binarize_mask(decode(ImageInput(path=path), field="mask_path"))
+    except DataFormatError as error:
+        if error.record is not None:
+            raise
+        problem = error.problem.replace("image file", "mask file").replace("image path", "mask path")
+        raise DataFormatError(
+            problem.replace("image is", "mask is"),
+            record=record_id,
+            source=source,
+            field="mask_path",
+            found=path,
+            fix=error.fix,
+        ) from error
+    except ValueError as error:
+        raise DataFormatError(
+            f"mask holds neither 0/1 nor 0/255 ({error})",
+            record=record_id,
+            source=source,
+            field="mask_path",
+            found=path,
+            fix="save it as PNG with 255 for tampered and 0 for the rest",
+        ) from error
+
+
+def _check_size(
+    found_hw: tuple[int, int], size_hw: tuple[int, int], found: str, record_id: str | None, source: str | None
+) -> None:
+    if found_hw == size_hw:
+        return
+    if found_hw == size_hw[::-1]:
+        fix = "turn the mask: the image is used upright, as its EXIF orientation says (HxW is height x width)"
+    else:
+        fix = "resize the mask with nearest-neighbour, or check that it belongs to this image"
+    raise DataFormatError(
+        f"mask is {found_hw[0]}x{found_hw[1]} but the image is {size_hw[0]}x{size_hw[1]} (height x width)",
+        record=record_id,
+        source=source,
+        field="mask_path",
+        found=found,
+        fix=fix,
+    )
+
+
+def _check_polygon_frame(
+    polygons: Sequence[Polygon], size_hw: tuple[int, int], record_id: str | None, source: str | None
+) -> None:
+    """A point more than one pixel outside means another frame (a resized image, 0..1000 coordinates)."""
+    height, width = size_hw
+    for polygon in polygons:
+        for x, y in polygon:
+            if not (-1 <= x <= width + 1 and -1 <= y <= height + 1):
+                raise DataFormatError(
+                    "polygon leaves the image",
+                    record=record_id,
+                    source=source,
+                    field="polygons",
+                    found=(x, y),
+                    expected=f"x in 0..{width}, y in 0..{height}",
+                    fix="give x, y in pixels of the upright original image",
+                )
+
+
+def _contour_regions(mask: np.ndarray, min_area: float) -> list[list[np.ndarray]]:
+    """[outer ring, hole, hole, ...] per region, largest first; rings (P, 2) float64 in pixel-edge coordinates."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not rows.size:
+        return []
+    top, left = int(rows[0]), int(columns[0])
+    crop = mask[top : rows[-1] + 1, left : columns[-1] + 1]
+    # A grid with nodes on pixel corners, edges and centres: contours through its set nodes run on the pixel edges.
+    nodes = np.zeros((2 * crop.shape[0] + 1, 2 * crop.shape[1] + 1), np.uint8)
+    nodes[1::2, 1::2] = crop
+    nodes = cv2.dilate(nodes, np.ones((3, 3), np.uint8))
+    contours, hierarchy = cv2.findContours(nodes, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    rings = [contour[:, 0].astype(np.float64) / 2 + (left, top) for contour in contours]
+    areas = [abs(cv2.contourArea(ring.astype(np.float32))) for ring in rings]
+    regions: list[tuple[float, list[np.ndarray]]] = []
+    for index, ring in enumerate(rings):
+        if hierarchy[0][index][3] >= 0 or areas[index] < min_area:
+            continue  # a hole, or too small
+        holes = [k for k in range(len(rings)) if hierarchy[0][k][3] == index and areas[k] >= min_area]
+        regions.append((areas[index], [ring, *(rings[k] for k in holes)]))
+    regions.sort(key=lambda region: -region[0])
+    return [region for _, region in regions]
+
+
+def _simplify(regions: list[list[np.ndarray]], tolerance: float) -> list[np.ndarray]:
+    """One ring per region that survives the tolerance (in pixels), holes joined in."""
+    result = []
+    for region in regions:
+        rings = [cv2.approxPolyDP(ring.astype(np.float32), tolerance, closed=True)[:, 0] for ring in region]
+        rings = [ring.astype(np.float64) for ring in rings if len(ring) >= 3]
+        if rings and len(cv2.approxPolyDP(region[0].astype(np.float32), tolerance, closed=True)) >= 3:
+            outer = rings[0]
+            for hole in rings[1:]:
+                outer = _join(outer, hole)
+            result.append(outer)
+    return result
+
+
+def _join(outer: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """Outer ring with a hole attached by a seam between their nearest points; even-odd filling keeps the hole empty."""
+    distances = ((outer[:, None] - hole[None]) ** 2).sum(axis=2)  # (P_outer, P_hole)
+    at, start = np.unravel_index(int(distances.argmin()), distances.shape)
+    loop = np.roll(hole, -int(start), axis=0)
+    return np.concatenate([outer[: at + 1], loop, loop[:1], outer[at:]])

@@ -1,0 +1,111 @@
+"""Splits a .json or .jsonl file into raw objects with their place; knows nothing about what the objects mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import DataFormatError
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+
+
+def iter_objects(path: Path) -> Iterator[tuple[str, str, Any]]:
+    """Yield (position, source, parsed value or DataFormatError) for every entry of a file, in order.
+
+    Position is the 1-based line of a .jsonl file and the 0-based index of a .json list. A damaged line is yielded as
+    its error, so that the lines after it are read too.
+
+    Raises:
+        DataFormatError: the file cannot be opened, or a .json file cannot be parsed.
+    """
+    if path.suffix.lower() not in JSON_SUFFIXES:
+        raise DataFormatError(
+            "unknown kind of data file", source=path.name, found=str(path), expected=" or ".join(JSON_SUFFIXES)
+        )
+    if not path.is_file():
+        raise DataFormatError("data file not found", source=path.name, found=str(path), fix="check the path")
+    try:
+        if path.suffix.lower() == ".json":
+            yield from _from_json(path)
+        else:
+            yield from _from_lines(path)
+    except OSError as error:
+        raise DataFormatError(
+            f"data file cannot be read ({error.strerror})", source=path.name, found=str(path)
+        ) from error
+
+
+def _from_lines(path: Path) -> Iterator[tuple[str, str, Any]]:
+    with path.open("rb") as stream:  # bytes, so that only "\n" ends a line and one bad line does not spoil the next
+        for number, line in enumerate(stream, start=1):
+            source = f"{path.name}:{number}"
+            try:
+                text = _decode(line.rstrip(b"\r\n"), source)
+                value = _parse(text, source) if text.strip() else None
+            except DataFormatError as error:
+                yield str(number), source, error
+                continue
+            if value is not None or text.strip():
+                yield str(number), source, value
+
+
+def _from_json(path: Path) -> Iterator[tuple[str, str, Any]]:
+    text = _decode(path.read_bytes(), path.name)
+    value = _parse(text, path.name) if text.strip() else []
+    for index, entry in enumerate(_entries(value, path.name)):
+        yield str(index), f"{path.name}[{index}]", entry
+
+
+def _entries(value: Any, source: str) -> list[Any]:
+    """The list of a .json file: the value itself, the one list of objects inside it, or a single record."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict):
+        raise DataFormatError("no list of records", source=source, found=value, expected="[{...}, {...}]")
+    if "conversations" in value or "messages" in value:
+        return [value]
+    if len(value) == 1 and [] in value.values():
+        return []
+    lists = [
+        key
+        for key, inner in value.items()
+        if isinstance(inner, list) and any(isinstance(entry, dict) for entry in inner)
+    ]
+    if len(lists) > 1:
+        raise DataFormatError(
+            "several lists of records in one file", source=source, found=lists, fix="save the one that is meant alone"
+        )
+    return list(value[lists[0]]) if lists else [value]
+
+
+def _decode(data: bytes, source: str) -> str:
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataFormatError("file is UTF-16", source=source, fix="save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataFormatError(
+            f"not UTF-8 at byte {error.start + 1}",
+            source=source,
+            found=data[error.start : error.start + 8],
+            fix="save the file as UTF-8 (it may be GBK)",
+        ) from error
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = "" if ".jsonl:" in source or ".ndjson:" in source else f"line {error.lineno}, "
+        is_lines = error.msg == "Extra data" and error.lineno > 1
+        raise DataFormatError(
+            f"damaged JSON at {line}column {error.colno}: {error.msg}",
+            source=source,
+            found=text[max(0, error.pos - 30) : error.pos + 30],
+            fix="name the file .jsonl, it holds one object per line" if is_lines else "repair this place",
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested thousands deep
+        raise DataFormatError(f"damaged JSON: {str(error)[:100]}", source=source, fix="repair or remove it") from error

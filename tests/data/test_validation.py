@@ -1,0 +1,219 @@
+"""Validation: each kind of bad input of the data is found, all at once, one line each, before training starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.data.readers import read_records
+from finetune.data.validation import (
+    InvalidDataError,
+    check_file,
+    check_records,
+    leaking_tokens,
+    validate_for_training,
+)
+from finetune.errors import DataFormatError
+from finetune.schema import ImageInput, ImageTarget, Record, Turn
+from finetune.special_tokens import SpecialTokens
+
+TOKENS = SpecialTokens(num_cls=1, num_mask=4)
+RUN = "<cls><mask_1><mask_2><mask_3><mask_4>"
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg")
+    Image.fromarray(np.eye(40, 60, dtype=np.uint8) * 255).save(tmp_path / "m.png")
+    Image.fromarray(np.eye(40, 50, dtype=np.uint8) * 255).save(tmp_path / "small.png")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:900])
+    return str(tmp_path / "a.jpg")
+
+
+def record(photo: str, answer: str, question: str = "<image>?", num_images: int = 1, **fields: Any) -> Record:
+    return Record(
+        id="r",
+        images=(ImageInput(path=photo),) * num_images,
+        targets=(ImageTarget(**fields),) * num_images,
+        turns=(Turn("user", question), Turn("assistant", answer)),
+        source="t.jsonl:1",
+    )
+
+
+def messages(records: list[Record], tokens: SpecialTokens = TOKENS, **options: Any) -> list[str]:
+    found = [problem.message for problem in check_records(records, tokens, **options)]
+    assert all("\n" not in message for message in found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "real",
+        RUN + '{"result": "fake"}',
+        '{"result": real<cls>, "mask": []<mask_1><mask_2><mask_3><mask_4>}',
+        "区域: <mask_1> - <mask_4>；结论：<cls>",
+        "<mask_1>~<mask_4>",
+        "<cls> only",
+        "<cls_1> - <cls_1>",
+    ],
+)
+def test_good_answers_pass(photo: str, answer: str) -> None:
+    assert messages([record(photo, answer)]) == []
+
+
+def test_two_images_take_two_runs_over_all_turns(photo: str) -> None:
+    two = {"num_images": 2, "question": "<image><image>?"}
+    assert messages([record(photo, RUN + "a" + RUN, **two)]) == []
+    good = record(photo, RUN, **two)
+    split = Record(good.id, good.images, good.targets, (*good.turns, Turn("user", "and?"), Turn("assistant", RUN)))
+    assert messages([split]) == []
+    found = messages([record(photo, RUN, **two)])
+    assert [message.split(";")[0] for message in found] == [
+        "record 'r' (t.jsonl:1): 1 cls tokens for 2 images",
+        "record 'r' (t.jsonl:1): 4 mask tokens for 2 images",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("<mask_1> - <mask_40>", "set tokens.num_mask: 40, or write <mask_1> - <mask_4>"),
+        ("<cls_1> - <cls_32>", "set tokens.num_cls: 32, or write <cls>"),
+        ("<mask_1> - <mask_999999999>", "number the tokens <mask_1>, <mask_2>"),
+        ("<mask_01>", "without leading zeros"),
+        ("<cls_1>", "write <cls>, the spelling of a single token"),
+        ("<mask_1><mask_2><mask_3>", "3 mask tokens for 1 images"),
+        ("<mask_1> - <mask_3>", "3 mask tokens for 1 images"),
+        (
+            "<mask_1><mask_3><mask_2><mask_4>",
+            "mask tokens out of order at number 2; found '<mask_3>'; expected <mask_2>",
+        ),
+        ("<cls><cls>", "2 cls tokens for 1 images"),
+        (" \n", "assistant turn is empty"),
+        ("a<|image_pad|>", "control token of the chat format"),
+        ("a<image>", "2 <image> placeholders but 1 images"),
+    ],
+)
+def test_bad_answers_are_named(photo: str, answer: str, expected: str) -> None:
+    (message,) = messages([record(photo, answer)])
+    assert message.startswith("record 'r' (t.jsonl:1): ")
+    assert expected in message
+    assert "fix: " in message
+
+
+def test_cls_of_a_one_token_spelling_in_a_larger_vocabulary(photo: str) -> None:
+    (message,) = messages([record(photo, "<cls>")], SpecialTokens(num_cls=3, num_mask=4))
+    assert "write <cls_1> - <cls_3>, or set tokens.num_cls: 1" in message
+
+
+def test_tokens_and_roles(photo: str) -> None:
+    (message,) = messages([record(photo, "ok", question="<image> <cls>?")])
+    assert "forensic token in a user turn" in message
+    only_user = Record("r", (), (), (Turn("user", "hello"),))
+    (message,) = messages([only_user])
+    assert "without an assistant turn" in message
+    (message,) = messages([record(photo, "ok", question="no placeholder")])
+    assert "0 <image> placeholders but 1 images" in message
+
+
+def test_a_record_for_templates_needs_labels(photo: str) -> None:
+    image = (ImageInput(path=photo),)
+    assert "no label" in messages([Record("r", image, (ImageTarget(),))])[0]
+    assert messages([Record("r", image, (ImageTarget(0),)), Record("s", image, (ImageTarget(1),))]) == []
+
+
+def test_the_users_first_example_is_reported_not_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    answer = "伪造区域: <mask_1> - <mask_32>；真实性结论：<cls_1> - <cls_32>"
+    turns = [
+        {"role": "user", "content": "<image> 这张证件照是否存在PS痕迹？"},
+        {"role": "assistant", "content": answer},
+    ]
+    path.write_text(json.dumps({"conversations": turns}, ensure_ascii=False), encoding="utf-8")
+    records = read_records(path)
+    (message,) = messages(records, SpecialTokens(32, 32))
+    assert "1 <image> placeholders but 0 images" in message
+    found = messages(records, SpecialTokens())
+    assert len(found) == 2
+    assert "tokens.num_cls: 32" in found[1]
+    assert leaking_tokens(records[0], SpecialTokens(32, 32))
+
+
+def test_everything_wrong_in_a_file_is_found_at_once(photo: str, tmp_path: Path) -> None:
+    entries = [
+        {"id": "good", "image": "a.jpg", "label": 1, "mask": "m.png"},
+        {"id": "missing", "image": "none.jpg", "label": 0},
+        {"id": "cut", "image": "cut.jpg", "label": 0},
+        {"id": "size", "image": "a.jpg", "label": 1, "mask": "small.png"},
+        {"id": "label", "image": "a.jpg", "label": "1"},
+        {"id": "both", "image": "cut.jpg", "messages": [{"role": "assistant", "content": "<image><mask_9>"}]},
+    ]
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(map(json.dumps, entries)) + "\n{broken", encoding="utf-8")
+    records, problems = check_file(path, TOKENS)
+    assert len(records) == 5
+    by_record = [
+        (problem.record, problem.message.split(": ", 1)[1].split(";")[0].split(" (")[0]) for problem in problems
+    ]
+    assert by_record == [
+        ("label", "label is neither 0 nor 1"),
+        ("", "damaged JSON at column 2: Expecting property name enclosed in double quotes"),
+        ("missing", "image file not found"),
+        ("cut", "image is truncated or damaged"),
+        ("size", "mask is 40x50 but the image is 40x60"),
+        ("both", "unknown mask token"),
+        ("both", "image is truncated or damaged"),
+    ]
+    _, without_pixels = check_file(path, TOKENS, check_pixels=False)
+    assert [problem.record for problem in without_pixels] == ["label", "", "missing", "both"]
+    with pytest.raises(InvalidDataError) as caught:
+        validate_for_training(records, TOKENS)
+    lines = str(caught.value).split("\n")
+    assert lines[0] == "5 problems in 4 of 5 records"
+    assert len(lines) == 6
+    assert isinstance(caught.value, DataFormatError)
+
+
+def test_long_lists_are_cut(photo: str) -> None:
+    with pytest.raises(InvalidDataError) as caught:
+        validate_for_training([record(photo, "<mask_9>")] * 30, TOKENS, check_pixels=False)
+    assert str(caught.value).count("\n") == 21
+    assert "and 10 more" in str(caught.value)
+
+
+def test_empty_files_and_single_classes(photo: str, tmp_path: Path) -> None:
+    (problem,) = check_records([], TOKENS)
+    assert (problem.severity, "empty data set" in problem.message) == ("error", True)
+    (tmp_path / "e.json").write_text("[]")
+    assert [problem.message.split("; ")[0] for problem in check_file(tmp_path / "e.json", TOKENS)[1]] == [
+        "(e.json): empty data set"
+    ]
+    (problem,) = validate_for_training([record(photo, RUN, label=0)], TOKENS)
+    assert problem.severity == "warning"
+    assert "only one class present" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("answers", "leaks"),
+    [
+        ([RUN + '{"result": "fake"}'], False),
+        ([" \n" + RUN], False),
+        (["<image>" + RUN], False),
+        (["no token"], False),
+        (['{"result": real<cls>}'], True),
+        (["<mask_1> - <mask_4>；结论：<cls>"], True),
+        (["first", RUN], True),
+        ([RUN, "then text"], False),
+        ([RUN + "text", RUN], True),
+    ],
+)
+def test_tokens_that_have_read_the_answer(photo: str, answers: list[str], leaks: bool) -> None:
+    turns = [turn for answer in answers for turn in (Turn("user", "<image>?"), Turn("assistant", answer))]
+    assert leaking_tokens(Record("r", (), (), tuple(turns)), TOKENS) is leaks
