@@ -1,0 +1,96 @@
+"""Samples become one batch: padded ids, every key the image processor returns, targets at their own sizes.
+
+What a batch holds is defined here, once; see `ForensicCollator.__call__`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from finetune.data.dataset import Sample
+from finetune.special_tokens import IGNORE_INDEX, SpecialTokens
+
+MODEL_KEYS = (
+    "input_ids",
+    "attention_mask",
+    "mm_token_type_ids",
+    "pixel_values",
+    "image_grid_thw",
+    "logits_to_keep",
+    "mask_sizes_hw",
+)
+"""Keys of a batch that are arguments of the model's forward; the others are targets and names."""
+
+
+class ForensicCollator:
+    """Callable for a DataLoader; `padding_side` is right for training and left for generation."""
+
+    def __init__(
+        self, processor: Any, tokens: SpecialTokens, padding_side: Literal["left", "right"] = "right"
+    ) -> None:
+        self.processor = processor
+        self.padding_side = padding_side
+        ids = processor.tokenizer.convert_tokens_to_ids
+        self.cls_ids = set(ids(list(tokens.cls)))
+        self.mask_ids = set(ids(list(tokens.mask)))
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The batch of B samples with N images.
+
+        Returns:
+            input_ids, attention_mask, mm_token_type_ids: (B, T) int64, 1 = image token in the last.
+            labels: (B, T) int64, -100 where unsupervised.
+            logits_to_keep: (B, T) bool, True where the next token is supervised, K in all; text_targets: (K,) int64.
+            pixel_values: (P, 1176) float32, image_grid_thw: (N, 3) int64, and anything else the image processor returns;
+                absent in a batch without images.
+            cls_labels: (N,) int64 in {0, 1, -100}; mask_targets: N uint8 tensors (h, w) or None.
+            mask_sizes_hw: N pairs, the size each mask is compared at.
+            cls_image_index, mask_image_index: which of the N images have tokens of each kind.
+            record_ids: B names.
+        """
+        batch: dict[str, Any] = self._text(samples)
+        images = [image for sample in samples for image in sample.images]
+        if images:
+            batch.update(self.processor.image_processor(images=images, return_tensors="pt"))
+        batch["cls_labels"] = torch.tensor([x for s in samples for x in s.cls_labels], dtype=torch.long)
+        batch["mask_targets"] = [None if m is None else torch.from_numpy(m) for s in samples for m in s.masks]
+        batch["mask_sizes_hw"] = [size for s in samples for size in s.mask_sizes_hw]
+        batch["cls_image_index"] = self._images_with(samples, self.cls_ids)
+        batch["mask_image_index"] = self._images_with(samples, self.mask_ids)
+        batch["record_ids"] = [sample.record_id for sample in samples]
+        return batch
+
+    def _text(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        length = max(len(sample.input_ids) for sample in samples)
+        shape = (len(samples), length)
+        input_ids = torch.full(shape, self.processor.tokenizer.pad_token_id, dtype=torch.long)
+        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        for row, sample in enumerate(samples):
+            n = len(sample.input_ids)
+            place = slice(0, n) if self.padding_side == "right" else slice(length - n, length)
+            input_ids[row, place] = torch.tensor(sample.input_ids)
+            labels[row, place] = torch.tensor(sample.labels)
+            attention_mask[row, place] = 1
+        supervised = torch.zeros(shape, dtype=torch.bool)
+        supervised[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "mm_token_type_ids": (input_ids == self.processor.image_token_id).long(),
+            "labels": labels,
+            "logits_to_keep": supervised,
+            "text_targets": labels[:, 1:][supervised[:, :-1]],
+        }
+
+    def _images_with(self, samples: Sequence[Sample], ids: set[int]) -> Tensor:
+        index, first = [], 0
+        for sample in samples:
+            if not ids.isdisjoint(sample.input_ids):
+                index += range(first, first + len(sample.images))
+            first += len(sample.images)
+        return torch.tensor(index, dtype=torch.long)

@@ -1,0 +1,237 @@
+"""Records become samples: decoded images, pixel targets at the size the loss wants, and rendered token ids with labels.
+
+Nothing is truncated and nothing is skipped: a record that does not fit is an error that names it. No batching here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from finetune.config import DataConfig, SourceConfig
+from finetune.data.chat import conversation, encode, load_template, segments
+from finetune.data.images import image_size_hw, load_image
+from finetune.data.masks import load_mask, polygons_from_mask, resize_mask
+from finetune.data.readers import read_records
+from finetune.data.validation import leaking_tokens, validate_for_training
+from finetune.errors import ConfigError, DataFormatError
+from finetune.schema import Polygon, Record, Turn
+from finetune.special_tokens import IGNORE_INDEX, SpecialTokens
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Sample:
+    """One record, ready for the collator.
+
+    images: decoded RGB images, upright. input_ids, labels: equally long. cls_labels: one per image, 0, 1 or -100.
+    masks: one per image, (h, w) uint8 0/1 at `mask_sizes_hw`, or None.
+    """
+
+    record_id: str
+    images: list[Image.Image]
+    input_ids: list[int]
+    labels: list[int]
+    cls_labels: list[int] = field(default_factory=list)
+    masks: list[np.ndarray | None] = field(default_factory=list)
+    mask_sizes_hw: list[tuple[int, int]] = field(default_factory=list)
+
+
+class ForensicDataset(Dataset):
+    """A list of records seen through a template, a vocabulary and a processor; map-style.
+
+    Args:
+        records: as read.
+        processor: the Qwen2.5-VL processor, its pixel bounds already set.
+        config: `template`, `layout`, `max_length`, `mask_resolution` and `max_polygon_points` are read.
+    """
+
+    def __init__(self, records: Sequence[Record], processor: Any, tokens: SpecialTokens, config: DataConfig) -> None:
+        self.records = list(records)
+        self.processor = processor
+        self.tokens = tokens
+        self.config = config
+        self.template = load_template(config.template)
+        _warn_of_leaks(self.records, tokens)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def class_labels(self) -> list[int | None]:
+        """Label of each record: 1 if any of its images is tampered, 0 if real, None if unknown."""
+        return [record.label for record in self.records]
+
+    def __getitem__(self, index: int) -> Sample:
+        """Decode and render one record.
+
+        Raises:
+            DataFormatError: unreadable image or mask, or more than `max_length` tokens.
+        """
+        record = self.records[index]
+        images = [load_image(image, record.id, record.source) for image in record.images]
+        sizes = [(image.height, image.width) for image in images]
+        processed = [self.processed_size(size) for size in sizes]
+        masks = [
+            load_mask(target, size, record.id, record.source)
+            for target, size in zip(record.targets, sizes, strict=True)
+        ]
+        turns = self._turns(record, sizes, masks)
+        input_ids, labels = self._encode(record, turns, processed)
+        mask_sizes = processed if self.config.mask_resolution == "processed" else sizes
+        return Sample(
+            record_id=record.id,
+            images=images,
+            input_ids=input_ids,
+            labels=labels,
+            cls_labels=[IGNORE_INDEX if t.label is None else t.label for t in record.targets],
+            masks=[m if m is None else resize_mask(m, s) for m, s in zip(masks, mask_sizes, strict=True)],
+            mask_sizes_hw=mask_sizes,
+        )
+
+    def processed_size(self, size_hw: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of an image after Qwen2.5-VL's smart resize, from its original size."""
+        image_processor = self.processor.image_processor
+        return smart_resize(
+            *size_hw,
+            factor=image_processor.patch_size * image_processor.merge_size,
+            min_pixels=image_processor.size["shortest_edge"],
+            max_pixels=image_processor.size["longest_edge"],
+        )
+
+    def num_tokens(self, index: int) -> int:
+        """Length of a record's token sequence; reads image headers, and masks only where polygons must be made of them.
+
+        Raises:
+            DataFormatError: unreadable header, or too long.
+        """
+        record = self.records[index]
+        sizes = [image_size_hw(image, record.id, record.source) for image in record.images]
+        needs_masks = not record.turns and any(t.polygons is None and t.label == 1 for t in record.targets)
+        masks: list[np.ndarray | None] = [None] * len(sizes)
+        if needs_masks:
+            masks = [load_mask(t, s, record.id, record.source) for t, s in zip(record.targets, sizes, strict=True)]
+        turns = self._turns(record, sizes, masks)
+        return len(self._encode(record, turns, [self.processed_size(size) for size in sizes])[0])
+
+    def check_lengths(self) -> list[DataFormatError]:
+        """An error for every record that is too long, all at once, without decoding images."""
+        errors = []
+        for index in range(len(self)):
+            try:
+                self.num_tokens(index)
+            except DataFormatError as error:
+                errors.append(error)
+        return errors
+
+    def _turns(
+        self, record: Record, sizes: Sequence[tuple[int, int]], masks: Sequence[np.ndarray | None]
+    ) -> tuple[Turn, ...]:
+        polygons: list[tuple[Polygon, ...]] = []
+        if not record.turns:
+            budget = max(self.config.max_polygon_points // max(len(sizes), 1), 4)
+            for target, size, mask in zip(record.targets, sizes, masks, strict=True):
+                found = target.polygons
+                if target.label == 1 and mask is not None and _num_points(found) > budget:
+                    found = polygons_from_mask(mask, max_points=budget)
+                polygons.append(scale_polygons(found or (), size, self.processed_size(size)))
+        return conversation(record, self.template, self.tokens, self.config.layout, polygons)
+
+    def _encode(
+        self, record: Record, turns: Sequence[Turn], processed: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[int]]:
+        image_processor = self.processor.image_processor
+        cell = image_processor.patch_size * image_processor.merge_size
+        counts = [height * width // cell**2 for height, width in processed]
+        input_ids, labels = encode(segments(turns, self.template.system), self.processor.tokenizer, counts)
+        if len(input_ids) > self.config.max_length:
+            raise DataFormatError(
+                "too many tokens",
+                record=record.id,
+                source=record.source,
+                found=len(input_ids),
+                expected=f"at most data.max_length = {self.config.max_length}",
+                fix=f"raise data.max_length, lower data.max_pixels ({sum(counts)} tokens are images), or shorten the text",
+            )
+        return input_ids, labels
+
+
+def read_sources(sources: Sequence[SourceConfig], what: str) -> list[Record]:
+    """Records of every source in order; a weight w repeats a source's records w times (the fraction by even stride).
+
+    Raises:
+        ConfigError: no source. DataFormatError: see the readers.
+    """
+    if not sources:
+        raise ConfigError(f"data.{what} is empty; give the path of a JSON or JSONL file, e.g. data.{what}=[train.jsonl]")
+    records: list[Record] = []
+    for source in sources:
+        own = read_records(source.path, source.format, source.root)
+        if source.weight <= 0:
+            raise ConfigError(f"data.{what}: weight of {source.path} is {source.weight}; expected a number above 0")
+        count = max(1, round(len(own) * source.weight))
+        records += [own[i * len(own) // count] for i in range(count)] if source.weight < 1 else _repeat(own, count)
+    return records
+
+
+def load_dataset(
+    sources: Sequence[SourceConfig], what: str, processor: Any, tokens: SpecialTokens, config: DataConfig
+) -> ForensicDataset:
+    """Read, check and wrap the records of `data.train` or `data.eval`; every problem is found before training starts.
+
+    Raises:
+        DataFormatError: lists the problems, one line each.
+    """
+    records = read_sources(sources, what)
+    if what == "eval" and config.max_eval_samples is not None:
+        records = spread(records, config.max_eval_samples)
+    for warning in validate_for_training(records, tokens, check_pixels=False):
+        logger.warning("%s", warning.message)
+    dataset = ForensicDataset(records, processor, tokens, config)
+    errors = dataset.check_lengths()
+    if errors:
+        lines = "\n".join(f"- {error}" for error in errors[:20])
+        raise DataFormatError(f"{len(errors)} of {len(records)} records of data.{what} cannot be used\n{lines}")
+    return dataset
+
+
+def spread(records: Sequence[Record], count: int) -> list[Record]:
+    """`count` records at even distances, so that an ordered file keeps its mixture."""
+    if count >= len(records):
+        return list(records)
+    return [records[i * len(records) // count] for i in range(count)]
+
+
+def scale_polygons(
+    polygons: Iterable[Polygon], from_hw: tuple[int, int], to_hw: tuple[int, int]
+) -> tuple[Polygon, ...]:
+    """Polygons of an image of size `from_hw` in the frame of its resized copy."""
+    y_scale, x_scale = to_hw[0] / from_hw[0], to_hw[1] / from_hw[1]
+    return tuple(tuple((x * x_scale, y * y_scale) for x, y in polygon) for polygon in polygons)
+
+
+def _repeat(records: list[Record], count: int) -> list[Record]:
+    return [records[i % len(records)] for i in range(count)]
+
+
+def _num_points(polygons: Sequence[Polygon] | None) -> float:
+    return float("inf") if polygons is None else sum(len(polygon) for polygon in polygons)
+
+
+def _warn_of_leaks(records: Sequence[Record], tokens: SpecialTokens) -> None:
+    leaking = [record.id for record in records if leaking_tokens(record, tokens)]
+    if leaking:
+        logger.warning(
+            "in record '%s'%s a forensic token stands after text that gives its target away: the heads will learn to read the "
+            "answer, not the image; put the tokens first",
+            leaking[0],
+            f" and {len(leaking) - 1} others" if len(leaking) > 1 else "",
+        )
