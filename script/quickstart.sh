@@ -76,7 +76,13 @@ else
 fi
 
 step 4 "training"
-overrides=("output_dir=$OUT" "model.path=$OUT/tiny" "data.train=$OUT/data/train.jsonl" "data.eval=$OUT/data/eval.jsonl")
+yaml() { printf "'%s'" "${1//\'/\'\'}"; } # override values are YAML: quoted, any path is a string
+overrides=(
+    "output_dir=$(yaml "$OUT")"
+    "model.path=$(yaml "$OUT/tiny")"
+    "data.train=[{path: $(yaml "$OUT/data/train.jsonl")}]"
+    "data.eval=[{path: $(yaml "$OUT/data/eval.jsonl")}]"
+)
 if [[ -n "$LIMIT" ]]; then overrides+=("train.max_seconds=$LIMIT"); fi
 accelerate launch --config_file configs/accelerate/cpu.yaml --num_cpu_threads_per_process "$OMP_NUM_THREADS" \
     sft_llm.py --config configs/train/quickstart.yaml "${overrides[@]}"
