@@ -1,7 +1,7 @@
 """One self-contained HTML file about a run: facts, metrics beside the baselines, curves, and every sample to look at.
 
-No file beside it, no network, no library: pictures are data URIs, charts inline SVG. Chinese and English. What the parts
-look like stands in `report_table`, `report_charts`, `report_cards` and `report_assets`; here they are put together.
+No file beside it, no network, no library: pictures are data URIs, charts inline SVG. Chinese and English. What the
+parts look like stands in `report_table`, `report_charts`, `report_cards` and `report_assets`; here they are joined.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def _header(title: str, facts: Mapping[str, Any]) -> str:
     nav = "".join(f'<a href="#{anchor}">{bilingual(zh, en)}</a>' for anchor, zh, en in links)
     ordered = [key for key in _FACTS if key in facts] + [key for key in facts if key not in _FACTS]
     rows = "".join(
-        f"<div{_wide(facts[key])}><dt>{bilingual(*_FACTS.get(key, (key, key)))}</dt><dd>{_fact(key, facts[key])}</dd></div>"
+        f"<div{_wide(facts[key])}><dt>{bilingual(*_FACTS.get(key, (key, key)))}</dt>"
+        f"<dd>{_fact(key, facts[key])}</dd></div>"
         for key in ordered
     )
     return (

@@ -1,7 +1,7 @@
 """Style sheet and script of the HTML report, as strings because the report is one file.
 
-The style follows the system's light or dark scheme, folds to one column on a phone and prints without controls. The script
-does four things: language switch, filter, sort, enlarge a picture. The report is readable without it.
+The style follows the system's light or dark scheme, folds to one column on a phone and prints without controls. The
+script does four things: language switch, filter, sort, enlarge a picture. The report is readable without it.
 """
 
 CSS = """
@@ -26,7 +26,8 @@ button:hover,select:hover{border-color:var(--accent)}
 button[aria-pressed=true]{background:var(--accent);border-color:var(--accent);color:var(--card)}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 .languages{display:flex}.languages button{padding:3px 10px;border-radius:0}
-.languages button:first-child{border-radius:8px 0 0 8px}.languages button:last-child{border-radius:0 8px 8px 0;border-left:0}
+.languages button:first-child{border-radius:8px 0 0 8px}
+.languages button:last-child{border-radius:0 8px 8px 0;border-left:0}
 dl{margin:0}
 dl.run{max-width:1240px;margin:auto;padding:4px 20px 16px;display:grid;gap:8px 26px;
 grid-template-columns:repeat(auto-fill,minmax(190px,1fr))}
@@ -38,7 +39,8 @@ section{margin-top:26px}h2{font-size:1.12rem;margin:0 0 12px}
 .tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(215px,1fr));margin-bottom:14px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:12px 16px}
 .tile span{color:var(--soft);font-size:.87rem}
-.tile b{display:block;font-size:2rem;line-height:1.2;font-weight:650;font-variant-numeric:tabular-nums;letter-spacing:-.01em}
+.tile b{display:block;font-size:2rem;line-height:1.2;font-weight:650;letter-spacing:-.01em;
+font-variant-numeric:tabular-nums}
 .tile small{display:block;color:var(--soft);font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:12px}
 table.metrics{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
@@ -49,7 +51,7 @@ table.metrics{border-collapse:collapse;width:100%;font-variant-numeric:tabular-n
 .metrics td.best{font-weight:700}.metrics .none,.metrics .ci{color:var(--soft)}.arrow{color:var(--soft)}
 .metrics .plot{width:150px;text-align:left}.metrics .plot .right{float:right}
 .metrics caption{text-align:left;padding:10px 14px 6px;font-weight:650;font-size:.9rem}
-.ops{max-width:760px}.ops+*{margin-top:12px}
+.scroll.ops{max-width:760px}
 .dots{width:120px;height:16px;display:block}.dots .axis{stroke:var(--line);stroke-width:1.5}
 .dots .ci{stroke:var(--c1);stroke-width:5;opacity:.35;stroke-linecap:round}.dots .model{fill:var(--c1)}
 .dots .base{fill:var(--card);stroke:var(--soft);stroke-width:1.4}
@@ -62,7 +64,8 @@ table.metrics{border-collapse:collapse;width:100%;font-variant-numeric:tabular-n
 .grid{stroke:var(--line);stroke-width:1}.axis{stroke:var(--soft);stroke-width:1}
 .line{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round}.line.raw{opacity:.3;stroke-width:1.2}
 .line.chance{stroke:var(--soft);stroke-dasharray:4 4;stroke-width:1}
-.dot,.bar.c1,.bar.c2,.bar.c3,.bar.c4{fill:currentColor}.threshold{stroke:var(--ink);stroke-dasharray:4 3;stroke-width:1.2}
+.dot,.bar.c1,.bar.c2,.bar.c3,.bar.c4{fill:currentColor}
+.threshold{stroke:var(--ink);stroke-dasharray:4 3;stroke-width:1.2}
 .c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}
 .key::before{content:"";display:inline-block;width:12px;height:4px;border-radius:2px;background:currentColor;margin-right:5px;
 vertical-align:middle}
@@ -86,7 +89,8 @@ border:1px solid var(--line)}
 .badge.bad{color:var(--bad);background:var(--badbg);border-color:transparent}
 .pictures{display:grid;grid-template-columns:repeat(4,1fr);gap:8px}
 .pictures figure{margin:0;min-width:0}
-.pictures img,.missing{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:#0b0d11;border-radius:6px}
+.pictures img,.missing{display:block;
+width:100%;aspect-ratio:1;object-fit:contain;background:var(--tile);border-radius:6px}
 .pictures img{cursor:zoom-in}
 .missing{display:grid;place-items:center;color:var(--soft);font-size:.8rem;
 background:repeating-linear-gradient(135deg,var(--line) 0 2px,var(--tile) 2px 12px)}
@@ -96,8 +100,9 @@ background:repeating-linear-gradient(135deg,var(--line) 0 2px,var(--tile) 2px 12
 .meter{display:inline-block;width:64px;height:6px;border-radius:3px;background:var(--line);overflow:hidden;vertical-align:middle}
 .meter i{display:block;height:100%;background:var(--c1)}
 .answer{margin-top:8px;font-size:.87rem}.answer>span:first-child{color:var(--soft);margin-right:8px}
-pre{margin:5px 0 0;padding:8px 10px;background:var(--tile);border:1px solid var(--line);border-radius:8px;max-height:116px;
-overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere;font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,
+pre{margin:5px 0 0;padding:8px 10px;background:var(--tile);border:1px solid var(--line);border-radius:8px;
+max-height:116px;overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere;
+font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,
 "Noto Sans Mono CJK SC","WenQuanYi Zen Hei Mono","PingFang SC","Microsoft YaHei",monospace}
 dialog{border:0;border-radius:12px;padding:12px;background:var(--card);color:var(--ink);max-width:96vw}
 dialog::backdrop{background:#000b}dialog img{display:block;width:min(88vw,78vh);max-height:82vh;object-fit:contain}
@@ -105,9 +110,9 @@ dialog p{margin:6px 0 0;text-align:center;font-size:.87rem}
 [hidden]{display:none!important}
 @media (max-width:600px){main,.bar,dl.run{padding-left:12px;padding-right:12px}.pictures{grid-template-columns:1fr 1fr}
 .controls{position:static}dl.run{grid-template-columns:1fr 1fr}.metrics th,.metrics td{padding:6px 9px}
-.metrics th:first-child{white-space:normal;min-width:110px}}
-@media print{:root{--bg:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#ccc;--tile:#f6f6f6;--accent:#1f63d0;--ok:#17703f;
---okbg:#fff;--bad:#b3261e;--badbg:#fff;--c1:#1f63d0;--c2:#d2481c;--c3:#7a3fc4;--c4:#14866d}
+.metrics tr>th:first-child{white-space:normal;min-width:104px;position:sticky;left:0;background:var(--card)}}
+@media print{:root{--bg:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#ccc;--tile:#f6f6f6;--accent:#1f63d0;
+--ok:#17703f;--okbg:#fff;--bad:#b3261e;--badbg:#fff;--c1:#1f63d0;--c2:#d2481c;--c3:#7a3fc4;--c4:#14866d}
 body{font-size:11px}nav,.languages,.controls{display:none}.card,.chart,.tile,tr{break-inside:avoid}
 main,.bar,dl.run{max-width:none;padding-left:0;padding-right:0}pre{max-height:none;overflow:visible}
 .charts{grid-template-columns:repeat(3,1fr)}#cards{grid-template-columns:1fr 1fr}

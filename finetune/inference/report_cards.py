@@ -1,4 +1,4 @@
-"""The sample cards of the report: four pictures, verdict against truth, generated text, and the buttons that filter them."""
+"""The sample cards of the report: four pictures, verdict against truth, generated text; and the buttons that filter."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Outcome = Literal["tp", "tn", "fp", "fn", "unknown"]
 TOTAL_IMAGE_BYTES = 6_000_000
 """All pictures of one report together stay below this, in characters of base64."""
 
-_SIDES = (320, 256, 208, 160, 128, 96, 64)
-_QUALITIES = (82, 70, 55, 40)
+_LARGEST_SIDE, _SMALLEST_SIDE = 320, 48
+_QUALITY = 80
 
 _OUTCOMES: dict[Outcome, tuple[str, str]] = {
     "tp": ("命中", "tampering found"),
@@ -98,7 +98,7 @@ def controls_html(samples: Sequence[ReportSample]) -> str:
 
 
 def cards_html(samples: Sequence[ReportSample], mask_threshold: float) -> str:
-    """All cards; picture size and quality shrink with the number of samples to keep the file small."""
+    """All cards; pictures shrink with the number of samples to keep the file small."""
     budget = TOTAL_IMAGE_BYTES // max(1, len(samples))
     names = {name: index for index, name in enumerate(operations(samples))}
     return "".join(
@@ -137,8 +137,9 @@ def operation_table(samples: Sequence[ReportSample]) -> str:
         )
     )
     return (
-        f'<div class="scroll"><table class="metrics ops"><caption>{bilingual("按篡改方式（下列样本）", "By operation (samples below)")}'
-        f"</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        '<div class="scroll ops"><table class="metrics">'
+        f"<caption>{bilingual('按篡改方式（下列样本）', 'By operation (samples below)')}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -181,36 +182,39 @@ def _text_block(sample: ReportSample) -> str:
         mark = f'<span class="badge ok">{bilingual("可解析", "parsed")}</span>'
     else:
         mark = f'<span class="badge bad">{bilingual("无法解析", "not parsable")}</span>'
-    return f'<div class="answer"><span>{bilingual("模型回答", "Answer")}</span>{mark}<pre tabindex="0">{esc(sample.text)}</pre></div>'
+    heading = f"<span>{bilingual('模型回答', 'Answer')}</span>{mark}"
+    return f'<div class="answer">{heading}<pre tabindex="0">{esc(sample.text)}</pre></div>'
 
 
 def _pictures(sample: ReportSample, threshold: float, budget: int) -> str:
-    """Four figures, at the largest size and quality of which all together fit into `budget` characters."""
-    tiles: list[tuple[tuple[str, str], str | None]] = []
-    for side in _SIDES:
-        for quality in _QUALITIES:
-            tiles = _encoded(sample, threshold, side, quality)
-            if sum(len(uri) for _, uri in tiles if uri) <= budget:
-                return "".join(_picture(sample.id, label, uri) for label, uri in tiles)
-    return "".join(_picture(sample.id, label, uri) for label, uri in tiles)
+    """Four figures, at the largest size at which all together fit into `budget` characters."""
+    side = _LARGEST_SIDE
+    while True:
+        tiles = _encoded(sample, threshold, side)
+        used = sum(len(uri) for _, uri in tiles if uri)
+        if used <= budget or side <= _SMALLEST_SIDE:
+            return "".join(_picture(sample.id, label, uri) for label, uri in tiles)
+        # Bytes go with the area; a little less than that, so that one more try is usually enough.
+        side = max(_SMALLEST_SIDE, int(side * min(0.9, 0.95 * (budget / used) ** 0.5)))
 
 
-def _encoded(
-    sample: ReportSample, threshold: float, side: int, quality: int
-) -> list[tuple[tuple[str, str], str | None]]:
+def _encoded(sample: ReportSample, threshold: float, side: int) -> list[tuple[tuple[str, str], str | None]]:
     size_hw = (
         (sample.image.height, sample.image.width) if isinstance(sample.image, Image.Image) else sample.image.shape[:2]
     )
     has_scores = sample.mask_scores is not None
     scores = sample.mask_scores if sample.mask_scores is not None else np.zeros(size_hw, dtype=np.float32)
-    shown = evidence_tiles(sample.image, sample.true_mask, scores, threshold=threshold, side=side)
+    try:
+        shown = evidence_tiles(sample.image, sample.true_mask, scores, threshold=threshold, side=side)
+    except ValueError as error:
+        raise ValueError(f"record {sample.id!r}: {error}") from error
     truth = None
     if shown.true_mask is not None:
         truth = data_uri(Image.fromarray(shown.true_mask).convert("1"), None)
-    heat = data_uri(Image.fromarray(shown.heat), quality) if has_scores else None
-    overlay = data_uri(Image.fromarray(shown.overlay), quality) if has_scores else None
+    heat = data_uri(Image.fromarray(shown.heat), _QUALITY) if has_scores else None
+    overlay = data_uri(Image.fromarray(shown.overlay), _QUALITY) if has_scores else None
     return [
-        (("图像", "image"), data_uri(Image.fromarray(shown.image), quality)),
+        (("图像", "image"), data_uri(Image.fromarray(shown.image), _QUALITY)),
         (("真实掩码", "true mask"), truth),
         (("预测热图", "heat map"), heat),
         (("叠加", "overlay"), overlay),
@@ -239,7 +243,8 @@ def _bar_cell(value: float | None) -> str:
 
 def _button(value: str, zh: str, en: str, count: int, is_pressed: bool = False) -> str:
     pressed = "true" if is_pressed else "false"
-    return f'<button type="button" data-filter="{value}" aria-pressed="{pressed}">{bilingual(zh, en)} <b>{count}</b></button>'
+    state = f'data-filter="{value}" aria-pressed="{pressed}"'
+    return f'<button type="button" {state}>{bilingual(zh, en)} <b>{count}</b></button>'
 
 
 def color_bar() -> str:

@@ -39,13 +39,14 @@ _TIMING = ("_runtime", "_per_second", "_time", "_model_preparation_time")
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: bilingual name, CSS class of its colour (`c1`…`c4`), finite points in the order of x."""
+    """One line of a chart: its name, CSS class of its colour (`c1`…`c4`), finite points by x, whether to smooth."""
 
     zh: str
     en: str
     color: str
     points: Points
     has_markers: bool = False
+    is_noisy: bool = True
 
 
 def training_charts(history: Sequence[Mapping[str, Any]]) -> str:
@@ -67,7 +68,7 @@ def training_charts(history: Sequence[Mapping[str, Any]]) -> str:
     rest = [key for key in curves if key.removeprefix("eval_") not in losses]
     for key in sorted(rest, key=lambda key: (not key.startswith("eval_"), key)):
         is_eval = key.startswith("eval_")
-        series = Series(*_name(key), "c2" if is_eval else "c3", curves[key], has_markers=is_eval)
+        series = Series(*_name(key), "c2" if is_eval else "c3", curves[key], is_eval, key != "learning_rate")
         in_unit = is_eval and all(0 <= y <= 1 for _, y in curves[key])
         figures.append(line_chart(_name(key), [series], y_range=(0.0, 1.0) if in_unit else None, has_legend=False))
     return "".join(figures)
@@ -90,7 +91,7 @@ def line_chart(
     body = [axes.grid(x_label)]
     for line in series:
         shown = thin(line.points)
-        is_long = len(shown) > 40 and not line.has_markers
+        is_long = len(shown) > 40 and line.is_noisy and not line.has_markers
         body.append(axes.path(shown, f"line {line.color}{' raw' if is_long else ''}"))
         if is_long:
             body.append(axes.path(_running_mean(shown), f"line {line.color}"))
@@ -149,7 +150,7 @@ def roc_chart(sets: Mapping[str, tuple[Sequence[int], Sequence[float]]], names: 
 
 
 def roc_points(labels: Sequence[int], scores: Sequence[float]) -> Points:
-    """(false-alarm rate, detection rate) for every distinct score as threshold, from (0, 0) to (1, 1); [] if one-class."""
+    """(false-alarm rate, detection rate) at every distinct score, (0, 0) to (1, 1); [] where a class is missing."""
     truth, values = np.asarray(labels) == 1, np.asarray(scores, dtype=np.float64)
     if truth.all() or not truth.any():
         return []

@@ -41,23 +41,23 @@ GROUPS: dict[str, tuple[str, str]] = {
 
 ROWS: tuple[MetricRow, ...] = (
     MetricRow("image", "auroc", "AUROC", "AUROC", "up"),
-    MetricRow("image", "average_precision", "平均精度", "average precision", "up"),
-    MetricRow("image", "balanced_accuracy", "平衡准确率", "balanced accuracy", "up"),
-    MetricRow("image", "accuracy", "准确率", "accuracy", "up"),
+    MetricRow("image", "average_precision", "平均精度", "Average precision", "up"),
+    MetricRow("image", "balanced_accuracy", "平衡准确率", "Balanced accuracy", "up"),
+    MetricRow("image", "accuracy", "准确率", "Accuracy", "up"),
     MetricRow("image", "f1", "F1", "F1", "up"),
-    MetricRow("image", "ece", "校准误差 ECE", "calibration error (ECE)", "down"),
-    MetricRow("image", "n_real", "真实图数量", "authentic images", "count"),
-    MetricRow("image", "n_fake", "篡改图数量", "tampered images", "count"),
-    MetricRow("localization", "f1", "像素 F1 @0.5", "pixel F1 @0.5", "up"),
+    MetricRow("image", "ece", "校准误差 ECE", "Calibration error", "down"),
+    MetricRow("image", "n_real", "真实图数量", "Authentic images", "count"),
+    MetricRow("image", "n_fake", "篡改图数量", "Tampered images", "count"),
+    MetricRow("localization", "f1", "像素 F1 @0.5", "Pixel F1 @0.5", "up"),
     MetricRow("localization", "iou", "IoU @0.5", "IoU @0.5", "up"),
     MetricRow("localization", "dice", "Dice", "Dice", "up"),
-    MetricRow("localization", "auc", "像素 AUC", "pixel AUC", "up"),
+    MetricRow("localization", "auc", "像素 AUC", "Pixel AUC", "up"),
     MetricRow("localization", "f1_best_threshold", "最佳阈值 F1", "F1 at best threshold", "up"),
-    MetricRow("localization", "n", "图像数量", "images", "count"),
-    MetricRow("authentic", "false_alarm_rate", "误报率", "false-alarm rate", "down"),
-    MetricRow("authentic", "false_positive_area", "误报面积", "false-positive area", "down"),
-    MetricRow("text", "parse_rate", "JSON 可解析率", "parse rate", "up"),
-    MetricRow("text", "label_agreement", "文本与判定一致率", "text agrees with verdict", "up"),
+    MetricRow("localization", "n", "图像数量", "Images", "count"),
+    MetricRow("authentic", "false_alarm_rate", "误报率", "False-alarm rate", "down"),
+    MetricRow("authentic", "false_positive_area", "误报面积", "False-positive area", "down"),
+    MetricRow("text", "parse_rate", "JSON 可解析率", "Parse rate", "up"),
+    MetricRow("text", "label_agreement", "文本与判定一致率", "Text agrees with verdict", "up"),
 )
 
 BASELINE_NAMES: dict[str, tuple[str, str]] = {
@@ -158,7 +158,8 @@ def table_html(metrics: Mapping[str, Any]) -> str:
     names = baseline_keys(metrics)
     labels = "".join(f'<th scope="col">{bilingual(*baseline_label(name))}</th>' for name in names)
     head = (
-        f'<tr><th scope="col">{bilingual("指标", "Metric")}</th><th scope="col">{bilingual("本模型", "This model")}</th>'
+        f'<tr><th scope="col">{bilingual("指标", "Metric")}</th>'
+        f'<th scope="col">{bilingual("本模型", "This model")}</th>'
         f'<th scope="col">{bilingual("95% 自助区间", "95% bootstrap")}</th>{labels}'
         f'<th scope="col" class="plot">0<span class="right">1</span></th></tr>'
     )
@@ -185,9 +186,9 @@ def tiles_html(metrics: Mapping[str, Any]) -> str:
         interval = interval_of(metrics, path)
         notes = [] if interval is None else [f"95% {interval[0]:.3f} – {interval[1]:.3f}"]
         known = [(name, as_number(value_of(metrics, row, name))) for name in baseline_keys(metrics)]
-        beside = " · ".join(f"{_short_baseline(name)} {value:.3f}" for name, value in known if value is not None)
+        beside = " · ".join(f"{_short_html(name)} {value:.3f}" for name, value in known if value is not None)
         notes += [beside] if beside else []
-        small = "".join(f"<small>{esc(note)}</small>" for note in notes)
+        small = "".join(f"<small>{note}</small>" for note in notes)
         arrow = _ARROWS[row.direction]
         value = format_number(value_of(metrics, row))
         tiles.append(f'<div class="tile"><span>{bilingual(zh, en)} {arrow}</span><b>{esc(value)}</b>{small}</div>')
@@ -234,6 +235,10 @@ def _dot_plot(values: list[Any], interval: tuple[float, float] | None) -> str:
 
 def _short_baseline(name: str) -> str:
     return {"ela": "ELA", "noise_variance": "噪声 noise"}.get(name, name)
+
+
+def _short_html(name: str) -> str:
+    return {"ela": "ELA", "noise_variance": bilingual("噪声", "noise")}.get(name, esc(name))
 
 
 def _aligned(cells: list[str], widths: list[int]) -> str:

@@ -76,20 +76,26 @@ def overlay_mask(
 def draw_outline(image_rgb: UInt8, marked: NDArray[np.bool_], color: Color, width: int | None = None) -> UInt8:
     """Outline the regions of a bool mask (H, W) in `color` between two thin dark lines, so it shows on bright and dark.
 
+    The time does not depend on the number of regions. A region cut off by the image's border is open there.
+
     Args:
-        width: width of the coloured line in pixels; by default 1 per 200 of the longer side, at least 2.
+        width: width of the coloured line in pixels, even; by default 2 per 400 of the longer side, at least 2.
 
     Returns:
         (H, W, 3) uint8, a new array.
     """
-    shown = np.ascontiguousarray(_check_image(image_rgb)).copy()
-    if not marked.any():
-        return shown
-    contours, _ = cv2.findContours(marked.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    inner = width or max(2, round(max(marked.shape) / 200))
-    cv2.drawContours(shown, contours, -1, (0, 0, 0), inner + 2 * max(1, inner // 2))
-    cv2.drawContours(shown, contours, -1, color, inner)
+    shown = _check_image(image_rgb).copy()
+    radius = max(1, round(max(marked.shape) / 400) if width is None else width // 2)
+    shown[_edge_band(marked, radius + max(1, radius // 2))] = 0
+    shown[_edge_band(marked, radius)] = color
     return shown
+
+
+def _edge_band(marked: NDArray[np.bool_], radius: int) -> NDArray[np.bool_]:
+    """Pixels within `radius` of the edge of the regions, on either side: (H, W) bool."""
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+    mask = marked.astype(np.uint8)
+    return np.asarray(cv2.dilate(mask, kernel) != cv2.erode(mask, kernel))
 
 
 def heat_map(scores: NDArray[np.generic]) -> UInt8:
