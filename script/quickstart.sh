@@ -46,33 +46,39 @@ cd "$ROOT"
 mkdir -p "$OUT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(cpu_count)}"
 
-# Data made from other photographs is not mixed with this run: the choice is kept beside it.
-CHOICE="$OUT/data/.photos"
-if [[ $FRESH == 1 ]]; then rm -rf "$OUT/tiny" "$OUT/data"; fi
-if [[ -f "$CHOICE" && "$(cat "$CHOICE")" != "$PHOTOS" ]]; then
-    fail "$OUT/data was made from other photographs ('$(cat "$CHOICE")'); add --fresh, or another --out"
+# What this script has made in --out is noted in .quickstart, so that nothing else is ever reused or removed.
+NOTES="$OUT/.quickstart"
+mkdir -p "$NOTES"
+if [[ $FRESH == 1 ]]; then
+    if [[ -f "$NOTES/tiny" ]]; then rm -rf "$OUT/tiny" "$NOTES/tiny"; fi
+    if [[ -f "$NOTES/photos" && -f "$OUT/data/manifest.json" ]]; then rm -rf "$OUT/data"; fi
+    rm -f "$NOTES/photos"
+fi
+if [[ -f "$OUT/data/manifest.json" ]]; then
+    [[ -f "$NOTES/photos" ]] || fail "$OUT/data was not made by this script; choose another --out"
+    if [[ "$(cat "$NOTES/photos")" != "$PHOTOS" ]]; then
+        fail "$OUT/data was made from other photographs ('$(cat "$NOTES/photos")'); add --fresh, or choose another --out"
+    fi
 fi
 
 step 2 "tiny Qwen2.5-VL: $OUT/tiny"
-if [[ -f "$OUT/tiny/.complete" ]]; then
+if [[ -f "$NOTES/tiny" ]]; then
     say "already there"
 else
-    rm -rf "$OUT/tiny"
     forensics tiny --out "$OUT/tiny"
-    touch "$OUT/tiny/.complete"
+    touch "$NOTES/tiny"
 fi
 
 step 3 "tampered and authentic images: $OUT/data"
-if [[ -f "$CHOICE" ]]; then
+if [[ -f "$OUT/data/manifest.json" ]]; then
     say "already there"
 else
-    rm -rf "$OUT/data"
+    printf '%s' "$PHOTOS" >"$NOTES/photos"
     if [[ -n "$PHOTOS" ]]; then
         forensics synth --out "$OUT/data" --photos "$PHOTOS"
     else
         forensics synth --out "$OUT/data"
     fi
-    printf '%s' "$PHOTOS" >"$CHOICE"
 fi
 
 step 4 "training"
