@@ -6,6 +6,7 @@ half-integers. A pixel is in a polygon when its centre lies inside by the even-o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import cv2
@@ -133,8 +134,9 @@ def polygons_from_mask(mask: np.ndarray, max_points: int = 64, min_area: float =
     """The regions of a mask as polygons, largest first, simplified until all together have at most `max_points` points.
 
     Contours run along pixel edges (8-connected), so `rasterize_polygons` gives the mask back where the budget allows.
-    Holes are joined to their region by a seam of zero width. Douglas-Peucker with the smallest common tolerance that
-    fits; regions that no longer have three points are dropped, but never the largest.
+    Holes are joined to their region by a seam of zero width. Douglas-Peucker with about the smallest common tolerance
+    that fits. Left out, but never the largest: the smallest regions and holes beyond `max_points` / 4 in number, and
+    those that no longer have three points.
 
     Args:
         mask: (H, W), non-zero = tampered.
@@ -143,23 +145,28 @@ def polygons_from_mask(mask: np.ndarray, max_points: int = 64, min_area: float =
     """
     if max_points < 4:
         raise ValueError(f"a region needs up to 4 points, max_points is {max_points}")
-    regions = _contour_regions(np.asarray(mask) != 0, min_area)
+    regions = _contour_regions(_without_specks(np.asarray(mask) != 0, min_area), max_points // 4)
     if not regions:
         return ()
     simplified = _simplify(regions, 0.0)
-    if sum(map(len, simplified)) > max_points:
-        low, high = 0.0, float(max(np.ptp(region[0], axis=0).max() for region in regions))
-        for _ in range(24):
+    tolerance = 0.5
+    while _num_points(simplified) > max_points:  # coarser and coarser, each from the last: few points are left soon
+        finer, simplified = simplified, _simplify(simplified, tolerance)
+        tolerance *= 2
+    if tolerance > 0.5:
+        low, high = 0.0, tolerance / 2
+        for _ in range(8):
             middle = (low + high) / 2
-            fits = sum(map(len, _simplify(regions, middle))) <= max_points
-            low, high = (low, middle) if fits else (middle, high)
-        simplified = _simplify(regions, high)
-    while sum(map(len, simplified)) > max_points:
-        simplified.pop()
+            candidate = _simplify(finer, middle)
+            if _num_points(candidate) <= max_points:
+                high, simplified = middle, candidate
+            else:
+                low = middle
     if not simplified:
         (x0, y0), (x1, y1) = regions[0][0].min(axis=0), regions[0][0].max(axis=0)
-        simplified = [np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])]
-    return tuple(tuple((float(x), float(y)) for x, y in ring) for ring in simplified)
+        simplified = [[np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])]]
+    joined = [functools.reduce(_join, rings) for rings in simplified]
+    return tuple(tuple((float(x), float(y)) for x, y in ring) for ring in joined)
 
 
 def resize_mask(mask: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
@@ -243,8 +250,23 @@ def _check_polygon_frame(
                 )
 
 
-def _contour_regions(mask: np.ndarray, min_area: float) -> list[list[np.ndarray]]:
-    """[outer ring, hole, hole, ...] per region, largest first; rings (P, 2) float64 in pixel-edge coordinates."""
+def _without_specks(mask: np.ndarray, min_area: float) -> np.ndarray:
+    """(H, W) uint8 without the regions (8-connected) and holes (4-connected) of fewer than `min_area` pixels."""
+    result = mask.astype(np.uint8)
+    for is_hole, connectivity in ((False, 8), (True, 4)):
+        wanted = (1 - result) if is_hole else result
+        _, components, stats, _ = cv2.connectedComponentsWithStats(wanted, connectivity=connectivity)
+        is_small = stats[:, cv2.CC_STAT_AREA] < min_area
+        is_small[0] = False  # component 0 is what was not asked for
+        if is_hole:  # background that reaches the border is no hole
+            for side in (components[0], components[-1], components[:, 0], components[:, -1]):
+                is_small[side] = False
+        result[is_small[components]] = is_hole
+    return result
+
+
+def _contour_regions(mask: np.ndarray, max_rings: int) -> list[list[np.ndarray]]:
+    """[outer ring, hole, ...] per region, the largest rings first; each (P, 2) float64 in pixel-edge coordinates."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
         return []
@@ -257,28 +279,30 @@ def _contour_regions(mask: np.ndarray, min_area: float) -> list[list[np.ndarray]
     contours, hierarchy = cv2.findContours(nodes, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     rings = [contour[:, 0].astype(np.float64) / 2 + (left, top) for contour in contours]
     areas = [abs(cv2.contourArea(ring.astype(np.float32))) for ring in rings]
-    regions: list[tuple[float, list[np.ndarray]]] = []
-    for index, ring in enumerate(rings):
-        if hierarchy[0][index][3] >= 0 or areas[index] < min_area:
-            continue  # a hole, or too small
-        holes = [k for k in range(len(rings)) if hierarchy[0][k][3] == index and areas[k] >= min_area]
-        regions.append((areas[index], [ring, *(rings[k] for k in holes)]))
-    regions.sort(key=lambda region: -region[0])
-    return [region for _, region in regions]
+    regions: dict[int, list[np.ndarray]] = {}
+    by_area = sorted(range(len(rings)), key=lambda k: -areas[k])
+    for index in by_area[:max_rings]:  # an outer ring is larger than its holes, so it comes first
+        parent = int(hierarchy[0][index][3])
+        if parent < 0:
+            regions[index] = [rings[index]]
+        else:
+            regions[parent].append(rings[index])
+    return list(regions.values())
 
 
-def _simplify(regions: list[list[np.ndarray]], tolerance: float) -> list[np.ndarray]:
-    """One ring per region that survives the tolerance (in pixels), holes joined in."""
+def _simplify(regions: list[list[np.ndarray]], tolerance: float) -> list[list[np.ndarray]]:
+    """Every region and hole that keeps three points at a tolerance in pixels."""
     result = []
     for region in regions:
         rings = [cv2.approxPolyDP(ring.astype(np.float32), tolerance, closed=True)[:, 0] for ring in region]
-        rings = [ring.astype(np.float64) for ring in rings if len(ring) >= 3]
-        if rings and len(cv2.approxPolyDP(region[0].astype(np.float32), tolerance, closed=True)) >= 3:
-            outer = rings[0]
-            for hole in rings[1:]:
-                outer = _join(outer, hole)
-            result.append(outer)
+        if len(rings[0]) >= 3:
+            result.append([ring.astype(np.float64) for ring in rings if len(ring) >= 3])
     return result
+
+
+def _num_points(regions: list[list[np.ndarray]]) -> int:
+    """Points of all regions once their holes are joined in; a seam repeats two points."""
+    return sum(sum(map(len, rings)) + 2 * (len(rings) - 1) for rings in regions)
 
 
 def _join(outer: np.ndarray, hole: np.ndarray) -> np.ndarray:

@@ -51,6 +51,9 @@ class InvalidDataError(DataFormatError):
             )
         self.args = ("\n".join([str(self), *lines]),)
 
+    def __reduce__(self) -> tuple[type[InvalidDataError], tuple[str, tuple[Problem, ...]]]:
+        return type(self), (self.problem, self.problems)  # pickled by worker processes
+
 
 def check_file(
     path: str | os.PathLike[str],

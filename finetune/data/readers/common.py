@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -236,7 +237,12 @@ def _refuse_misspelt_fields(item: Item, own_fields: tuple[str, ...]) -> None:
     """Other fields are the user's own and ignored, but `lables` would lose the targets in silence."""
     known = (*_COMMON_FIELDS, *own_fields)
     for name in item.fields:
-        close = [] if name in known else difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.83)
-        if close:
+        meant = None if name in known else _nearest(name, known)
+        if meant:
             shown = name.encode("utf-8", "backslashreplace").decode()
-            raise item.error("unknown field", field=shown, fix=f"rename it to '{close[0]}' or remove it")
+            raise item.error("unknown field", field=shown, fix=f"rename it to '{meant}' or remove it")
+
+
+@functools.lru_cache(maxsize=1024)  # the same few names in every record of a file
+def _nearest(name: str, known: tuple[str, ...]) -> str | None:
+    return next(iter(difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.83)), None)
