@@ -38,7 +38,7 @@ section{margin-top:26px}h2{font-size:1.12rem;margin:0 0 12px}
 .note,.empty{color:var(--soft);font-size:.87rem;margin:8px 2px}
 .tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(215px,1fr));margin-bottom:14px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:12px 16px}
-.tile span{color:var(--soft);font-size:.87rem}
+.tile>span{color:var(--soft);font-size:.87rem}
 .tile b{display:block;font-size:2rem;line-height:1.2;font-weight:650;letter-spacing:-.01em;
 font-variant-numeric:tabular-nums}
 .tile small{display:block;color:var(--soft);font-variant-numeric:tabular-nums}
@@ -113,7 +113,8 @@ dialog p{margin:6px 0 0;text-align:center;font-size:.87rem}
 .metrics tr>th:first-child{white-space:normal;min-width:104px;position:sticky;left:0;background:var(--card)}}
 @media print{:root{--bg:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#ccc;--tile:#f6f6f6;--accent:#1f63d0;
 --ok:#17703f;--okbg:#fff;--bad:#b3261e;--badbg:#fff;--c1:#1f63d0;--c2:#d2481c;--c3:#7a3fc4;--c4:#14866d}
-body{font-size:11px}nav,.languages,.controls{display:none}.card,.chart,.tile,tr{break-inside:avoid}
+html,body{font-size:11px}.scroll{overflow:visible}.metrics th,.metrics td{padding:3px 7px}
+nav,.languages,.controls{display:none}.card,.chart,.tile,tr{break-inside:avoid}
 main,.bar,dl.run{max-width:none;padding-left:0;padding-right:0}pre{max-height:none;overflow:visible}
 .charts{grid-template-columns:repeat(3,1fr)}#cards{grid-template-columns:1fr 1fr}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}}

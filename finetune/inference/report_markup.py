@@ -62,11 +62,15 @@ def format_seconds(seconds: float) -> str:
 
 
 def data_uri(image: Image.Image, quality: int | None) -> str:
-    """A picture as `data:` URI: JPEG at `quality`, or PNG where quality is None (masks of few colours)."""
+    """A picture as `data:` URI: JPEG at `quality`, or PNG where quality is None (masks of few colours).
+
+    JPEG keeps full colour resolution, for the thin outlines. No `optimize` with it: Pillow then reserves a byte a pixel
+    and fails on noise with "broken data stream".
+    """
     buffer = io.BytesIO()
     if quality is None:
         image.save(buffer, format="PNG", optimize=True)
     else:
-        image.convert("RGB").save(buffer, format="JPEG", quality=quality, optimize=True)
+        image.convert("RGB").save(buffer, format="JPEG", quality=quality, subsampling=0)
     kind = "png" if quality is None else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
