@@ -15,7 +15,7 @@ IGNORE_INDEX = -100
 """Label of a position, image or pixel that supervises nothing (PyTorch's convention)."""
 
 _FORENSIC_TOKEN = re.compile(r"<cls>|<cls_\d+>|<mask_\d+>")
-_SHORTHAND = re.compile(r"<(cls|mask)_1>\s*(?:-|–|—|~|～|至|到|\.\.\.|…)\s*<\1_(\d+)>")
+_SHORTHAND = re.compile(r"<(cls|mask)_1>\s*(?:-|–|—|~|～|至|到|\.\.\.|…)\s*<\1_(\d{1,4})>")  # 4 digits: a bound on size
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,17 @@ def prompt(template: Template, num_images: int, key: str = "") -> str:
     return wording.replace("{images}", IMAGE_PLACEHOLDER * num_images)
 
 
+def question_turns(record: Record, template: Template) -> tuple[Turn, ...]:
+    """What stands before the answer that concludes about all images: the turns up to the last image, or the template's prompt."""
+    if not record.turns:
+        return (Turn("user", prompt(template, len(record.images), key=record.id)),)
+    last_image = max((i for i, turn in enumerate(record.turns) if IMAGE_PLACEHOLDER in turn.content), default=-1)
+    end = next(
+        (i for i, turn in enumerate(record.turns) if turn.role == "assistant" and i > last_image), len(record.turns)
+    )
+    return record.turns[:end]
+
+
 def render_answer(
     record: Record,
     template: Template,

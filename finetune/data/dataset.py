@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from finetune.config import DataConfig, SourceConfig
-from finetune.data.chat import conversation, encode, load_template, segments
+from finetune.data.chat import Segment, conversation, encode, load_template, question_turns, segments
 from finetune.data.images import image_size_hw, load_image
 from finetune.data.masks import load_mask, polygons_from_mask, resize_mask
 from finetune.data.readers import read_records
-from finetune.data.validation import leaking_tokens, validate_for_training
+from finetune.data.validation import InvalidDataError, Problem, leaking_tokens, validate_for_training
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Polygon, Record, Turn
 from finetune.special_tokens import IGNORE_INDEX, SpecialTokens
@@ -60,6 +60,8 @@ class ForensicDataset(Dataset):
         self.tokens = tokens
         self.config = config
         self.template = load_template(config.template)
+        self._may_leak: bool | None = None
+        self._index_of: dict[str, int] | None = None
         _warn_of_leaks(self.records, tokens)
 
     def __len__(self) -> int:
@@ -96,6 +98,31 @@ class ForensicDataset(Dataset):
             masks=[m if m is None else resize_mask(m, s) for m, s in zip(masks, mask_sizes, strict=True)],
             mask_sizes_hw=mask_sizes,
         )
+
+    @property
+    def heads_may_read_answers(self) -> bool:
+        """Whether in any record a forensic token stands after answer text, so that teacher forcing would leak the target."""
+        if self._may_leak is None:
+            self._may_leak = self.config.layout == "text_first" or any(
+                leaking_tokens(record, self.tokens) for record in self.records
+            )
+        return self._may_leak
+
+    def without_answers(self, record_ids: Sequence[str]) -> list[Sample]:
+        """The named records as a question followed by the forensic tokens only, for scoring heads without a leak."""
+        if self._index_of is None:
+            self._index_of = {record.id: i for i, record in enumerate(self.records)}
+        samples = []
+        for record_id in record_ids:
+            index = self._index_of[record_id]
+            sample = self[index]
+            turns = question_turns(self.records[index], self.template)
+            processed = [self.processed_size((image.height, image.width)) for image in sample.images]
+            run = self.tokens.run * len(sample.images)
+            pieces = [*segments(turns, self.template.system, for_generation=True), Segment(run, False)]
+            sample.input_ids, sample.labels = self._render(self.records[index], pieces, processed)
+            samples.append(sample)
+        return samples
 
     def processed_size(self, size_hw: tuple[int, int]) -> tuple[int, int]:
         """(H, W) of an image after Qwen2.5-VL's smart resize, from its original size."""
@@ -148,10 +175,15 @@ class ForensicDataset(Dataset):
     def _encode(
         self, record: Record, turns: Sequence[Turn], processed: Sequence[tuple[int, int]]
     ) -> tuple[list[int], list[int]]:
+        return self._render(record, segments(turns, self.template.system), processed)
+
+    def _render(
+        self, record: Record, pieces: Sequence[Segment], processed: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[int]]:
         image_processor = self.processor.image_processor
         cell = image_processor.patch_size * image_processor.merge_size
         counts = [height * width // cell**2 for height, width in processed]
-        input_ids, labels = encode(segments(turns, self.template.system), self.processor.tokenizer, counts)
+        input_ids, labels = encode(pieces, self.processor.tokenizer, counts)
         if len(input_ids) > self.config.max_length:
             raise DataFormatError(
                 "too many tokens",
@@ -198,8 +230,8 @@ def load_dataset(
     dataset = ForensicDataset(records, processor, tokens, config)
     errors = dataset.check_lengths()
     if errors:
-        lines = "\n".join(f"- {error}" for error in errors[:20])
-        raise DataFormatError(f"{len(errors)} of {len(records)} records of data.{what} cannot be used\n{lines}")
+        problems = [Problem("error", error.record or "", str(error)) for error in errors]
+        raise InvalidDataError(f"{len(errors)} of {len(records)} records of data.{what} cannot be used", problems)
     return dataset
 
 

@@ -156,3 +156,10 @@ def polygons_to_mask(polygons: list[IntPolygon], size_hw: tuple[int, int]) -> np
         rows, columns = fill_polygon(corners[:, 1] - 0.5, corners[:, 0] - 0.5, size_hw)
         mask[rows, columns] = True
     return mask
+
+
+def phrases(language: str) -> list[str]:
+    """Every sentence `evidence_text` can give, with each place and level: text a tokenizer can be trained on."""
+    places = [place for row in _PLACES[language] for place in row]
+    sentences = [s.format(place=place) for choices in _FINDINGS[language].values() for s in choices for place in places]
+    return sentences + [_HARDNESS[language].format(level=level) for level in _LEVELS[language]]

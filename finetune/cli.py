@@ -1,0 +1,226 @@
+"""The console script `forensics`: one subcommand per verb. Every layer is imported only when its verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from finetune.errors import ForensicsError
+
+Handler = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0 done, 1 problems found, 2 a user's mistake (one line on stderr)."""
+    arguments = build_parser().parse_args(argv)
+    return _guarded(arguments.handler, arguments)
+
+
+def train_main(argv: Sequence[str] | None = None) -> None:
+    """`sft_llm.py`'s door to training: the arguments of `forensics train`; exits the process."""
+    parser = argparse.ArgumentParser(prog="sft_llm.py", description="Train from a YAML configuration.")
+    _train_arguments(parser)
+    arguments = parser.parse_args(argv)
+    sys.exit(_guarded(arguments.handler, arguments))
+
+
+def _guarded(handler: Handler, arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    try:
+        return handler(arguments)
+    except ForensicsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every verb; imports nothing heavy."""
+    from finetune import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="forensics",
+        description="Fine-tune Qwen2.5-VL into an image-forensics inspector: real or tampered, where, and why.",
+        epilog="First steps: bash script/quickstart.sh. Every verb has --help.",
+    )
+    parser.add_argument("--version", action="version", version=f"forensics {__version__}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    for name, summary, add_arguments in (
+        ("train", "train from a YAML configuration", _train_arguments),
+        ("predict", "verdict, mask and text for images", _predict_arguments),
+        ("evaluate", "metrics, predictions and an HTML report on a labelled data set", _evaluate_arguments),
+        ("doctor", "check environment, data and configuration, all problems at once", _doctor_arguments),
+        ("tiny", "build the tiny Qwen2.5-VL that everything runs on offline", _tiny_arguments),
+        ("synth", "make tampered and authentic images from photographs", _synth_arguments),
+    ):
+        add_arguments(verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + "."))
+    return parser
+
+
+# ---- train ----
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="YAML", help="e.g. configs/train/quickstart.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="e.g. train.max_steps=10 model.path=Qwen/Qwen2.5-VL-3B-Instruct"
+    )
+    parser.set_defaults(handler=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from finetune.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)  # before the heavy imports: mistakes show at once
+    from finetune.training.run import train
+
+    train(config)
+    return 0
+
+
+# ---- predict ----
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="trained folder, e.g. runs/quickstart/best")
+    parser.add_argument("--adapter", metavar="DIR", help="adapter folder to put on --model")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images per forward pass (default 8)")
+    parser.add_argument(
+        "--threshold", type=_probability, default=0.5, metavar="P", help="score from which an image is tampered (0.5)"
+    )
+    parser.add_argument(
+        "--mask-threshold", type=_probability, default=0.5, metavar="P", help="score from which a pixel is tampered (0.5)"
+    )
+    parser.add_argument("--no-text", action="store_true", help="verdict and mask only: one forward pass, no generation")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="limit of the answer (default 256)")
+    parser.add_argument("--template", default=None, help="zh, en or a template YAML (default: as the model was trained)")
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
+    _model_arguments(parser)
+    parser.add_argument("--out", metavar="DIR", help="write masks, overlays and predictions.jsonl here")
+    parser.set_defaults(handler=_predict)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from finetune.inference.commands import predict_files
+
+    return predict_files(arguments)
+
+
+# ---- evaluate ----
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("--data", required=True, metavar="FILE", help="JSON or JSONL of any format in data/README.md")
+    parser.add_argument("--data-root", metavar="DIR", help="image paths are relative to it (default: the data file's folder)")
+    parser.add_argument("--format", default="auto", help="reader to use (default: recognised from the records)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="metrics.json, predictions.jsonl, report.html, masks/")
+    parser.add_argument("--max-samples", type=int, metavar="N", help="evaluate N records, evenly spread over the file")
+    parser.add_argument("--no-baselines", action="store_true", help="leave out error-level analysis and noise variance")
+    parser.add_argument("--baseline-data", metavar="FILE", help="data the baselines' thresholds are fitted on")
+    parser.add_argument("--report-samples", type=int, default=48, metavar="N", help="cards in the report (default 48)")
+    parser.set_defaults(handler=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from finetune.evaluation.evaluate import evaluate_command
+
+    return evaluate_command(arguments)
+
+
+# ---- doctor ----
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="FILE", help="check every record of a data file")
+    parser.add_argument("--data-root", metavar="DIR", help="image paths are relative to it")
+    parser.add_argument("--format", default="auto", help="reader to use (default: recognised from the records)")
+    parser.add_argument("--config", metavar="YAML", help="check a training configuration and its data")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides for --config")
+    parser.add_argument("--num-cls", type=int, default=1, metavar="N", help="cls tokens of the model (default 1)")
+    parser.add_argument("--num-mask", type=int, default=32, metavar="N", help="mask tokens of the model (default 32)")
+    parser.set_defaults(handler=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from finetune.training.doctor import doctor_command
+
+    return doctor_command(arguments)
+
+
+# ---- tiny ----
+
+
+def _tiny_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write the checkpoint to")
+    parser.add_argument("--seed", type=int, default=0, help="initialises the weights (default 0)")
+    parser.add_argument("--untied", action="store_true", help="separate lm_head, as the 7B checkpoint has")
+    parser.set_defaults(handler=_tiny)
+
+
+def _tiny(arguments: argparse.Namespace) -> int:
+    from finetune.data.corpus import tokenizer_corpus
+    from finetune.models.tiny import TinyShape, build_tiny
+
+    path = build_tiny(
+        arguments.out, tokenizer_corpus(), TinyShape(tie_word_embeddings=not arguments.untied), seed=arguments.seed
+    )
+    print(f"wrote a tiny Qwen2.5-VL to {path}")
+    return 0
+
+
+# ---- synth ----
+
+
+def _synth_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for images, masks, train.jsonl, eval.jsonl")
+    parser.add_argument("--photos", metavar="DIR", help="your own photographs (default: those shipped with scikit-image etc.)")
+    parser.add_argument("--num-train", type=int, metavar="N", help="training images")
+    parser.add_argument("--num-eval", type=int, metavar="N", help="held-out images, from other photographs")
+    parser.add_argument("--language", choices=("zh", "en"), help="of the evidence texts (default zh)")
+    parser.add_argument("--seed", type=int, help="same seed, same bytes (default 0)")
+    parser.add_argument("--workers", type=int, help="processes; 0 = one per core")
+    parser.add_argument("--overwrite", action="store_true", help="replace a non-empty --out")
+    parser.set_defaults(handler=_synth)
+
+
+def _synth(arguments: argparse.Namespace) -> int:
+    from finetune.data.synthesis.config import SynthConfig
+    from finetune.data.synthesis.generator import synthesize
+
+    given = {
+        "photos_dir": arguments.photos,
+        "num_train": arguments.num_train,
+        "num_eval": arguments.num_eval,
+        "language": arguments.language,
+        "seed": arguments.seed,
+        "workers": arguments.workers,
+    }
+    config = SynthConfig(**{key: value for key, value in given.items() if value is not None})
+    manifest = synthesize(config, arguments.out, overwrite=arguments.overwrite)
+    print(f"wrote {arguments.out}: {manifest['counts']}")
+    return 0
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

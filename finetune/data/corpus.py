@@ -1,0 +1,28 @@
+"""The project's own prompts and answers as plain text, for training the tiny model's tokenizer."""
+
+from __future__ import annotations
+
+from finetune.data.chat import load_template, polygon_text, segments
+from finetune.data.synthesis.answers import LANGUAGES, phrases
+from finetune.schema import Turn
+
+
+def tokenizer_corpus() -> list[str]:
+    """Chat-formatted prompts and answers of every built-in template and every evidence sentence, Chinese and English."""
+    texts: list[str] = []
+    for language in LANGUAGES:
+        template = load_template(language)
+        sentences = [*phrases(language), *template.evidence.values()]
+        for layout, answer in template.answers.items():
+            for sentence in sentences:
+                for word in template.result.values():
+                    content = answer.format(
+                        tokens="", cls="", mask_tokens="", result=word, evidence=sentence,
+                        mask=polygon_text([((12, 34), (56, 78), (190, 203))]),
+                    )  # fmt: skip
+                    texts.append(content)
+                if layout == "tokens_first":
+                    texts.append(sentence)
+        for prompt in (*template.prompts, *template.prompts_multi):
+            texts += [piece.text for piece in segments((Turn("user", prompt),), template.system, for_generation=True)] * 20
+    return texts

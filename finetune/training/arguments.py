@@ -1,0 +1,69 @@
+"""`RunConfig` to `transformers.TrainingArguments`: the only place that knows both vocabularies."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from finetune.config import RunConfig
+from finetune.errors import ConfigError
+
+
+def training_arguments(config: RunConfig) -> TrainingArguments:
+    """The Trainer's arguments for a run; `train.trainer_args` overrides anything set here.
+
+    Raises:
+        ConfigError: `train.trainer_args` names no TrainingArguments field.
+    """
+    train = config.train
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(config.output_dir, "tensorboard"))
+    has_cuda = torch.cuda.is_available()
+    precision = train.precision
+    if precision == "auto":
+        precision = "bf16" if has_cuda and torch.cuda.is_bf16_supported() else "fp32"
+    arguments: dict[str, Any] = {
+        "output_dir": config.output_dir,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "per_device_train_batch_size": train.batch_size,
+        "per_device_eval_batch_size": train.eval_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler,
+        "warmup_steps": train.warmup_ratio,  # a value below 1 is a share of all steps
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "eval_strategy": "steps" if config.data.eval else "no",
+        "eval_steps": train.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": train.eval_steps,
+        "save_total_limit": train.save_total_limit,
+        "logging_steps": train.logging_steps,
+        "logging_nan_inf_filter": False,  # a non-finite loss must be seen, not replaced by the last finite one
+        "report_to": train.report_to or ["none"],
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "dataloader_num_workers": config.data.num_workers,
+        "ddp_find_unused_parameters": False,
+        "use_cpu": not has_cuda,
+        "dataloader_pin_memory": has_cuda,
+        "disable_tqdm": None,
+    }
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for key in train.trainer_args:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            advice = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"train.trainer_args: '{key}' is no field of transformers.TrainingArguments{advice}")
+    return TrainingArguments(**{**arguments, **train.trainer_args})

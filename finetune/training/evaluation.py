@@ -1,0 +1,101 @@
+"""Evaluation during training: loss terms, and head metrics per class that no reference answer can leak into."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.data.collator import MODEL_KEYS
+from finetune.losses.criterion import Criterion
+from finetune.metrics.classification import image_metrics
+from finetune.metrics.localization import pixel_metrics
+from finetune.special_tokens import IGNORE_INDEX
+
+
+class EvaluationState:
+    """Sums and per-image results of one evaluation on one rank."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
+        self.scores: list[float] = []
+        self.labels: list[int] = []
+        self.pixel_f1: list[float] = []
+        self.pixel_iou: list[float] = []
+        self.false_positive_area: list[float] = []
+
+    def merge(self, others: Iterable[EvaluationState]) -> EvaluationState:
+        """The state of all ranks together."""
+        merged = EvaluationState()
+        for state in others:
+            for name in state.counts:
+                merged.sums[name] += state.sums[name]
+                merged.counts[name] += state.counts[name]
+            for name in ("scores", "labels", "pixel_f1", "pixel_iou", "false_positive_area"):
+                getattr(merged, name).extend(getattr(state, name))
+        return merged
+
+    def metrics(self, weights: dict[str, float]) -> dict[str, float]:
+        """Flat numbers for the log; `score` is what the best checkpoint is chosen by.
+
+        score: mean of image AUROC and pixel F1 at 0.5 where they exist, else minus the loss.
+        """
+        terms = {name: self.sums[name] / count for name, count in self.counts.items() if count}
+        result = {f"loss_{name}": value for name, value in terms.items()}
+        result["loss"] = sum(weights.get(name, 0.0) * value for name, value in terms.items())
+        if self.labels:
+            image = image_metrics(np.array(self.scores), np.array(self.labels))
+            for name in ("auroc", "balanced_accuracy", "recall_real", "recall_fake", "f1"):
+                if image.get(name) is not None:
+                    result[name] = float(image[name])  # type: ignore[arg-type]
+        if self.pixel_f1:
+            result["pixel_f1"] = float(np.mean(self.pixel_f1))
+            result["pixel_iou"] = float(np.mean(self.pixel_iou))
+        if self.false_positive_area:
+            result["false_positive_area"] = float(np.mean(self.false_positive_area))
+        goals = [result[name] for name in ("auroc", "pixel_f1") if name in result]
+        result["score"] = sum(goals) / len(goals) if goals else -result["loss"]
+        return result
+
+
+@torch.no_grad()
+def evaluate_losses(model: Any, criterion: Criterion, batch: dict[str, Any], state: EvaluationState) -> Any:
+    """Teacher-forced loss terms of one batch; returns the outputs."""
+    outputs = model(**{key: batch[key] for key in MODEL_KEYS if key in batch})
+    for name, term in criterion(outputs, batch).items():
+        state.sums[name] += float(term.sum)
+        state.counts[name] += int(term.count)
+    return outputs
+
+
+def collect_heads(outputs: Any, batch: dict[str, Any], state: EvaluationState) -> None:
+    """Per-image results of the heads.
+
+    Args:
+        outputs: of a batch whose head states cannot have read an answer.
+    """
+    if outputs.cls_logits is not None:
+        scores = outputs.cls_logits.float().sigmoid().tolist()
+        for score, image in zip(scores, outputs.cls_image_index.tolist(), strict=True):
+            label = int(batch["cls_labels"][image])
+            if label != IGNORE_INDEX:
+                state.scores.append(score)
+                state.labels.append(label)
+    if outputs.mask_logits is None:
+        return
+    for logits, image in zip(outputs.mask_logits, outputs.mask_image_index.tolist(), strict=True):
+        target = batch["mask_targets"][image]
+        if target is None:
+            continue
+        scores = logits.float().sigmoid().cpu().numpy()
+        mask = target.cpu().numpy() > 0
+        if mask.any():
+            result = pixel_metrics(scores, mask)
+            state.pixel_f1.append(float(result["f1"] or 0.0))
+            state.pixel_iou.append(float(result["iou"] or 0.0))
+        else:
+            state.false_positive_area.append(float((scores >= 0.5).mean()))

@@ -1,0 +1,69 @@
+"""What a run was made of: versions, commit, configuration and data hashes, seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.config import RunConfig, SourceConfig, config_hash, to_dict
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "trl", "datasets", "numpy", "pillow")
+
+
+def run_record(config: RunConfig) -> dict[str, Any]:
+    """Everything needed to say which run this was; plain JSON."""
+    return {
+        "versions": versions(),
+        "commit": commit(),
+        "config_hash": config_hash(config),
+        "data_hash": {source.path: file_hash(source.path) for source in _sources(config)},
+        "seed": config.seed,
+        "config": to_dict(config),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's and the main packages' versions."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The source tree's git commit, with `+changes` when it differs; None outside a repository."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if dirty else "")
+
+
+def file_hash(path: str) -> str | None:
+    """First twelve hex digits of a file's SHA-256, None if there is no such file."""
+    file = Path(path)
+    if not file.is_file():
+        return None
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def _sources(config: RunConfig) -> Sequence[SourceConfig]:
+    return [*config.data.train, *config.data.eval]

@@ -1,0 +1,134 @@
+"""One training run from a configuration: load, check, train, keep the best. `sft_llm.py` is a thin door to this."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.config import RunConfig, to_dict
+from finetune.data.dataset import load_dataset
+from finetune.errors import ConfigError
+from finetune.models.adapters import set_trainable, trainable_table
+from finetune.models.loading import Bundle, load_bundle
+from finetune.special_tokens import SpecialTokens
+from finetune.training.arguments import training_arguments
+from finetune.training.callbacks import BestModelCallback, TimeBudgetCallback
+from finetune.training.reproducibility import run_record
+from finetune.training.trainer import ForensicTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Run the training a configuration describes.
+
+    Writes to `output_dir`: `config.yaml`, `run_record.json`, `trainable.txt`, checkpoints, `best/`, `tensorboard/`,
+    `history.json` (every logged number).
+
+    Returns:
+        The run record with seconds, steps and the best evaluation.
+
+    Raises:
+        ForensicsError: anything wrong with configuration, model or data, before the first step where it can be known.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    args = training_arguments(config)  # first: it starts the distributed backend that model loading may need
+    is_main = args.process_index == 0
+    logging.getLogger("finetune").setLevel(logging.INFO if is_main else logging.ERROR)
+    _say(is_main, f"model {config.model.path}")
+    bundle = load_bundle(
+        config.model,
+        SpecialTokens(config.tokens.num_cls, config.tokens.num_mask),
+        config.heads,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+    )
+    with args.main_process_first(local=False, desc="checking data"):
+        train_set = load_dataset(config.data.train, "train", bundle.processor, bundle.tokens, config.data)
+        eval_set = None
+        if config.data.eval:
+            eval_set = load_dataset(config.data.eval, "eval", bundle.processor, bundle.tokens, config.data)
+    labels = train_set.class_labels
+    _say(
+        is_main,
+        f"data: {len(train_set)} records to train on ({labels.count(0)} real, {labels.count(1)} tampered, "
+        f"{labels.count(None)} unlabelled), {len(eval_set) if eval_set else 0} to evaluate on",
+    )
+    bundle = set_trainable(bundle, config.train.trainable, config.lora)
+    table = trainable_table(bundle.model, config.train.trainable, _learning_rates(config))
+    _say(is_main, table)
+    record = run_record(config)
+    out_dir = Path(config.output_dir)
+    if is_main:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), allow_unicode=True, sort_keys=False))
+        (out_dir / "trainable.txt").write_text(table + "\n")
+        _write_json(out_dir / "run_record.json", record)
+    return _fit(config, args, bundle, train_set, eval_set, record)
+
+
+def _fit(config: RunConfig, args: Any, bundle: Bundle, train_set: Any, eval_set: Any, record: dict[str, Any]) -> Any:
+    out_dir = Path(config.output_dir)
+    time_budget = TimeBudgetCallback()
+    callbacks: list[Any] = [time_budget]
+    best = None
+    if eval_set is not None:
+        best = BestModelCallback(out_dir / "best", config.train.metric_for_best, config.train.early_stopping_patience)
+        callbacks.append(best)
+    trainer = ForensicTrainer(bundle, config, args, train_set, eval_set, callbacks)
+    for callback in callbacks:
+        callback.trainer = trainer
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=_resume_point(config))
+    if eval_set is not None and not _has_just_evaluated(trainer):
+        trainer.evaluate()
+    if best is None:
+        trainer.save_model(str(out_dir / "best"))
+    record |= {
+        "seconds": round(time.monotonic() - start, 1),
+        "steps": trainer.state.global_step,
+        "best": None if best is None else best.best,
+    }
+    if args.process_index == 0:
+        _write_json(out_dir / "run_record.json", record)
+        _write_json(out_dir / "history.json", trainer.state.log_history)
+        print(f"trained {record['steps']} steps in {record['seconds']} s; the best model is in {out_dir / 'best'}")
+    return record
+
+
+def _has_just_evaluated(trainer: ForensicTrainer) -> bool:
+    evaluations = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return bool(evaluations) and evaluations[-1] == trainer.state.global_step
+
+
+def _resume_point(config: RunConfig) -> str | bool | None:
+    resume = config.train.resume
+    if resume is None:
+        return None
+    if resume == "auto":
+        found = sorted(Path(config.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+        return str(found[-1]) if found else None
+    if not Path(resume).is_dir():
+        raise ConfigError(f"train.resume '{resume}' is no folder; give a checkpoint-N folder or 'auto'")
+    return resume
+
+
+def _learning_rates(config: RunConfig) -> dict[str, float]:
+    train = config.train
+    return {group: train.group_learning_rates.get(group, train.learning_rate) for group in train.trainable}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _say(is_main: bool, text: str) -> None:
+    if is_main:
+        print(text, file=sys.stdout, flush=True)

@@ -1,0 +1,51 @@
+"""Learning-rate schedule over training progress, where progress is counted in steps or, with a time budget, in seconds."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class TimeBudget:
+    """Share of a wall-clock budget that is used up; every rank must see the same share, so rank 0's is handed round.
+
+    Args:
+        seconds: budget, or None for no limit (the share stays 0).
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self.share = 0.0
+        self._start = time.monotonic()
+
+    def start(self) -> None:
+        """Begin counting."""
+        self._start = time.monotonic()
+
+    def elapsed_share(self) -> float:
+        """This process's own reading."""
+        return (time.monotonic() - self._start) / self.seconds if self.seconds else 0.0
+
+
+def make_scheduler(
+    optimizer: Optimizer, kind: str, num_steps: int, warmup_ratio: float, budget: TimeBudget
+) -> LambdaLR:
+    """Linear warm-up, then cosine, linear or no decay.
+
+    Without a budget, or while the run is fast enough for it, progress = step / num_steps and the run is reproducible. A
+    slower run reads progress from the clock, so that the decay is complete when the budget is.
+    """
+
+    def factor(step: int) -> float:
+        progress = min(max(step / max(num_steps, 1), budget.share), 1.0)
+        if warmup_ratio > 0 and progress < warmup_ratio:
+            return max(progress, 1 / max(num_steps, 1)) / warmup_ratio
+        if kind == "constant":
+            return 1.0
+        rest = (progress - warmup_ratio) / max(1 - warmup_ratio, 1e-9)
+        return 1 - rest if kind == "linear" else 0.5 * (1 + math.cos(math.pi * rest))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,211 @@
+"""`transformers.Trainer` with per-term losses that are normalised over the whole accumulated, distributed batch.
+
+Source of the method: the Trainer hands every step the item counts of its accumulation window; here they are counts per loss
+term, summed over ranks, so that 4x1, 1x4 and 2 ranks x 2 give one gradient. Saving goes through `save_bundle`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from finetune.config import RunConfig
+from finetune.data.collator import MODEL_KEYS, ForensicCollator
+from finetune.data.dataset import ForensicDataset
+from finetune.errors import TrainingDivergedError
+from finetune.losses.criterion import Criterion, total
+from finetune.models.adapters import group_of
+from finetune.models.loading import Bundle, save_bundle
+from finetune.training.evaluation import EvaluationState, collect_heads, evaluate_losses
+from finetune.training.sampling import ClassBalancedSampler
+from finetune.training.schedule import TimeBudget, make_scheduler
+
+logger = logging.getLogger(__name__)
+
+_NO_DECAY = ("bias", "norm", "trainable_tokens", "layer_mix")
+
+
+class ForensicTrainer(Trainer):
+    """Trainer of one run.
+
+    Args:
+        bundle: model (already restricted to what trains), processor and vocabulary.
+        config: the run; loss weights, learning rates and the sampler are read from it.
+        args: `training_arguments(config)`.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole accumulation window
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        config: RunConfig,
+        args: Any,
+        train_dataset: ForensicDataset | None = None,
+        eval_dataset: ForensicDataset | None = None,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        self.bundle = bundle
+        self.run_config = config
+        self.criterion = Criterion(config.loss)
+        self.budget = TimeBudget(config.train.max_seconds)
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_steps = 0
+        super().__init__(
+            model=bundle.model,
+            args=args,
+            data_collator=ForensicCollator(bundle.processor, bundle.tokens),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+        )
+        self.model_accepts_loss_kwargs = True  # hands `num_items_in_batch` over; the base model declares False
+
+    # ---- data ----
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if self.run_config.data.class_balanced and isinstance(dataset, ForensicDataset):
+            labels = dataset.class_labels
+            if {0, 1} <= set(labels):
+                return ClassBalancedSampler(labels, seed=self.args.seed)
+        return super()._get_train_sampler(dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Count of every loss term over the accumulation window and all ranks: {term: int}."""
+        counts: dict[str, int] = dict.fromkeys(self.criterion.weights, 0)
+        for batch in batch_samples:
+            for name, count in self.criterion.counts(batch).items():
+                counts[name] += count
+        if self.args.world_size > 1:
+            summed = torch.tensor(list(counts.values()), device=device, dtype=torch.float64)
+            summed = self.accelerator.reduce(summed, reduction="sum")
+            counts = {name: int(value) for name, value in zip(counts, summed.tolist(), strict=True)}
+        return counts
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Mapping[str, int] | None = None,  # type: ignore[override]
+    ) -> Any:
+        """This micro-batch's share of the loss of the whole batch, times the world size (ranks average gradients)."""
+        outputs = model(**{key: inputs[key] for key in MODEL_KEYS if key in inputs})
+        terms = self.criterion(outputs, inputs)
+        loss, means = total(terms, num_items_in_batch)
+        if not bool(torch.isfinite(loss.detach())):
+            raise TrainingDivergedError(
+                f"the loss is not finite at step {self.state.global_step}: "
+                f"{ {name: float(value) for name, value in means.items()} }; records {inputs.get('record_ids')}; "
+                "lower the learning rate or look at these records with forensics doctor"
+            )
+        if outputs.branch_anchor is not None:
+            loss = loss + outputs.branch_anchor
+        if self.model.training:
+            for name, value in means.items():
+                self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()  # type: ignore[operator]
+        loss = loss * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds every loss term, averaged over the steps since the last log and summed over ranks."""
+        if "loss" in logs and "eval_loss" not in logs and self._term_sums:
+            names = sorted(self.criterion.weights)
+            values = torch.tensor(
+                [float(self._term_sums.get(name, 0.0)) for name in names], device=self.args.device, dtype=torch.float32
+            )
+            if self.args.world_size > 1:
+                values = self.accelerator.reduce(values, reduction="sum")
+            steps = max(self.state.global_step - self._term_steps, 1)
+            logs.update({f"loss_{name}": value / steps for name, value in zip(names, values.tolist(), strict=True)})
+            self._term_sums, self._term_steps = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    # ---- optimiser ----
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """One parameter group per trainable group and decay setting, each with its own learning rate."""
+        if self.optimizer is None:
+            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(self._parameter_groups(), **arguments)
+        return self.optimizer
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        train = self.run_config.train
+        groups: dict[tuple[str, bool], dict[str, Any]] = {}
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            group = group_of(name, train.trainable) or "other"
+            decays = parameter.ndim > 1 and not any(part in name for part in _NO_DECAY)
+            entry = groups.setdefault(
+                (group, decays),
+                {
+                    "params": [],
+                    "lr": train.group_learning_rates.get(group, train.learning_rate),
+                    "weight_decay": train.weight_decay if decays else 0.0,
+                    "name": f"{group}{'' if decays else ' (no decay)'}",
+                },
+            )
+            entry["params"].append(parameter)
+        return list(groups.values())
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Our schedule, which a time budget can compress."""
+        if self.lr_scheduler is None:
+            train = self.run_config.train
+            self.lr_scheduler = make_scheduler(
+                optimizer or self.optimizer, train.lr_scheduler, num_training_steps, train.warmup_ratio, self.budget
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ---- evaluation ----
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss terms and head metrics, averaged over the images of all ranks.
+
+        Losses are teacher-forced. Heads are scored without any reference answer: where the tokens come first the same
+        forward pass serves; where an answer may precede them, a second pass sees the question and the tokens only.
+        """
+        model = self._wrap_model(self.model, training=False, dataloader=dataloader)
+        model.eval()
+        dataset = dataloader.dataset
+        state = EvaluationState()
+        for batch in dataloader:
+            batch = self._prepare_inputs(batch)
+            outputs = evaluate_losses(model, self.criterion, batch, state)
+            if isinstance(dataset, ForensicDataset) and dataset.heads_may_read_answers:
+                batch = self._prepare_inputs(self.data_collator(dataset.without_answers(batch["record_ids"])))
+                with torch.no_grad():
+                    outputs = model(**{key: batch[key] for key in MODEL_KEYS if key in batch})
+            collect_heads(outputs, batch, state)
+        if self.args.world_size > 1:
+            gathered: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(gathered, state)
+            state = state.merge(gathered)
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in state.metrics(self.criterion.weights).items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(state.labels))  # type: ignore[arg-type]
+
+    # ---- saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            save_bundle(self.bundle, output_dir or str(self.args.output_dir), state_dict)
