@@ -77,10 +77,15 @@ find_python() {
 }
 
 started=$SECONDS
+created=0
 if [[ -x "$PY" ]]; then
+    if [[ -n "${PYTHON:-}" && "$("$PYTHON" -V 2>&1)" != "$("$PY" -V)" ]]; then
+        fail "$VENV holds $("$PY" -V), PYTHON is $("$PYTHON" -V 2>&1); remove the folder to change the version"
+    fi
     is_supported "$PY" || fail "$VENV holds $("$PY" -V 2>&1), expected Python 3.10 to 3.13; remove the folder and run again"
 else
     base="$(find_python)"
+    created=1
     say "creating .venv with $("$base" -V)"
     "$base" -m venv "$VENV" || fail "cannot create $VENV; does this Python have the venv module (python3-venv on Debian)?"
 fi
@@ -118,8 +123,9 @@ case "$flavour" in
             say "no CPU build of torch $TORCH found; taking the CUDA build (several GB) because FORENSICS_ALLOW_CUDA_TORCH=1"
             torch_args=("torch===$TORCH")
         else
-            fail "no CPU build of torch $TORCH for $("$PY" -V) on the configured index or download.pytorch.org;" \
-                "use another PYTHON, or FORENSICS_ALLOW_CUDA_TORCH=1 to take the CUDA build (several GB)"
+            if [[ $created == 1 ]]; then rm -rf "$VENV"; fi # so that the next call may choose another Python
+            fail "no CPU build of torch $TORCH for $("$PY" -V) on the configured index, and none from download.pytorch.org;" \
+                "set PYTHON to another version (3.10 to 3.13), or FORENSICS_ALLOW_CUDA_TORCH=1 to take the CUDA build (several GB)"
         fi
         ;;
     *) fail "FORENSICS_TORCH is '$flavour', expected cpu or cuda" ;;
