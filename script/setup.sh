@@ -79,6 +79,7 @@ find_python() {
 started=$SECONDS
 created=0
 if [[ -x "$PY" ]]; then
+    if [[ -n "${PYTHON:-}" ]] && ! is_supported "$PYTHON"; then fail "PYTHON=$PYTHON is not a working Python 3.10 to 3.13"; fi
     if [[ -n "${PYTHON:-}" && "$("$PYTHON" -V 2>&1)" != "$("$PY" -V)" ]]; then
         fail "$VENV holds $("$PY" -V), PYTHON is $("$PYTHON" -V 2>&1); remove the folder to change the version"
     fi
@@ -123,8 +124,9 @@ case "$flavour" in
             say "no CPU build of torch $TORCH found; taking the CUDA build (several GB) because FORENSICS_ALLOW_CUDA_TORCH=1"
             torch_args=("torch===$TORCH")
         else
+            version="$("$PY" -V)"
             if [[ $created == 1 ]]; then rm -rf "$VENV"; fi # so that the next call may choose another Python
-            fail "no CPU build of torch $TORCH for $("$PY" -V) on the configured index, and none from download.pytorch.org;" \
+            fail "no CPU build of torch $TORCH for $version on the configured index, and none from download.pytorch.org;" \
                 "set PYTHON to another version (3.10 to 3.13), or FORENSICS_ALLOW_CUDA_TORCH=1 to take the CUDA build (several GB)"
         fi
         ;;
