@@ -44,7 +44,7 @@ class SynthConfig:
     sizes_hw: tuple[tuple[int, int], ...] = ((224, 224), (196, 252), (252, 196))
     tampered_fraction: float = 0.5
     operations: dict[str, float] = field(
-        default_factory=lambda: {"splice": 0.4, "copy_move": 0.2, "erase": 0.2, "retouch": 0.2}
+        default_factory=lambda: {"splice": 0.4, "copy_move": 0.15, "erase": 0.2, "retouch": 0.25}
     )
     operation_settings: OperationSettings = field(default_factory=OperationSettings)
     degradations: dict[str, float] = field(

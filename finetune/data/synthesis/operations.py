@@ -44,9 +44,9 @@ class OperationSettings:
 
     area_ranges: Mapping[str, tuple[float, float]] = field(
         default_factory=lambda: {
-            "splice": (0.03, 0.30),
-            "copy_move": (0.03, 0.18),
-            "erase": (0.03, 0.18),
+            "splice": (0.04, 0.30),
+            "copy_move": (0.04, 0.18),
+            "erase": (0.04, 0.18),
             "retouch": (0.05, 0.30),
         }
     )
@@ -54,7 +54,7 @@ class OperationSettings:
         default_factory=lambda: {"blob": 0.3, "polygon": 0.2, "ellipse": 0.15, "segment": 0.35}
     )
     max_feather: float = 3.0
-    min_change: float = 2.0
+    min_change: float = 3.0
     mask_convention: str = "target"
 
 
@@ -113,7 +113,8 @@ def tamper(
         image = to_uint8(host + alpha * (edit.content.astype(np.float32) - host))
         mask = altered_pixels(host, image, alpha[..., 0] > 0)
         change = float(np.abs(image.astype(np.float32) - host)[mask].mean()) if mask.any() else 0.0
-        if change < settings.min_change or mask.mean() < 0.6 * settings.area_ranges[operation][0]:
+        least, largest = settings.area_ranges[operation]
+        if change < settings.min_change or not 0.6 * least <= mask.mean() <= 1.15 * largest:
             continue
         if edit.source is not None and settings.mask_convention == "source_and_target":
             mask = mask | edit.source
@@ -141,16 +142,15 @@ def _feather(rng: np.random.Generator, settings: OperationSettings) -> float:
 
 
 def splice(host: np.ndarray, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor) -> Edit:
-    """Paste a region of an independently taken donor picture; half of them with colours moved towards the host's."""
+    """Paste a region of an independently taken donor picture, mostly turned or resized to fit in; half of them with
+    colours moved towards the host's."""
     donor, camera = draw_donor(rng)
     region, parameters = draw_region(donor, rng, settings.area_ranges["splice"], settings.shape_weights)
-    offset = _draw_offset(region, rng)
-    shift = np.array([[1, 0, offset[0]], [0, 1, offset[1]]], dtype=np.float64)
-    content, placed = _warp(donor, region, shift, cv2.INTER_NEAREST)
+    content, placed, pose = _move(donor, region, rng, unchanged_probability=0.25)
     strength = round(float(rng.uniform(0.4, 1.0)), 3) if rng.random() < 0.5 else 0.0
     if strength:
         content = match_colour(content, placed, host, strength)
-    parameters |= {"donor": camera, "offset_xy": offset, "colour_match": strength}
+    parameters |= {"donor": camera, **pose, "colour_match": strength}
     return Edit(content, placed, _feather(rng, settings), parameters)
 
 
@@ -170,37 +170,49 @@ def match_colour(content: np.ndarray, region: np.ndarray, host: np.ndarray, stre
 
 
 def copy_move(host: np.ndarray, rng: np.random.Generator, settings: OperationSettings, draw_donor: DrawDonor) -> Edit:
-    """Copy a region of the host to another place of it: a quarter exactly, the rest rotated, scaled or flipped."""
+    """Copy a region of the host to another place of it: some exactly, the rest rotated, scaled or flipped."""
     del draw_donor
     source, parameters = draw_region(host, rng, settings.area_ranges["copy_move"], settings.shape_weights)
-    exact = bool(rng.random() < 0.25)
+    content, target, pose = _move(host, source, rng, unchanged_probability=0.1)
+    if (target & source).sum() > 0.25 * min(target.sum(), source.sum()):
+        raise DoesNotFitError("the copy covers its source")
+    parameters |= {**pose, "mask_convention": settings.mask_convention}
+    return Edit(content, target, _feather(rng, settings), parameters, source)
+
+
+def _move(
+    image: np.ndarray, region: np.ndarray, rng: np.random.Generator, unchanged_probability: float
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Turn, scale or flip a region about its centre and put it anywhere it fits.
+
+    Args:
+        image: (H, W, 3) uint8. region: (H, W) bool.
+        unchanged_probability: chance that it is only shifted, by whole pixels, so that its pixels keep their values.
+
+    Returns:
+        moved image (H, W, 3), moved region (H, W) bool, parameters.
+    """
+    exact = bool(rng.random() < unchanged_probability)
     angle = 0.0 if exact or rng.random() < 0.3 else round(float(rng.uniform(-35, 35)), 2)
-    scale = 1.0 if exact or rng.random() < 0.3 else round(float(rng.uniform(0.75, 1.3)), 3)
+    scale = 1.0 if exact or rng.random() < 0.2 else round(float(rng.uniform(0.75, 1.4)), 3)
     flip = bool(not exact and rng.random() < 0.3)
-    rows, columns = np.nonzero(source)
+    rows, columns = np.nonzero(region)
     centre = np.array([columns.mean(), rows.mean()])
     turn = np.deg2rad(angle)
     linear = scale * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     if flip:
         linear = linear @ np.diag([-1.0, 1.0])
-    origin = np.rint(centre - linear @ centre)  # whole pixels: an exact copy stays exact
+    middle = np.array([region.shape[1], region.shape[0]]) / 2
+    origin = np.rint(middle - linear @ centre)  # to the middle, in whole pixels: an exact copy stays exact
     interpolation = cv2.INTER_CUBIC if rng.random() < 0.5 else cv2.INTER_LINEAR
-    _, turned = _warp(host, source, np.column_stack([linear, origin]), interpolation)
-    if turned.sum() < 0.95 * scale**2 * source.sum():  # turned or enlarged beyond the frame
-        raise DoesNotFitError("the copy is larger than the picture")
-    offset = _draw_offset(turned, rng)
-    content, target = _warp(host, source, np.column_stack([linear, origin + offset]), interpolation)
-    if (target & source).sum() > 0.25 * min(target.sum(), source.sum()):
-        raise DoesNotFitError("the copy covers its source")
-    parameters |= {
-        "offset_xy": offset,
-        "angle": angle,
-        "scale": scale,
-        "flip": flip,
-        "interpolation": "cubic" if interpolation == cv2.INTER_CUBIC else "linear",
-        "mask_convention": settings.mask_convention,
-    }
-    return Edit(content, target, _feather(rng, settings), parameters, source)
+    _, turned = _warp(image, region, np.column_stack([linear, origin]), interpolation)
+    if turned.sum() < 0.95 * scale**2 * region.sum():
+        raise DoesNotFitError("larger than the frame")
+    origin = origin + _draw_offset(turned, rng)
+    content, target = _warp(image, region, np.column_stack([linear, origin]), interpolation)
+    shift = [round(float(step)) for step in origin + linear @ centre - centre]
+    name = "cubic" if interpolation == cv2.INTER_CUBIC else "linear"
+    return content, target, {"shift_xy": shift, "angle": angle, "scale": scale, "flip": flip, "interpolation": name}
 
 
 def _draw_offset(region: np.ndarray, rng: np.random.Generator) -> list[int]:
@@ -238,11 +250,11 @@ def retouch(host: np.ndarray, rng: np.random.Generator, settings: OperationSetti
     kind = ("smooth", "grain", "tone")[int(rng.choice(3, p=[0.45, 0.25, 0.3]))]
     levels = host.astype(np.float32)
     if kind == "smooth":
-        sigma = round(float(rng.uniform(0.8, 2.2)), 2)
+        sigma = round(float(rng.uniform(0.9, 2.5)), 2)
         parameters |= {"sigma": sigma}
         content = cv2.GaussianBlur(levels, (0, 0), sigma)
     elif kind == "grain":
-        sigma = round(float(rng.uniform(4, 12)), 2)
+        sigma = round(float(rng.uniform(5, 13)), 2)
         grain = cv2.GaussianBlur(rng.standard_normal(host.shape[:2], dtype=np.float32), (0, 0), 0.6)
         parameters |= {"sigma": sigma}
         content = levels + sigma * (grain / grain.std())[..., None]

@@ -257,7 +257,7 @@ def _draw_crop(
 
 
 def _draw_camera(rng: np.random.Generator) -> dict[str, Any]:
-    noise_sigma = float(np.exp(rng.uniform(np.log(0.4), np.log(4.5))))  # levels, at mid grey
+    noise_sigma = float(np.exp(rng.uniform(np.log(0.5), np.log(6.0))))  # levels, at mid grey
     shot_share = float(rng.uniform(0.3, 0.9))
     sharpen = float(rng.choice([0.0, rng.uniform(0.2, 0.9), -rng.uniform(0.3, 0.9)], p=[0.4, 0.35, 0.25]))
     return {
