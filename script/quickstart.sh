@@ -99,5 +99,5 @@ forensics evaluate --model "$OUT/best" --data "$OUT/data/eval.jsonl" --out "$OUT
 say "done in $((SECONDS - started)) s"
 say "look at         $OUT/report.html"
 say "loss curves     .venv/bin/tensorboard --logdir $OUT"
-say "your own image  .venv/bin/forensics predict --model $OUT/best --image photo.jpg"
+say "your own image  .venv/bin/forensics predict --model $OUT/best photo.jpg"
 say "the real model  bash script/sft_llm.sh configs/train/quickstart.yaml model.path=/path/to/Qwen2.5-VL-3B-Instruct"
