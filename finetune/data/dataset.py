@@ -13,6 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
+
+from finetune.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()
+
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from finetune.config import DataConfig, SourceConfig

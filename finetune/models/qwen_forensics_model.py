@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.models.torchvision_compat import ensure_torchvision
+from finetune.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.models.torchvision_compat import ensure_torchvision
+from finetune.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
 
