@@ -76,6 +76,10 @@ find_python() {
     fail "no Python 3.10 to 3.13 found on PATH; install one or set PYTHON=/path/to/python3.11"
 }
 
+# What a higher level has installed before stays pinned too.
+stamped="$(sed -n 2p "$STAMP" 2>/dev/null || true)"
+if [[ -n "$stamped" && -n "${RANK[$stamped]:-}" ]] && ((RANK[$stamped] > RANK[$LEVEL])); then LEVEL="$stamped"; fi
+
 started=$SECONDS
 created=0
 if [[ -x "$PY" ]]; then
