@@ -66,3 +66,84 @@ def shared_data() -> Path:
     if folder is None:
         pytest.skip("no real data: set FORENSICS_REAL_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2.5-VL checkpoint with tied embeddings, built once; read only."""
+    return _build_tiny(tmp_path_factory.mktemp("tiny") / "tied", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_untied_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2.5-VL checkpoint whose lm_head is a matrix of its own; read only."""
+    return _build_tiny(tmp_path_factory.mktemp("tiny") / "untied", tie_word_embeddings=False)
+
+
+def _build_tiny(folder: Path, *, tie_word_embeddings: bool) -> Path:
+    from finetune.data.corpus import tokenizer_corpus
+    from finetune.models.tiny import TinyShape, build_tiny
+
+    shape = TinyShape(
+        hidden_size=64,
+        num_layers=2,
+        intermediate_size=128,
+        vision_hidden_size=32,
+        vision_depth=3,
+        vision_intermediate_size=64,
+        fullatt_block_indexes=(2,),
+        vocab_size=600,
+        tie_word_embeddings=tie_word_embeddings,
+    )
+    return build_tiny(folder, tokenizer_corpus(), shape)
+
+
+@pytest.fixture(scope="session")
+def photo_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A native JSONL of small generated images of odd sizes, with their files beside it; read only.
+
+    Ids: tampered_224x196, real_112x252 (no mask file), tampered_150x211 (no multiple of 28), real_84x140 (`HxW` mask),
+    unmasked_140x84 (tampered, no pixel target), pair (two images), text (no image). Names say HxW.
+    """
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photos")
+
+    def picture(name: str, height: int, width: int, box_xyxy: tuple[int, int, int, int] | None = None) -> str:
+        rng = np.random.default_rng(height * width)
+        rows, columns = np.mgrid[:height, :width]
+        smooth = np.stack([rows / height, columns / width, (rows + columns) / (height + width)], axis=-1) * 200 + 20
+        pixels = smooth + rng.normal(0, 4, smooth.shape)
+        if box_xyxy is not None:
+            x0, y0, x1, y1 = box_xyxy
+            pixels[y0:y1, x0:x1] = rng.uniform(0, 255, (y1 - y0, x1 - x0, 3))
+            mask = np.zeros((height, width), np.uint8)
+            mask[y0:y1, x0:x1] = 255
+            Image.fromarray(mask).save(folder / f"{name}_mask.png")
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{name}.png")
+        return f"{name}.png"
+
+    a = picture("a", 224, 196, (30, 40, 100, 120))
+    b = picture("b", 112, 252)
+    c = picture("c", 150, 211, (100, 20, 180, 90))
+    d = picture("d", 84, 140)
+    e = picture("e", 140, 84, (10, 10, 50, 60))
+    chat = [
+        {"role": "user", "content": "Which image metadata are worth reading?"},
+        {"role": "assistant", "content": "The camera, the date and the software."},
+    ]
+    records = [
+        {"id": "tampered_224x196", "images": [a], "labels": [1], "masks": ["a_mask.png"]},
+        {"id": "real_112x252", "images": [b], "labels": [0]},
+        {"id": "tampered_150x211", "images": [c], "labels": [1], "masks": ["c_mask.png"]},
+        {"id": "real_84x140", "images": [d], "labels": [0], "masks": ["84x140"]},
+        {"id": "unmasked_140x84", "images": [e], "labels": [1], "polygons": [None]},
+        {"id": "pair", "images": [d, c], "labels": [0, 1], "masks": [None, "c_mask.png"]},
+        {"id": "text", "messages": chat},
+    ]
+    path = folder / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
