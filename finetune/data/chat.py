@@ -6,6 +6,7 @@ loss mask is exact. Only assistant turns are supervised, image tokens never. The
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -43,6 +44,23 @@ class Template:
     result: dict[int, str]
     evidence: dict[int, str]
     answers: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, to be saved beside a model."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> Template:
+        """The inverse of `to_dict`, also after a trip through JSON.
+
+        Raises:
+            ConfigError: as `load_template`.
+        """
+        fields = dict(tree)
+        name = fields.pop("name", "saved")
+        for key in ("result", "evidence"):
+            fields[key] = {int(label): text for label, text in fields[key].items()}
+        return _check_template(name, fields)
 
 
 class Segment(NamedTuple):

@@ -86,7 +86,7 @@ class ForensicDataset(Dataset):
         record = self.records[index]
         images = [load_image(image, record.id, record.source) for image in record.images]
         sizes = [(image.height, image.width) for image in images]
-        processed = [self.processed_size(size) for size in sizes]
+        processed = [processed_size(size, self.processor.image_processor) for size in sizes]
         masks = [
             load_mask(target, size, record.id, record.source)
             for target, size in zip(record.targets, sizes, strict=True)
@@ -122,22 +122,12 @@ class ForensicDataset(Dataset):
             index = self._index_of[record_id]
             sample = self[index]
             turns = question_turns(self.records[index], self.template)
-            processed = [self.processed_size((image.height, image.width)) for image in sample.images]
+            processed = [processed_size((image.height, image.width), self.processor.image_processor) for image in sample.images]
             run = self.tokens.run * len(sample.images)
             pieces = [*segments(turns, self.template.system, for_generation=True), Segment(run, False)]
             sample.input_ids, sample.labels = self._render(self.records[index], pieces, processed)
             samples.append(sample)
         return samples
-
-    def processed_size(self, size_hw: tuple[int, int]) -> tuple[int, int]:
-        """(H, W) of an image after Qwen2.5-VL's smart resize, from its original size."""
-        image_processor = self.processor.image_processor
-        return smart_resize(
-            *size_hw,
-            factor=image_processor.patch_size * image_processor.merge_size,
-            min_pixels=image_processor.size["shortest_edge"],
-            max_pixels=image_processor.size["longest_edge"],
-        )
 
     def num_tokens(self, index: int) -> int:
         """Length of a record's token sequence; reads image headers, and masks only where polygons must be made of them.
@@ -152,7 +142,7 @@ class ForensicDataset(Dataset):
         if needs_masks:
             masks = [load_mask(t, s, record.id, record.source) for t, s in zip(record.targets, sizes, strict=True)]
         turns = self._turns(record, sizes, masks)
-        return len(self._encode(record, turns, [self.processed_size(size) for size in sizes])[0])
+        return len(self._encode(record, turns, [processed_size(size, self.processor.image_processor) for size in sizes])[0])
 
     def check_lengths(self) -> list[DataFormatError]:
         """An error for every record that is too long, all at once, without decoding images."""
@@ -174,7 +164,7 @@ class ForensicDataset(Dataset):
                 found = target.polygons
                 if target.label == 1 and mask is not None and _num_points(found) > budget:
                     found = polygons_from_mask(mask, max_points=budget)
-                polygons.append(scale_polygons(found or (), size, self.processed_size(size)))
+                polygons.append(scale_polygons(found or (), size, processed_size(size, self.processor.image_processor)))
         return conversation(record, self.template, self.tokens, self.config.layout, polygons)
 
     def _encode(
@@ -199,6 +189,16 @@ class ForensicDataset(Dataset):
                 fix=f"raise data.max_length, lower data.max_pixels ({sum(counts)} tokens are images), or shorten the text",
             )
         return input_ids, labels
+
+
+def processed_size(size_hw: tuple[int, int], image_processor: Any) -> tuple[int, int]:
+    """(H, W) of an image after Qwen2.5-VL's smart resize, from its original size."""
+    return smart_resize(
+        *size_hw,
+        factor=image_processor.patch_size * image_processor.merge_size,
+        min_pixels=image_processor.size["shortest_edge"],
+        max_pixels=image_processor.size["longest_edge"],
+    )
 
 
 def read_sources(sources: Sequence[SourceConfig], what: str) -> list[Record]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -45,7 +46,7 @@ def set_trainable(bundle: Bundle, groups: Sequence[str], lora: LoraConfig) -> Bu
     uses_peft = "lm_lora" in groups or ("new_tokens" in groups and "lm_full" not in groups)
     modules = _modules_of(model, groups)
     if uses_peft:
-        return Bundle(_wrap(bundle, groups, modules, lora), bundle.processor, bundle.tokens)
+        return replace(bundle, model=_wrap(bundle, groups, modules, lora))
     for module in modules.values():
         for parameter in module.parameters():
             parameter.requires_grad_(True)

@@ -7,7 +7,7 @@ loaded again is written here. safetensors only: no pickle is ever loaded.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from finetune.models.qwen_forensics_model import (  # noqa: E402
 from finetune.special_tokens import SpecialTokens  # noqa: E402
 
 ADAPTER_CONFIG = "adapter_config.json"
+SETTINGS = "forensics.json"
 
 
 @dataclass
@@ -36,11 +37,13 @@ class Bundle:
     """A model with the processor and the vocabulary that belong to it.
 
     model: a `QwenForensicsForConditionalGeneration`, or a PeftModel around one.
+    settings: what other layers want to find again beside the weights (template, layout, origin); plain JSON, not read here.
     """
 
     model: nn.Module
     processor: Any
     tokens: SpecialTokens
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def base(self) -> QwenForensicsForConditionalGeneration:
@@ -92,9 +95,11 @@ def load_bundle(
     base_path = _base_model_path(adapter) if adapter and adapter == config.path else config.path
     model = _load_model(base_path, config, _model_settings(saved, heads, processor, tokens), device_map)
     grow_embeddings(model, len(processor.tokenizer), new_ids)
+    settings_file = Path(source) / SETTINGS
+    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
     if adapter:
-        return Bundle(load_adapter(model, adapter), processor, tokens)
-    return Bundle(model, processor, tokens)
+        return Bundle(load_adapter(model, adapter), processor, tokens, settings)
+    return Bundle(model, processor, tokens, settings)
 
 
 def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
@@ -194,6 +199,8 @@ def save_bundle(bundle: Bundle, out_dir: str | Path, state_dict: dict[str, Any] 
     if bundle.model is not bundle.base:
         bundle.base.config.save_pretrained(out_dir)
     save_processor(bundle.processor, out_dir)
+    settings = json.dumps(bundle.settings, indent=2, ensure_ascii=False)
+    (out_dir / SETTINGS).write_text(settings, encoding="utf-8")
 
 
 def save_processor(processor: Any, out_dir: str | Path) -> None:

@@ -65,6 +65,11 @@ def train(config: RunConfig) -> dict[str, Any]:
     table = trainable_table(bundle.model, config.train.trainable, _learning_rates(config))
     _say(is_main, table)
     record = run_record(config)
+    bundle.settings = {
+        "template": train_set.template.to_dict(),
+        "layout": config.data.layout,
+        "trained": {key: record[key] for key in ("seed", "config_hash", "commit", "data_hash")},
+    }
     out_dir = Path(config.output_dir)
     if is_main:
         out_dir.mkdir(parents=True, exist_ok=True)

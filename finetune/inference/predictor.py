@@ -1,0 +1,273 @@
+"""From images to predictions: verdict and mask from one prefill pass, the text by generation after it.
+
+The predictor sees questions only (`Query`), never a target or a reference answer. With `tokens_first` the forensic tokens are
+part of the prompt; with `text_first` the model writes its answer first and the heads read the tokens it wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from finetune.config import GenerationConfig
+from finetune.data.chat import Segment, Template, encode, load_template, prompt, segments
+from finetune.data.collator import MODEL_KEYS, ForensicCollator
+from finetune.data.dataset import Sample, processed_size
+from finetune.data.images import load_image
+from finetune.data.masks import polygons_from_mask
+from finetune.inference.answers import read_answers
+from finetune.models.loading import Bundle
+from finetune.schema import ImageInput, Polygon, Prediction, Record, Turn
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked: images and the turns before the answer; no targets."""
+
+    id: str
+    images: tuple[ImageInput, ...]
+    turns: tuple[Turn, ...]
+
+
+def query_for_image(path: str, template: Template) -> Query:
+    """The template's question about one image file."""
+    return Query(path, (ImageInput(path=path),), (Turn("user", prompt(template, 1)),))
+
+
+@dataclass
+class _HeadResult:
+    """Heads of one batch: score and (H, W) float32 scores for each of the N images, None where no head ran."""
+
+    scores: list[float | None]
+    masks: list[np.ndarray | None]
+
+
+class Predictor:
+    """Runs a bundle over queries in batches; safe to share between threads (one forward at a time).
+
+    Args:
+        bundle: a trained model with its processor.
+        generation: thresholds, batch size and decoding.
+        template, layout: default to what the model was trained with.
+        device: `auto` takes a GPU if there is one.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        generation: GenerationConfig | None = None,
+        *,
+        template: Template | None = None,
+        layout: str | None = None,
+        device: str = "auto",
+    ) -> None:
+        self.bundle = bundle
+        self.generation = generation or GenerationConfig()
+        self.template = template or trained_template(bundle)
+        self.layout = layout or bundle.settings.get("layout", "tokens_first")
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.model: Any = bundle.model.to(self.device).eval()
+        self.collator = ForensicCollator(bundle.processor, bundle.tokens, padding_side="left")
+        self._lock = threading.Lock()  # rope_deltas is state on the model
+
+    def predict(self, queries: Iterable[Query], *, with_text: bool = True) -> Iterator[list[Prediction]]:
+        """One list of predictions (one per image) for each query, in order.
+
+        Args:
+            with_text: also generate the answer; otherwise `text` is "" (with `text_first` the answer is always generated,
+                since the heads read it).
+
+        Raises:
+            DataFormatError: an image that cannot be read.
+        """
+        for batch in batched(queries, self.generation.batch_size):
+            images = [[load_image(image, query.id) for image in query.images] for query in batch]
+            with self._lock, torch.inference_mode():
+                if self.layout == "tokens_first":
+                    heads, texts = self._tokens_first(batch, images, with_text)
+                else:
+                    heads, texts = self._text_first(batch, images)
+            yield from self._predictions(batch, images, heads, texts if with_text else [""] * len(batch))
+
+    # ---- the two layouts ----
+
+    def _tokens_first(
+        self, queries: Sequence[Query], images: list[list[Image.Image]], with_text: bool
+    ) -> tuple[_HeadResult, list[str]]:
+        """Prompt + forensic tokens: their states are in the prefill, which is also generation's first step."""
+        samples = [
+            self._sample(query, pictures, self.bundle.tokens.run * len(pictures))
+            for query, pictures in zip(queries, images, strict=True)
+        ]
+        inputs = self._inputs(samples)
+        num_images = sum(len(pictures) for pictures in images)
+        with self._first_heads() as captured:
+            if with_text:
+                texts = self._generate(inputs)
+            else:
+                self.model(**inputs, logits_to_keep=1)
+                texts = [""] * len(samples)
+        return _read_heads(captured[0] if captured else None, num_images), texts
+
+    def _text_first(
+        self, queries: Sequence[Query], images: list[list[Image.Image]]
+    ) -> tuple[_HeadResult, list[str]]:
+        """Generate the answer, then read the heads at the tokens the model itself wrote.
+
+        Where it did not write them all, they are appended to its answer.
+        """
+        samples = [self._sample(query, pictures, "") for query, pictures in zip(queries, images, strict=True)]
+        inputs = self._inputs(samples)
+        written = self._generate_ids(inputs)
+        tokenizer = self.bundle.tokenizer
+        run = tokenizer.convert_tokens_to_ids(list(self.bundle.tokens.all))
+        for sample, ids in zip(samples, written, strict=True):
+            forensic = [token for token in ids if token in set(run)]
+            num_cls = self.bundle.tokens.num_cls
+            cls_ok = [t for t in forensic if t in run[:num_cls]] == run[:num_cls] * len(sample.images)
+            mask_ok = [t for t in forensic if t in run[num_cls:]] == run[num_cls:] * len(sample.images)
+            if not (cls_ok and mask_ok):
+                ids = [token for token in ids if token not in set(run)] + run * len(sample.images)
+            sample.input_ids = sample.input_ids + ids
+            sample.labels = [-100] * len(sample.input_ids)
+        with self._first_heads() as captured:
+            self.model(**self._inputs(samples), logits_to_keep=1)
+        texts = [self._decode(ids) for ids in written]
+        return _read_heads(captured[0] if captured else None, sum(len(p) for p in images)), texts
+
+    # ---- pieces ----
+
+    def _sample(self, query: Query, images: list[Image.Image], run: str) -> Sample:
+        sizes = [(image.height, image.width) for image in images]
+        image_processor = self.bundle.processor.image_processor
+        cell = image_processor.patch_size * image_processor.merge_size
+        processed = [processed_size(size, image_processor) for size in sizes]
+        pieces = [*segments(query.turns, self.template.system, for_generation=True), Segment(run, False)]
+        counts = [height * width // cell**2 for height, width in processed]
+        input_ids, labels = encode(pieces, self.bundle.tokenizer, counts)
+        return Sample(query.id, images, input_ids, labels, mask_sizes_hw=sizes)
+
+    def _inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        batch = self.collator(samples)
+        kept = {key: batch[key] for key in MODEL_KEYS if key in batch and key != "logits_to_keep"}
+        return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in kept.items()}
+
+    def _generate_ids(self, inputs: dict[str, Any]) -> list[list[int]]:
+        """New token ids of each row, without end and padding tokens."""
+        settings = self.generation
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.do_sample else {}
+        tokenizer = self.bundle.tokenizer
+        sequences = self.model.generate(
+            **inputs, max_new_tokens=settings.max_new_tokens, do_sample=settings.do_sample, num_beams=1, **sampling
+        )
+        ends = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+        rows = []
+        for row in sequences[:, inputs["input_ids"].shape[1] :].tolist():
+            end = next((i for i, token in enumerate(row) if token in ends), len(row))
+            rows.append(row[:end])
+        return rows
+
+    def _generate(self, inputs: dict[str, Any]) -> list[str]:
+        return [self._decode(ids) for ids in self._generate_ids(inputs)]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.bundle.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    @contextlib.contextmanager
+    def _first_heads(self) -> Iterator[list[Any]]:
+        """Collects the output of the first forward pass in which a head ran: generation does not hand it on."""
+        captured: list[Any] = []
+
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            if not captured and (output.cls_logits is not None or output.mask_logits is not None):
+                captured.append(output)
+
+        handle = self.bundle.base.register_forward_hook(keep)
+        try:
+            yield captured
+        finally:
+            handle.remove()
+
+    def _predictions(
+        self, queries: Sequence[Query], images: list[list[Image.Image]], heads: _HeadResult, texts: Sequence[str]
+    ) -> Iterator[list[Prediction]]:
+        first = 0
+        for query, pictures, text in zip(queries, images, texts, strict=True):
+            answers = read_answers(text, self.template, len(pictures)) if text else None
+            results = []
+            for k, picture in enumerate(pictures):
+                score, mask = heads.scores[first + k], heads.masks[first + k]
+                answer = answers[k] if answers is not None else None
+                if score is None:  # no cls head: the written verdict is all there is
+                    score = float(answer.label) if answer is not None else 0.5
+                results.append(
+                    Prediction(
+                        id=query.id if len(pictures) == 1 else f"{query.id}#{k + 1}",
+                        image_path=query.images[k].path or "",
+                        label=int(score >= self.generation.score_threshold),
+                        score=score,
+                        mask_scores=mask,
+                        polygons=self._polygons(mask),
+                        text=text,
+                        parse_ok=answer is not None,
+                        size_hw=(picture.height, picture.width),
+                    )
+                )
+            first += len(pictures)
+            yield results
+
+    def _polygons(self, mask: np.ndarray | None) -> tuple[Polygon, ...]:
+        if mask is None:
+            return ()
+        return polygons_from_mask(mask >= self.generation.mask_threshold)
+
+
+def trained_template(bundle: Bundle) -> Template:
+    """The template a model was trained with; `zh` where the folder does not say."""
+    stored = bundle.settings.get("template")
+    if stored is None:
+        return load_template("zh")
+    return Template.from_dict(stored)
+
+
+def queries_of(records: Iterable[Record], questions: Any) -> Iterator[Query]:
+    """Queries of records: images and questions, nothing else.
+
+    Args:
+        questions: function of a record giving the turns before its answer, e.g. `chat.question_turns`.
+    """
+    for record in records:
+        yield Query(record.id, record.images, questions(record))
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of up to `size` items."""
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _read_heads(output: Any, num_images: int) -> _HeadResult:
+    result = _HeadResult([None] * num_images, [None] * num_images)
+    if output is None:
+        return result
+    if output.cls_logits is not None:
+        for image, score in zip(output.cls_image_index.tolist(), output.cls_logits.float().sigmoid().tolist(), strict=True):
+            result.scores[image] = score
+    if output.mask_logits is not None:
+        for image, logits in zip(output.mask_image_index.tolist(), output.mask_logits, strict=True):
+            result.masks[image] = logits.float().sigmoid().cpu().numpy()
+    return result
