@@ -185,8 +185,9 @@ def _tiny(arguments: argparse.Namespace) -> int:
 def _synth_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for images, masks, train.jsonl, eval.jsonl")
     parser.add_argument("--photos", metavar="DIR", help="your own photographs (default: those shipped with scikit-image etc.)")
-    parser.add_argument("--num-train", type=int, metavar="N", help="training images")
-    parser.add_argument("--num-eval", type=int, metavar="N", help="held-out images, from other photographs")
+    parser.add_argument("--num-train", type=int, metavar="N", help="training images (2000)")
+    parser.add_argument("--num-val", type=int, metavar="N", help="further images of the training photographs (120)")
+    parser.add_argument("--num-eval", type=int, metavar="N", help="held-out images, from other photographs (300)")
     parser.add_argument("--language", choices=("zh", "en"), help="of the evidence texts (default zh)")
     parser.add_argument("--seed", type=int, help="same seed, same bytes (default 0)")
     parser.add_argument("--workers", type=int, help="processes; 0 = one per core")
@@ -201,6 +202,7 @@ def _synth(arguments: argparse.Namespace) -> int:
     given = {
         "photos_dir": arguments.photos,
         "num_train": arguments.num_train,
+        "num_val": arguments.num_val,
         "num_eval": arguments.num_eval,
         "language": arguments.language,
         "seed": arguments.seed,

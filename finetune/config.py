@@ -277,6 +277,8 @@ def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
             raise ConfigError(f"{where}: '{key}' is {shorten(value)}; choose one of {', '.join(map(str, choices))}")
         return value
     if origin is list:
+        if isinstance(value, str) and typing.get_args(kind)[0] is SourceConfig:
+            value = [value]  # data.train=train.jsonl
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where}: '{key}' is {shorten(value)}; expected a list")
         return [_convert(typing.get_args(kind)[0], item, where, f"{key}[{i}]") for i, item in enumerate(value)]

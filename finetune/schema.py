@@ -106,6 +106,7 @@ class Prediction:
         polygons: regions of `mask_scores` above the mask threshold.
         text: generated answer without forensic tokens, "" when no text was asked for.
         parse_ok: whether `text` is the JSON the template asks for.
+        text_label: verdict written in `text`, None where it could not be read.
         size_hw: (H, W) of the image after EXIF rotation.
     """
 
@@ -118,3 +119,4 @@ class Prediction:
     text: str
     parse_ok: bool
     size_hw: tuple[int, int]
+    text_label: int | None = None

@@ -115,7 +115,7 @@ class Predictor:
             else:
                 self.model(**inputs, logits_to_keep=1)
                 texts = [""] * len(samples)
-        return _read_heads(captured[0] if captured else None, num_images), texts
+        return self._read_heads(captured, num_images), texts
 
     def _text_first(
         self, queries: Sequence[Query], images: list[list[Image.Image]]
@@ -141,7 +141,7 @@ class Predictor:
         with self._first_heads() as captured:
             self.model(**self._inputs(samples), logits_to_keep=1)
         texts = [self._decode(ids) for ids in written]
-        return _read_heads(captured[0] if captured else None, sum(len(p) for p in images)), texts
+        return self._read_heads(captured, sum(len(pictures) for pictures in images)), texts
 
     # ---- pieces ----
 
@@ -196,6 +196,23 @@ class Predictor:
         finally:
             handle.remove()
 
+    def _read_heads(self, captured: list[Any], num_images: int) -> _HeadResult:
+        """Scores and masks of the N images; a model with heads that did not run is a bug, never a score of 0.5."""
+        result = _HeadResult([None] * num_images, [None] * num_images)
+        if not captured:
+            if self.bundle.base.has_heads and num_images:
+                raise RuntimeError("the model has heads but none ran: the forensic tokens or the pixels did not reach it")
+            return result
+        output = captured[0]
+        if output.cls_logits is not None:
+            scores = output.cls_logits.float().sigmoid().tolist()
+            for image, score in zip(output.cls_image_index.tolist(), scores, strict=True):
+                result.scores[image] = score
+        if output.mask_logits is not None:
+            for image, logits in zip(output.mask_image_index.tolist(), output.mask_logits, strict=True):
+                result.masks[image] = logits.float().sigmoid().cpu().numpy()
+        return result
+
     def _predictions(
         self, queries: Sequence[Query], images: list[list[Image.Image]], heads: _HeadResult, texts: Sequence[str]
     ) -> Iterator[list[Prediction]]:
@@ -219,6 +236,7 @@ class Predictor:
                         text=text,
                         parse_ok=answer is not None,
                         size_hw=(picture.height, picture.width),
+                        text_label=None if answer is None else answer.label,
                     )
                 )
             first += len(pictures)
@@ -258,16 +276,3 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
             batch = []
     if batch:
         yield batch
-
-
-def _read_heads(output: Any, num_images: int) -> _HeadResult:
-    result = _HeadResult([None] * num_images, [None] * num_images)
-    if output is None:
-        return result
-    if output.cls_logits is not None:
-        for image, score in zip(output.cls_image_index.tolist(), output.cls_logits.float().sigmoid().tolist(), strict=True):
-            result.scores[image] = score
-    if output.mask_logits is not None:
-        for image, logits in zip(output.mask_image_index.tolist(), output.mask_logits, strict=True):
-            result.masks[image] = logits.float().sigmoid().cpu().numpy()
-    return result

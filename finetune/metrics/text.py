@@ -81,21 +81,30 @@ def text_metrics(
     if not len(texts) == len(head_labels) == len(truth):
         raise ValueError(f"one label per text: {len(texts)} texts, {len(head_labels)} verdicts, {len(truth)} labels")
     answers = [parse_answer(text) for text in texts]
+    return verdict_metrics([None if answer is None else answer.label for answer in answers], head_labels, truth)
+
+
+def verdict_metrics(
+    text_labels: Sequence[int | None], head_labels: Sequence[int | None], true_labels: Sequence[int | None]
+) -> dict[str, float | int | None]:
+    """`text_metrics` for answers that were read already.
+
+    Args:
+        text_labels: verdict of each answer, 0 or 1, None where it could not be read.
+    """
+    num_parsed = sum(label is not None for label in text_labels)
     return {
-        "parse_rate": sum(answer is not None for answer in answers) / len(texts) if len(texts) else None,
-        "label_agreement": _agreement(answers, head_labels),
-        "label_accuracy": _agreement(answers, truth),
-        "n": len(texts),
-        "n_parsed": sum(answer is not None for answer in answers),
+        "parse_rate": num_parsed / len(text_labels) if len(text_labels) else None,
+        "label_agreement": _agreement(text_labels, head_labels),
+        "label_accuracy": _agreement(text_labels, true_labels),
+        "n": len(text_labels),
+        "n_parsed": num_parsed,
     }
 
 
-def _agreement(answers: Sequence[ParsedAnswer | None], labels: Sequence[int | None]) -> float | None:
-    same = [
-        answer.label == label
-        for answer, label in zip(answers, labels, strict=True)
-        if answer is not None and label is not None
-    ]
+def _agreement(text_labels: Sequence[int | None], labels: Sequence[int | None]) -> float | None:
+    pairs = zip(text_labels, labels, strict=True)
+    same = [ours == theirs for ours, theirs in pairs if ours is not None and theirs is not None]
     return sum(same) / len(same) if same else None
 
 

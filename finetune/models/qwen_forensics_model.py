@@ -189,6 +189,10 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             info["missing_keys"] = type(info["missing_keys"])(k for k in info["missing_keys"] if k not in missing)
         return (model, info) if wants_info else model
 
+    def _supports_mm_encoder_outputs(self) -> bool:
+        """False with heads: `generate` would otherwise encode the images beforehand and drop the pixels the heads need."""
+        return not self.has_heads and super()._supports_mm_encoder_outputs()
+
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,

@@ -20,7 +20,8 @@ class SynthConfig:
     """What to make.
 
     Args:
-        num_train, num_eval: number of images per split, >= 0, not both 0.
+        num_train, num_eval: number of images per split, >= 0, not both 0. `eval` has photographs of its own.
+        num_val: further images of the training photographs, for choosing a checkpoint without looking at `eval`.
         seed: everything random follows from it.
         sizes_hw: output sizes (H, W), drawn uniformly; multiples of 28 pass Qwen2.5-VL's resizing unchanged, which
             keeps the noise traces.
@@ -40,6 +41,7 @@ class SynthConfig:
 
     num_train: int = 2000
     num_eval: int = 300
+    num_val: int = 120
     seed: int = 0
     sizes_hw: tuple[tuple[int, int], ...] = ((224, 224), (196, 252), (252, 196))
     tampered_fraction: float = 0.5
@@ -74,7 +76,7 @@ class SynthConfig:
             self.operation_settings = make_settings(self.operation_settings)
         self.sizes_hw = tuple((int(height), int(width)) for height, width in self.sizes_hw)
         _require(
-            self.num_train >= 0 and self.num_eval >= 0 and self.num_train + self.num_eval > 0,
+            min(self.num_train, self.num_eval, self.num_val) >= 0 and self.num_train + self.num_eval > 0,
             "num_train, num_eval",
             (self.num_train, self.num_eval),
             "counts >= 0, not both 0",

@@ -53,7 +53,7 @@ class SampleTask:
 def synthesize(
     config: SynthConfig, out_dir: str | Path, progress: bool = True, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Write `{train,eval}/{images,masks}/*.png`, `{train,eval}.jsonl`, `eval_annotations.json` and `manifest.json`.
+    """Write `{train,val,eval}/{images,masks}/*.png`, `{train,val,eval}.jsonl`, `eval_annotations.json` and `manifest.json`.
 
     With more than one worker the caller's script needs the usual `if __name__ == "__main__":` (processes are spawned).
 
@@ -129,7 +129,7 @@ def _write_json(path: Path, value: object) -> None:
 
 def plan_tasks(config: SynthConfig, split: str) -> list[SampleTask]:
     """The samples of one split in order: exact counts of both classes and of each operation, in random places."""
-    count = config.num_train if split == "train" else config.num_eval
+    count = {"train": config.num_train, "eval": config.num_eval, "val": config.num_val}[split]
     tampered = round(config.tampered_fraction * count)
     names = [name for name in OPERATIONS if config.operations.get(name, 0) > 0]
     weights = np.array([config.operations[name] for name in names])

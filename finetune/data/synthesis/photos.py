@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 from finetune.data.synthesis.degradations import jpeg_round_trip, resize, to_uint8
 from finetune.errors import ForensicsError
 
-SPLITS = ("train", "eval")
+SPLITS = ("train", "eval", "val")
+"""`eval` is made from photographs of its own; `val`, for choosing checkpoints, from the training photographs."""
 PHOTO_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 MIN_PHOTO_SIDE = 128
 """Photographs with a shorter side are refused: they would have to be enlarged beyond recognition."""
@@ -79,8 +80,9 @@ class PhotoSet:
     rejected: tuple[dict[str, str], ...] = ()
 
     def of(self, split: str) -> tuple[Photo, ...]:
-        """The photographs of one split, in a fixed order."""
-        return tuple(photo for photo in self.photos if photo.split == split)
+        """The photographs of one split, in a fixed order; `val` shares those of `train`."""
+        side = "train" if split == "val" else split
+        return tuple(photo for photo in self.photos if photo.split == side)
 
 
 def find_photos(photos_dir: str | Path | None = None, held_out_fraction: float = 0.25) -> PhotoSet:

@@ -35,7 +35,7 @@ def digests(root: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("synth") / "set"
-    synthesize(SynthConfig(num_train=240, num_eval=40, seed=7, language="both", workers=1), root, progress=False)
+    synthesize(SynthConfig(num_val=0, num_train=240, num_eval=40, seed=7, language="both", workers=1), root, progress=False)
     return root
 
 
@@ -137,7 +137,7 @@ def test_no_single_feature_outside_the_content_tells_the_label(data_set: Path) -
 
 def test_the_label_changes_nothing_but_the_edit() -> None:
     """The strongest statement about leaks: one task, authentic and tampered, differs in the operation alone."""
-    config, photos = SynthConfig(num_train=60, num_eval=0, seed=3), find_photos()
+    config, photos = SynthConfig(num_val=0, num_train=60, num_eval=0, seed=3), find_photos()
     for task in plan_tasks(config, "train")[:30]:
         real, fake = (
             make_sample(generator.SampleTask("train", task.index, name), config, photos)
@@ -154,16 +154,16 @@ def test_the_label_changes_nothing_but_the_edit() -> None:
 def test_same_bytes_for_one_and_two_workers(tmp_path: Path) -> None:
     for workers in (1, 2):
         synthesize(
-            SynthConfig(num_train=40, num_eval=8, seed=2, workers=workers), tmp_path / str(workers), progress=False
+            SynthConfig(num_val=0, num_train=40, num_eval=8, seed=2, workers=workers), tmp_path / str(workers), progress=False
         )
     assert digests(tmp_path / "1") == digests(tmp_path / "2")
-    synthesize(SynthConfig(num_train=40, num_eval=8, seed=4, workers=1), tmp_path / "other", progress=False)
+    synthesize(SynthConfig(num_val=0, num_train=40, num_eval=8, seed=4, workers=1), tmp_path / "other", progress=False)
     assert digests(tmp_path / "1")["train.jsonl"] != digests(tmp_path / "other")["train.jsonl"]
 
 
 def test_a_longer_set_keeps_its_hosts(tmp_path: Path) -> None:
     photos = find_photos()
-    short, long = (SynthConfig(num_train=count, num_eval=0) for count in (10, 50))
+    short, long = (SynthConfig(num_val=0, num_train=count, num_eval=0) for count in (10, 50))
     task = generator.SampleTask("train", 4, "splice")
     assert np.array_equal(make_sample(task, short, photos).image, make_sample(task, long, photos).image)
 
@@ -174,12 +174,12 @@ def test_nothing_is_left_when_generation_fails(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(generator, "make_sample", fail)
     with pytest.raises(KeyboardInterrupt):
-        synthesize(SynthConfig(num_train=4, num_eval=0, workers=1), tmp_path / "set", progress=False)
+        synthesize(SynthConfig(num_val=0, num_train=4, num_eval=0, workers=1), tmp_path / "set", progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_existing_output_is_refused_and_only_generated_sets_are_overwritten(tmp_path: Path) -> None:
-    config = SynthConfig(num_train=2, num_eval=0, workers=1)
+    config = SynthConfig(num_val=0, num_train=2, num_eval=0, workers=1)
     target = tmp_path / "set"
     target.mkdir()
     synthesize(config, target, progress=False)  # an empty folder is fine
@@ -197,7 +197,7 @@ def test_existing_output_is_refused_and_only_generated_sets_are_overwritten(tmp_
 def test_two_user_photos_are_enough_and_paths_stay_out_of_the_files(tmp_path: Path) -> None:
     for photo in find_photos().of("eval")[:2]:
         Image.open(photo.path).save(tmp_path / f"{photo.group}.png")
-    config = SynthConfig(num_train=12, num_eval=6, photos_dir=str(tmp_path), workers=1, sizes_hw=((112, 140),))
+    config = SynthConfig(num_val=0, num_train=12, num_eval=6, photos_dir=str(tmp_path), workers=1, sizes_hw=((112, 140),))
     manifest = synthesize(config, tmp_path / "out" / "set", progress=False)
     assert len(manifest["photos"]) == 2
     for file in ("manifest.json", "train.jsonl", "eval_annotations.json"):
@@ -209,7 +209,7 @@ def test_a_flat_user_photo_is_named(tmp_path: Path) -> None:
         image = np.full((300, 300, 3), 40 * (index + 1), dtype=np.uint8)
         image[:90, :90] = 255  # bright corner: not one flat colour, but most crops are
         Image.fromarray(image).save(tmp_path / f"flat{index}.png")
-    config = SynthConfig(
+    config = SynthConfig(num_val=0, 
         num_train=40, num_eval=0, photos_dir=str(tmp_path), workers=1, operations={"retouch": 1},
         operation_settings={"min_change": 25.0},  # type: ignore[arg-type]
     )  # fmt: skip

@@ -1,0 +1,158 @@
+"""`forensics evaluate`: a model on a labelled data set, beside two classical baselines; numbers, predictions, a report.
+
+Order matters for honesty: the predictor is given queries without targets; targets are read only when its answer is there.
+Localisation is averaged over tampered images, false alarms over authentic ones, image metrics over all labelled ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from finetune.config import SourceConfig
+from finetune.data.chat import question_turns
+from finetune.data.dataset import read_sources, spread
+from finetune.data.images import load_image
+from finetune.data.masks import load_mask
+from finetune.data.validation import check_records
+from finetune.errors import DataFormatError
+from finetune.evaluation.comparison import compare_baselines
+from finetune.evaluation.results import EvaluationResults
+from finetune.inference.commands import load_predictor
+from finetune.inference.output import PredictionWriter
+from finetune.inference.predictor import Predictor, queries_of
+from finetune.inference.report import ReportSample, format_table, write_report
+from finetune.schema import Prediction, Record
+from finetune.training.reproducibility import commit, file_hash, versions
+
+
+def evaluate_command(arguments: argparse.Namespace) -> int:
+    """Handler of `forensics evaluate`; exit status 0."""
+    source = SourceConfig(arguments.data, arguments.format, arguments.data_root)
+    records = read_sources([source], "eval")
+    if arguments.max_samples is not None:
+        records = spread(records, arguments.max_samples)
+    predictor = load_predictor(arguments)
+    _refuse_unusable(records, predictor)
+    start = time.monotonic()
+    results, samples = run_model(predictor, records, arguments)
+    metrics = results.metrics(arguments.threshold)
+    score_sets = {"model": results.score_set()}
+    if not arguments.no_baselines:
+        print("baselines: error-level analysis and local noise variance on the same images", flush=True)
+        metrics["baselines"], baseline_scores, intervals = compare_baselines(records, arguments.baseline_data)
+        metrics["intervals"] |= intervals
+        score_sets |= baseline_scores
+    metrics["run"] = run_facts(predictor, arguments, time.monotonic() - start)
+    out_dir = Path(arguments.out)
+    _write(out_dir / "metrics.json", metrics)
+    write_report(
+        out_dir / "report.html",
+        title="Forensics evaluation · 取证评测报告",
+        metrics=metrics,
+        samples=samples,
+        history=training_history(arguments.model),
+        run={"data": Path(arguments.data).name, "model": Path(arguments.model).name},
+        score_sets=score_sets,
+        threshold=arguments.threshold,
+        mask_threshold=arguments.mask_threshold,
+    )
+    print(format_table(metrics))
+    print(f"wrote {out_dir}/metrics.json, predictions.jsonl, masks/ and report.html")
+    return 0
+
+
+def run_model(
+    predictor: Predictor, records: Sequence[Record], arguments: argparse.Namespace
+) -> tuple[EvaluationResults, list[ReportSample]]:
+    """Predict every record, write each prediction, and keep what metrics and report need."""
+    results = EvaluationResults(mask_threshold=arguments.mask_threshold)
+    samples: list[ReportSample] = []
+    shown = {record.id for record in spread(records, arguments.report_samples)}
+    answers = predictor.predict(
+        queries_of(records, lambda record: question_turns(record, predictor.template)), with_text=not arguments.no_text
+    )
+    with PredictionWriter(arguments.out) as writer:
+        for record, predictions in zip(
+            records, tqdm(answers, total=len(records), unit="record", disable=None, file=sys.stdout), strict=True
+        ):
+            for index, prediction in enumerate(predictions):
+                writer.write(prediction)
+                target = record.targets[index]
+                mask = load_mask(target, prediction.size_hw, record.id, record.source)
+                f1 = results.add(prediction, target.label, mask)
+                if record.id in shown:
+                    samples.append(_report_sample(record, index, prediction, mask, f1))
+    return results, samples
+
+
+def _report_sample(record: Record, index: int, prediction: Prediction, mask: Any, f1: float | None) -> ReportSample:
+    operation = record.provenance.get("operation") or {}
+    return ReportSample(
+        id=prediction.id,
+        image=load_image(record.images[index], record.id, record.source),
+        true_mask=mask,
+        mask_scores=prediction.mask_scores,
+        label_true=record.targets[index].label,
+        label_pred=prediction.label,
+        score=prediction.score,
+        f1=f1,
+        text=prediction.text,
+        parse_ok=prediction.parse_ok if prediction.text else None,
+        operation=str(operation.get("name", "")) if isinstance(operation, dict) else "",
+    )
+
+
+def _refuse_unusable(records: Sequence[Record], predictor: Predictor) -> None:
+    """Every unreadable file or contradictory target at once, before the first prediction."""
+    if all(target.label is None for record in records for target in record.targets):
+        raise DataFormatError(
+            "no image has a label, so there is nothing to evaluate",
+            expected="labels 0 (real) or 1 (tampered)",
+            fix="use forensics predict for unlabelled images",
+        )
+    problems = check_records(records, predictor.bundle.tokens, check_pixels=False)
+    errors = [problem for problem in problems if problem.severity == "error"]
+    for problem in errors[:20]:
+        print(f"- {problem.message}", file=sys.stderr)
+    if errors:
+        raise DataFormatError(
+            f"{len(errors)} problems in {len(records)} records", fix="run forensics doctor --data on this file"
+        )
+
+
+def run_facts(predictor: Predictor, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """What was evaluated on what: versions, seconds, and the training's seed, commit and configuration hash."""
+    trained = predictor.bundle.settings.get("trained", {})
+    return {
+        "versions": versions(),
+        "seconds": round(seconds, 1),
+        "seed": trained.get("seed"),
+        "commit": commit(),
+        "config_hash": trained.get("config_hash"),
+        "trained_commit": trained.get("commit"),
+        "data_hash": file_hash(arguments.data),
+        "device": str(predictor.device),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "layout": predictor.layout,
+        "thresholds": {"image": arguments.threshold, "mask": arguments.mask_threshold},
+    }
+
+
+def training_history(model_path: str) -> list[dict[str, Any]]:
+    """Logged numbers of the training that wrote this model, if they lie beside it."""
+    file = Path(model_path).parent / "history.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def _write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")

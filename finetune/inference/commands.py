@@ -1,0 +1,91 @@
+"""`forensics predict`: verdicts for image files, on the terminal and, with --out, as masks, overlays and JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from finetune.config import GenerationConfig, ModelConfig
+from finetune.data.chat import load_template
+from finetune.data.images import load_image
+from finetune.errors import DataFormatError
+from finetune.inference.output import PredictionWriter
+from finetune.inference.predictor import Predictor, query_for_image
+from finetune.inference.visualization import overlay_mask
+from finetune.models.loading import load_bundle
+from finetune.schema import ImageInput, Prediction
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+
+
+def load_predictor(arguments: argparse.Namespace) -> Predictor:
+    """The predictor that --model, --adapter, --template, the thresholds and --device describe."""
+    bundle = load_bundle(ModelConfig(path=arguments.model, adapter=arguments.adapter))
+    generation = GenerationConfig(
+        score_threshold=arguments.threshold,
+        mask_threshold=arguments.mask_threshold,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+    )
+    template = load_template(arguments.template) if arguments.template else None
+    return Predictor(bundle, generation, template=template, device=arguments.device)
+
+
+def find_images(paths: list[str]) -> list[str]:
+    """Image files named or lying in the folders named, sorted within each folder.
+
+    Raises:
+        DataFormatError: a path that does not exist, or nothing found.
+    """
+    found: list[str] = []
+    for text in paths:
+        path = Path(text)
+        if path.is_dir():
+            found += sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.is_file():
+            found.append(text)
+        else:
+            raise DataFormatError("image file does not exist", found=text, fix="check the path")
+    if not found:
+        raise DataFormatError("no image found", found=paths, expected=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return found
+
+
+def predict_files(arguments: argparse.Namespace) -> int:
+    """Handler of `forensics predict`; exit status 0."""
+    files = find_images(arguments.images)
+    predictor = load_predictor(arguments)
+    queries = [query_for_image(path, predictor.template) for path in files]
+    results = predictor.predict(queries, with_text=not arguments.no_text)
+    progress = tqdm(results, total=len(files), unit="image", disable=None if len(files) > 1 else True)
+    if arguments.out is None:
+        for (prediction,) in progress:
+            tqdm.write(describe(prediction, predictor.generation.mask_threshold))
+        return 0
+    with PredictionWriter(arguments.out) as writer:
+        (writer.out_dir / "overlays").mkdir(exist_ok=True)
+        for (prediction,) in progress:
+            stem = writer.write(prediction)
+            _save_overlay(prediction, writer.out_dir / "overlays" / f"{stem}.png", predictor.generation.mask_threshold)
+            tqdm.write(describe(prediction, predictor.generation.mask_threshold))
+    print(f"wrote {arguments.out}/predictions.jsonl, masks/ and overlays/")
+    return 0
+
+
+def describe(prediction: Prediction, mask_threshold: float) -> str:
+    """One or two lines for the terminal: verdict, score, marked area, text."""
+    area = "" if prediction.mask_scores is None else f"  area {100 * float((prediction.mask_scores >= mask_threshold).mean()):.1f} %"
+    verdict = "tampered" if prediction.label else "real    "
+    line = f"{verdict}  score {prediction.score:.3f}{area}  {prediction.image_path}"
+    return f"{line}\n    {prediction.text}" if prediction.text else line
+
+
+def _save_overlay(prediction: Prediction, path: Path, threshold: float) -> None:
+    image = np.asarray(load_image(ImageInput(path=prediction.image_path), prediction.id))
+    if prediction.mask_scores is not None:
+        image = overlay_mask(image, prediction.mask_scores, threshold=threshold)
+    Image.fromarray(image).save(path)

@@ -1,0 +1,69 @@
+"""Predictions on disk: `predictions.jsonl` and 8-bit score masks beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, TextIO
+
+from finetune.inference.visualization import save_mask_png
+from finetune.schema import Prediction
+
+
+class PredictionWriter:
+    """Writes one line per prediction as it comes; a context manager.
+
+    A line: `{id, image_path, label, score, mask_path, polygons, text, parse_ok, size_hw}`; `label` is the verdict (0 real,
+    1 tampered), `mask_path` is relative to the folder and null without a mask, its pixels are scores times 255, polygons are
+    `[[[x, y], ...], ...]` in pixels of the original image.
+    """
+
+    def __init__(self, out_dir: str | Path) -> None:
+        self.out_dir = Path(out_dir)
+        self._file: TextIO | None = None
+        self._names: set[str] = set()
+
+    def __enter__(self) -> PredictionWriter:
+        (self.out_dir / "masks").mkdir(parents=True, exist_ok=True)
+        self._file = (self.out_dir / "predictions.jsonl").open("w", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, prediction: Prediction) -> str:
+        """Write one prediction; returns the file stem its pictures use."""
+        assert self._file is not None, "use PredictionWriter as a context manager"
+        stem = self._unique_name(prediction.id)
+        mask_path = None
+        if prediction.mask_scores is not None:
+            mask_path = f"masks/{stem}.png"
+            save_mask_png(prediction.mask_scores, self.out_dir / mask_path)
+        self._file.write(json.dumps(as_line(prediction, mask_path), ensure_ascii=False) + "\n")
+        return stem
+
+    def _unique_name(self, name: str) -> str:
+        stem = base = re.sub(r"[^\w.-]+", "_", Path(name).name or "image")[:80]
+        number = 1
+        while stem in self._names:
+            number += 1
+            stem = f"{base}-{number}"
+        self._names.add(stem)
+        return stem
+
+
+def as_line(prediction: Prediction, mask_path: str | None) -> dict[str, Any]:
+    """The JSON object of one prediction."""
+    return {
+        "id": prediction.id,
+        "image_path": prediction.image_path,
+        "label": prediction.label,
+        "score": round(prediction.score, 6),
+        "mask_path": mask_path,
+        "polygons": [[[round(x, 1), round(y, 1)] for x, y in polygon] for polygon in prediction.polygons],
+        "text": prediction.text,
+        "parse_ok": prediction.parse_ok,
+        "size_hw": list(prediction.size_hw),
+    }
