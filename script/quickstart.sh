@@ -87,17 +87,18 @@ overrides=(
     "output_dir=$(yaml "$OUT")"
     "model.path=$(yaml "$OUT/tiny")"
     "data.train=[{path: $(yaml "$OUT/data/train.jsonl")}]"
-    "data.eval=[{path: $(yaml "$OUT/data/eval.jsonl")}]"
+    "data.eval=[{path: $(yaml "$OUT/data/val.jsonl")}]"
 )
 if [[ -n "$LIMIT" ]]; then overrides+=("train.max_seconds=$LIMIT"); fi
 accelerate launch --config_file configs/accelerate/cpu.yaml --num_cpu_threads_per_process "$OMP_NUM_THREADS" \
     sft_llm.py --config configs/train/quickstart.yaml "${overrides[@]}"
 
 step 5 "evaluation on images made from other photographs"
-forensics evaluate --model "$OUT/best" --data "$OUT/data/eval.jsonl" --out "$OUT"
+forensics evaluate --model "$OUT/best" --data "$OUT/data/eval.jsonl" --baseline-data "$OUT/data/train.jsonl" \
+    --out "$OUT" --batch-size 16 --max-new-tokens 160
 
 say "done in $((SECONDS - started)) s"
 say "look at         $OUT/report.html"
 say "loss curves     .venv/bin/tensorboard --logdir $OUT"
 say "your own image  .venv/bin/forensics predict --model $OUT/best photo.jpg"
-say "the real model  bash script/sft_llm.sh configs/train/quickstart.yaml model.path=/path/to/Qwen2.5-VL-3B-Instruct"
+say "the real model  bash script/sft_llm.sh configs/train/stage1_3b.yaml model.path=/path/to/Qwen2.5-VL-3B-Instruct"

@@ -1,0 +1,130 @@
+"""`forensics doctor`: the environment, a data file or a whole configuration, every problem at once and one line each."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import shutil
+import sys
+
+from tqdm import tqdm
+
+from finetune.config import RunConfig, load_config
+from finetune.data.dataset import ForensicDataset
+from finetune.data.readers import scan_records
+from finetune.data.validation import Problem, check_records, leaking_tokens
+from finetune.errors import ForensicsError
+from finetune.models.adapters import GROUPS
+from finetune.models.loading import load_processor
+from finetune.schema import Record
+from finetune.special_tokens import SpecialTokens
+from finetune.training.reproducibility import versions
+
+
+def doctor_command(arguments: argparse.Namespace) -> int:
+    """Handler of `forensics doctor`; exit status 1 when an error was found, else 0."""
+    if not arguments.data and not arguments.config:
+        print_environment()
+        return 0
+    problems: list[Problem] = []
+    if arguments.config:
+        problems += check_config(load_config(arguments.config, arguments.overrides))
+    if arguments.data:
+        tokens = SpecialTokens(arguments.num_cls, arguments.num_mask)
+        records, found = check_data_file(arguments.data, arguments.format, arguments.data_root, tokens)
+        summary(arguments.data, records)
+        problems += found
+    return report(problems)
+
+
+def print_environment() -> None:
+    """Versions, devices and optional packages."""
+    for name, version in versions().items():
+        print(f"{name:14} {version}")
+    print(f"{'platform':14} {platform.platform(terse=True)}")
+    import torch
+
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            print(f"{'gpu ' + str(index):14} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    else:
+        print(f"{'gpu':14} none found: training runs on {torch.get_num_threads()} CPU threads")
+    for package, purpose in (("bitsandbytes", "QLoRA (model.quantization: nf4)"), ("flash_attn", "faster attention on CUDA")):
+        state = "installed" if importlib.util.find_spec(package) else "not installed (optional)"
+        print(f"{package:14} {state}: {purpose}")
+    for tool in ("g++", "ninja"):
+        print(f"{tool:14} {'found' if shutil.which(tool) else 'not found'}: DeepSpeed compiles its operators with it")
+
+
+def check_config(config: RunConfig) -> list[Problem]:
+    """Everything about a configuration that can be known before training: groups, model folder, data, lengths."""
+    problems = [
+        _error(f"train.trainable names '{group}'; known groups: {', '.join(GROUPS)}")
+        for group in config.train.trainable
+        if group not in GROUPS
+    ]
+    tokens = SpecialTokens(config.tokens.num_cls, config.tokens.num_mask)
+    processor = None
+    try:
+        processor = load_processor(config.model.path, config.data.min_pixels, config.data.max_pixels)
+    except ForensicsError as error:
+        problems.append(_error(str(error)))
+    for what in ("train", "eval"):
+        sources = getattr(config.data, what)
+        if what == "train" and not sources:
+            problems.append(_error("data.train is empty"))
+        for source in sources:
+            try:
+                records, found = check_data_file(source.path, source.format, source.root, tokens)
+            except ForensicsError as error:
+                problems.append(_error(str(error)))
+                continue
+            summary(source.path, records)
+            problems += found
+            if processor is not None and not any(problem.severity == "error" for problem in found):
+                errors = ForensicDataset(records, processor, tokens, config.data).check_lengths()
+                problems += [_error(str(error)) for error in errors]
+    return problems
+
+
+def check_data_file(
+    path: str, format: str, root: str | None, tokens: SpecialTokens
+) -> tuple[list[Record], list[Problem]]:
+    """The records of a file that can be read, and every problem of the file, its images and masks."""
+    records, errors = scan_records(path, format, root)
+    problems = [_error(str(error), error.record or "") for error in errors]
+    if records or not problems:
+        problems += check_records(
+            records, tokens, progress=lambda items: tqdm(items, total=len(records), unit="record", disable=None)
+        )
+    leaking = [record.id for record in records if leaking_tokens(record, tokens)]
+    if leaking:
+        more = f" and {len(leaking) - 1} more" if len(leaking) > 1 else ""
+        message = f"record '{leaking[0]}'{more}: a forensic token stands after text that gives its target away"
+        problems.append(Problem("warning", leaking[0], message))
+    return records, problems
+
+
+def summary(path: str, records: list[Record]) -> None:
+    """One line about a data file."""
+    labels = [target.label for record in records for target in record.targets]
+    with_mask = sum(target.has_mask for record in records for target in record.targets)
+    print(
+        f"{path}: {len(records)} records, {len(labels)} images: {labels.count(0)} real, {labels.count(1)} tampered, "
+        f"{labels.count(None)} unlabelled, {with_mask} with a pixel target"
+    )
+
+
+def report(problems: list[Problem]) -> int:
+    """Print every problem; 1 if one is an error."""
+    for problem in problems:
+        print(f"{problem.severity}: {problem.message}", file=sys.stderr)
+    errors = sum(problem.severity == "error" for problem in problems)
+    print(f"{errors} errors, {len(problems) - errors} warnings")
+    return 1 if errors else 0
+
+
+def _error(message: str, record: str = "") -> Problem:
+    return Problem("error", record, message)
