@@ -14,6 +14,7 @@ import string
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -162,12 +163,18 @@ def _insert_tokens(record: Record, turns: tuple[Turn, ...], tokens: SpecialToken
         if turn.role == "assistant" and index > last_image:
             content = runs + turn.content if layout == "tokens_first" else turn.content + runs
             return (*turns[:index], Turn("assistant", content), *turns[index + 1 :])
+    _warn_without_place(record.id)
+    return turns
+
+
+@lru_cache(maxsize=None)
+def _warn_without_place(record_id: str) -> None:
+    """Once per record, not once per epoch."""
     logger.warning(
         "record '%s' has labels but no assistant turn after its last image, so it trains the text only; "
         "put the forensic tokens where you want them",
-        record.id,
+        record_id,
     )
-    return turns
 
 
 def prompt(template: Template, num_images: int, key: str = "") -> str:
@@ -180,14 +187,24 @@ def prompt(template: Template, num_images: int, key: str = "") -> str:
 
 
 def question_turns(record: Record, template: Template) -> tuple[Turn, ...]:
-    """What stands before the answer that concludes about all images: the turns up to the last image, or the template's prompt."""
+    """What stands before the answer that concludes about all images: the turns up to the last image, or the template's prompt.
+
+    No written answer is left in it, since an earlier one may already give a verdict: an assistant's images become the
+    user's, its words are dropped.
+    """
     if not record.turns:
         return (Turn("user", prompt(template, len(record.images), key=record.id)),)
     last_image = max((i for i, turn in enumerate(record.turns) if IMAGE_PLACEHOLDER in turn.content), default=-1)
     end = next(
         (i for i, turn in enumerate(record.turns) if turn.role == "assistant" and i > last_image), len(record.turns)
     )
-    return record.turns[:end]
+    kept = []
+    for turn in record.turns[:end]:
+        if turn.role != "assistant":
+            kept.append(turn)
+        elif images := turn.content.count(IMAGE_PLACEHOLDER):
+            kept.append(Turn("user", IMAGE_PLACEHOLDER * images))
+    return tuple(kept)
 
 
 def render_answer(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ class ForensicDataset(Dataset):
         record = self.records[index]
         images = [load_image(image, record.id, record.source) for image in record.images]
         sizes = [(image.height, image.width) for image in images]
-        processed = [processed_size(size, self.processor.image_processor) for size in sizes]
+        processed = self._processed(record, sizes)
         masks = [
             load_mask(target, size, record.id, record.source)
             for target, size in zip(record.targets, sizes, strict=True)
@@ -108,21 +108,29 @@ class ForensicDataset(Dataset):
     def heads_may_read_answers(self) -> bool:
         """Whether in any record a forensic token stands after answer text, so that teacher forcing would leak the target."""
         if self._may_leak is None:
-            self._may_leak = self.config.layout == "text_first" or any(
-                leaking_tokens(record, self.tokens) for record in self.records
-            )
+            rendered = next((record for record in self.records if not record.turns), None)  # one template for them all
+            records = [*([rendered] if rendered else []), *(record for record in self.records if record.turns)]
+            self._may_leak = self.config.layout == "text_first" or any(self._leaks(record) for record in records)
         return self._may_leak
 
+    def _leaks(self, record: Record) -> bool:
+        """Whether text precedes a token in the conversation as it is trained on, inserted tokens included."""
+        turns = conversation(record, self.template, self.tokens, self.config.layout)
+        return leaking_tokens(replace(record, turns=turns), self.tokens)
+
     def without_answers(self, record_ids: Sequence[str]) -> list[Sample]:
-        """The named records as a question followed by the forensic tokens only, for scoring heads without a leak."""
+        """`without_answers_at` for records given by name."""
         if self._index_of is None:
             self._index_of = {record.id: i for i, record in enumerate(self.records)}
+        return self.without_answers_at([self._index_of[record_id] for record_id in record_ids])
+
+    def without_answers_at(self, indices: Sequence[int]) -> list[Sample]:
+        """Records as a question followed by the forensic tokens only, for scoring heads without a leak."""
         samples = []
-        for record_id in record_ids:
-            index = self._index_of[record_id]
+        for index in indices:
             sample = self[index]
             turns = question_turns(self.records[index], self.template)
-            processed = [processed_size((image.height, image.width), self.processor.image_processor) for image in sample.images]
+            processed = self._processed(self.records[index], [(image.height, image.width) for image in sample.images])
             run = self.tokens.run * len(sample.images)
             pieces = [*segments(turns, self.template.system, for_generation=True), Segment(run, False)]
             sample.input_ids, sample.labels = self._render(self.records[index], pieces, processed)
@@ -137,12 +145,14 @@ class ForensicDataset(Dataset):
         """
         record = self.records[index]
         sizes = [image_size_hw(image, record.id, record.source) for image in record.images]
-        needs_masks = not record.turns and any(t.polygons is None and t.label == 1 for t in record.targets)
+        budget = self._polygon_budget(record)
+        needs_masks = not record.turns and any(_num_points(t.polygons) > budget and t.label == 1 for t in record.targets)
         masks: list[np.ndarray | None] = [None] * len(sizes)
         if needs_masks:
             masks = [load_mask(t, s, record.id, record.source) for t, s in zip(record.targets, sizes, strict=True)]
+        processed = self._processed(record, sizes)
         turns = self._turns(record, sizes, masks)
-        return len(self._encode(record, turns, [processed_size(size, self.processor.image_processor) for size in sizes])[0])
+        return len(self._encode(record, turns, processed)[0])
 
     def check_lengths(self) -> list[DataFormatError]:
         """An error for every record that is too long, all at once, without decoding images."""
@@ -159,13 +169,35 @@ class ForensicDataset(Dataset):
     ) -> tuple[Turn, ...]:
         polygons: list[tuple[Polygon, ...]] = []
         if not record.turns:
-            budget = max(self.config.max_polygon_points // max(len(sizes), 1), 4)
+            budget = self._polygon_budget(record)
             for target, size, mask in zip(record.targets, sizes, masks, strict=True):
                 found = target.polygons
                 if target.label == 1 and mask is not None and _num_points(found) > budget:
                     found = polygons_from_mask(mask, max_points=budget)
                 polygons.append(scale_polygons(found or (), size, processed_size(size, self.processor.image_processor)))
         return conversation(record, self.template, self.tokens, self.config.layout, polygons)
+
+    def _polygon_budget(self, record: Record) -> int:
+        """Points one image's polygons may have in the answer."""
+        return max(self.config.max_polygon_points // max(len(record.images), 1), 4)
+
+    def _processed(self, record: Record, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """`processed_size` of each image.
+
+        Raises:
+            DataFormatError: an image too narrow for Qwen2.5-VL.
+        """
+        try:
+            return [processed_size(size, self.processor.image_processor) for size in sizes]
+        except ValueError as error:  # smart_resize refuses aspect ratios of 200 and more
+            raise DataFormatError(
+                "image cannot be resized for the model",
+                record=record.id,
+                source=record.source,
+                found=", ".join(f"{width}x{height}" for height, width in sizes),
+                expected="width and height within a factor of 200",
+                fix="crop the image, or remove the record",
+            ) from error
 
     def _encode(
         self, record: Record, turns: Sequence[Turn], processed: Sequence[tuple[int, int]]
