@@ -69,15 +69,20 @@ def build_parser() -> argparse.ArgumentParser:
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="YAML", help="e.g. configs/train/quickstart.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="e.g. train.max_steps=10 model.path=Qwen/Qwen2.5-VL-3B-Instruct"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="e.g. train.max_steps=10 model.path=Qwen/Qwen2.5-VL-3B-Instruct",
     )
     parser.set_defaults(handler=_train)
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from finetune.config import load_config
+    from finetune.config import RunConfig, load_config
 
-    config = load_config(arguments.config, arguments.overrides)  # before the heavy imports: mistakes show at once
+    config: RunConfig = load_config(
+        arguments.config, arguments.overrides
+    )  # before the heavy imports: mistakes show at once
     from finetune.training.run import train
 
     train(config)
@@ -96,11 +101,19 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=_probability, default=0.5, metavar="P", help="score from which an image is tampered (0.5)"
     )
     parser.add_argument(
-        "--mask-threshold", type=_probability, default=0.5, metavar="P", help="score from which a pixel is tampered (0.5)"
+        "--mask-threshold",
+        type=_probability,
+        default=0.5,
+        metavar="P",
+        help="score from which a pixel is tampered (0.5)",
     )
     parser.add_argument("--no-text", action="store_true", help="verdict and mask only: one forward pass, no generation")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="limit of the answer (default 256)")
-    parser.add_argument("--template", default=None, help="zh, en or a template YAML (default: as the model was trained)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="limit of the answer (default 256)"
+    )
+    parser.add_argument(
+        "--template", default=None, help="zh, en or a template YAML (default: as the model was trained)"
+    )
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,9 +135,13 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _model_arguments(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="JSON or JSONL of any format in data/README.md")
-    parser.add_argument("--data-root", metavar="DIR", help="image paths are relative to it (default: the data file's folder)")
+    parser.add_argument(
+        "--data-root", metavar="DIR", help="image paths are relative to it (default: the data file's folder)"
+    )
     parser.add_argument("--format", default="auto", help="reader to use (default: recognised from the records)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="metrics.json, predictions.jsonl, report.html, masks/")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="metrics.json, predictions.jsonl, report.html, masks/"
+    )
     parser.add_argument("--max-samples", type=int, metavar="N", help="evaluate N records, evenly spread over the file")
     parser.add_argument("--no-baselines", action="store_true", help="leave out error-level analysis and noise variance")
     parser.add_argument("--baseline-data", metavar="FILE", help="data the baselines' thresholds are fitted on")
@@ -184,7 +201,9 @@ def _tiny(arguments: argparse.Namespace) -> int:
 
 def _synth_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for images, masks, train.jsonl, eval.jsonl")
-    parser.add_argument("--photos", metavar="DIR", help="your own photographs (default: those shipped with scikit-image etc.)")
+    parser.add_argument(
+        "--photos", metavar="DIR", help="your own photographs (default: those shipped with scikit-image etc.)"
+    )
     parser.add_argument("--num-train", type=int, metavar="N", help="training images (2000)")
     parser.add_argument("--num-val", type=int, metavar="N", help="further images of the training photographs (120)")
     parser.add_argument("--num-eval", type=int, metavar="N", help="held-out images, from other photographs (300)")

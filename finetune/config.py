@@ -27,7 +27,9 @@ T = TypeVar("T")
 class ModelConfig:
     """Which checkpoint is trained and how it is held in memory."""
 
-    path: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # a plain Qwen2.5-VL folder or hub name, or a folder saved by this project
+    path: str = (
+        "Qwen/Qwen2.5-VL-3B-Instruct"  # a plain Qwen2.5-VL folder or hub name, or a folder saved by this project
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the checkpoint was saved
     attn_implementation: str = "auto"  # auto: flash_attention_2 where importable on CUDA, else sdpa
     quantization: Literal["none", "nf4"] = "none"  # nf4: QLoRA, needs bitsandbytes
@@ -47,9 +49,9 @@ class NoiseResidualConfig:
     """The noise-residual expert: a convolutional stream computed from the pixels the vision tower sees."""
 
     enabled: bool = False
-    channels: int = 48  # width of the stream
-    stride: int = 4  # output stride in pixels of the processed image; must divide the patch size times two
-    dilations: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # one residual block each
+    channels: int = 48  # width of the stream, at 1/4 of the processed image
+    widths: list[int] = field(default_factory=lambda: [32, 64, 96])  # of its U-Net at 1/4, 1/8 and 1/16 of the image
+    global_blocks: int = 2  # attention blocks over a whole image, at 1/16
     to_language: bool = False  # also add the stream, pooled per merged patch, to the image tokens the LLM reads
 
 
@@ -58,8 +60,12 @@ class HeadsConfig:
     """Classification and mask head on the hidden states at the forensic tokens."""
 
     enabled: bool = True
-    mask: Literal["query", "grid"] = "query"  # query: token-query decoder over vision patches; grid: tokens -> grid -> mask
-    layer: str | int = "last"  # "last", "weighted" (learned weighted sum of all layers) or a layer index (0 = embeddings)
+    mask: Literal["query", "grid"] = (
+        "query"  # query: token-query decoder over vision patches; grid: tokens -> grid -> mask
+    )
+    layer: str | int = (
+        "last"  # "last", "weighted" (learned weighted sum of all layers) or a layer index (0 = embeddings)
+    )
     hidden_size: int = 256  # width of the decoder
     num_layers: int = 2  # cross-attention layers of the query decoder
     num_heads: int = 8

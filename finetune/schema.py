@@ -34,7 +34,7 @@ class ImageTarget:
 
     Args:
         label: 0 real, 1 tampered, None unknown.
-        mask_path: image file of the image's own size; `finetune.data.masks.binarize_mask` says which pixels are tampered.
+        mask_path: file of the image's own size; `finetune.data.masks.binarize_mask` says which pixels are tampered.
         mask_size_hw: the `HxW` that stands in place of a mask path for an authentic image (an all-zero mask).
         polygons: tampered regions; an alternative to `mask_path`.
         evidence: free text for the answer's `evidence` field.

@@ -1,6 +1,6 @@
 """The only place that spells the forensic tokens: `<cls>` (or `<cls_1>`..`<cls_n>`) and `<mask_1>`..`<mask_n>`.
 
-Text goes in and out; ids belong to the tokenizer. A *run* is every cls token or every mask token in order, once per image.
+Text goes in and out; ids belong to the tokenizer. A *run* is every token in order; it stands once per image.
 """
 
 from __future__ import annotations

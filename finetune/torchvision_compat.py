@@ -1,8 +1,8 @@
 """Makes the published torchvision wheel importable beside a CPU-only torch; does nothing where it loads by itself.
 
-qwen_vl_utils and the Qwen2.5-VL processors import torchvision. Its wheels are built against CUDA torch; on a CPU build the
-compiled operators fail to load and the Python side stops at registering fake kernels for two operators that do not exist.
-Declaring their schemas first is enough: nothing here calls them.
+qwen_vl_utils and the Qwen2.5-VL processors import torchvision. Its wheels are built against CUDA torch; on a CPU build
+the compiled operators fail to load and the Python side stops at registering fake kernels for two operators that do not
+exist. Declaring their schemas first is enough: nothing here calls them.
 """
 
 from __future__ import annotations

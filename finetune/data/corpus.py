@@ -8,7 +8,7 @@ from finetune.schema import Turn
 
 
 def tokenizer_corpus() -> list[str]:
-    """Chat-formatted prompts and answers of every built-in template and every evidence sentence, Chinese and English."""
+    """Chat-formatted prompts and answers of every built-in template, and every evidence sentence in both languages."""
     texts: list[str] = []
     for language in LANGUAGES:
         template = load_template(language)
@@ -24,5 +24,7 @@ def tokenizer_corpus() -> list[str]:
                 if layout == "tokens_first":
                     texts.append(sentence)
         for prompt in (*template.prompts, *template.prompts_multi):
-            texts += [piece.text for piece in segments((Turn("user", prompt),), template.system, for_generation=True)] * 20
+            texts += [
+                piece.text for piece in segments((Turn("user", prompt),), template.system, for_generation=True)
+            ] * 20
     return texts

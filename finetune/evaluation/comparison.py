@@ -25,7 +25,7 @@ def compare_baselines(
     """Metrics, score sets and bootstrap intervals of every baseline.
 
     Args:
-        fit_data: data file whose first images (evenly spread) fit each baseline's thresholds; without it their documented
+        fit_data: data file, evenly spread images of which fit each baseline's thresholds; without it their documented
             default thresholds are used.
     """
     thresholds = None
@@ -43,7 +43,9 @@ def compare_baselines(
             results.labels += labels
             for pixel_map, mask in zip(scores.mask_scores, masks, strict=True):
                 results.add_mask(pixel_map, mask)
-    metrics, score_sets, intervals = {}, {}, {}
+    metrics: dict[str, Any] = {}
+    score_sets: dict[str, tuple[list[int], list[float]]] = {}
+    intervals: dict[str, Any] = {}
     for name, results in gathered.items():
         metrics[name] = {
             "image": dict(image_metrics(np.array(results.scores), np.array(results.labels))),

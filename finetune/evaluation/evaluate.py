@@ -1,6 +1,6 @@
 """`forensics evaluate`: a model on a labelled data set, beside two classical baselines; numbers, predictions, a report.
 
-Order matters for honesty: the predictor is given queries without targets; targets are read only when its answer is there.
+Order matters for honesty: the predictor gets queries without targets; targets are read when its answer is there.
 Localisation is averaged over tampered images, false alarms over authentic ones, image metrics over all labelled ones.
 """
 

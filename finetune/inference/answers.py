@@ -1,7 +1,7 @@
 """Generated answers read back through the template they were written with: one parsed answer per image.
 
-The strict parser is `finetune.metrics.text.parse_answer`; here the template's own words and the looser `text_first` form
-(`"result": real` without quotes) are brought to what it reads.
+The strict parser is `finetune.metrics.text.parse_answer`; here the template's own words and the looser form of
+`text_first` (`"result": real` without quotes) are brought to what it reads.
 """
 
 from __future__ import annotations

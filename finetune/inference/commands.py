@@ -51,7 +51,9 @@ def find_images(paths: list[str]) -> list[str]:
         else:
             raise DataFormatError("image file does not exist", found=text, fix="check the path")
     if not found:
-        raise DataFormatError("no image found", found=paths, expected=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise DataFormatError(
+            "no image found", found=paths, expected=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
     return found
 
 
@@ -78,7 +80,11 @@ def predict_files(arguments: argparse.Namespace) -> int:
 
 def describe(prediction: Prediction, mask_threshold: float) -> str:
     """One or two lines for the terminal: verdict, score, marked area, text."""
-    area = "" if prediction.mask_scores is None else f"  area {100 * float((prediction.mask_scores >= mask_threshold).mean()):.1f} %"
+    area = (
+        ""
+        if prediction.mask_scores is None
+        else f"  area {100 * float((prediction.mask_scores >= mask_threshold).mean()):.1f} %"
+    )
     verdict = "tampered" if prediction.label else "real    "
     line = f"{verdict}  score {prediction.score:.3f}{area}  {prediction.image_path}"
     return f"{line}\n    {prediction.text}" if prediction.text else line

@@ -14,9 +14,9 @@ from finetune.schema import Prediction
 class PredictionWriter:
     """Writes one line per prediction as it comes; a context manager.
 
-    A line: `{id, image_path, label, score, mask_path, polygons, text, parse_ok, size_hw}`; `label` is the verdict (0 real,
-    1 tampered), `mask_path` is relative to the folder and null without a mask, its pixels are scores times 255, polygons are
-    `[[[x, y], ...], ...]` in pixels of the original image.
+    A line: `{id, image_path, label, score, mask_path, polygons, text, parse_ok, size_hw}`; `label` is the verdict (0
+    real, 1 tampered), `mask_path` is relative to the folder and null without a mask, its pixels are scores times 255,
+    polygons are `[[[x, y], ...], ...]` in pixels of the original image.
     """
 
     def __init__(self, out_dir: str | Path) -> None:

@@ -1,7 +1,7 @@
 """From images to predictions: verdict and mask from one prefill pass, the text by generation after it.
 
-The predictor sees questions only (`Query`), never a target or a reference answer. With `tokens_first` the forensic tokens are
-part of the prompt; with `text_first` the model writes its answer first and the heads read the tokens it wrote.
+The predictor sees questions only (`Query`), never a target or a reference answer. With `tokens_first` the forensic
+tokens are part of the prompt; with `text_first` the model writes its answer first and the heads read its tokens.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Predictor:
         """One list of predictions (one per image) for each query, in order.
 
         Args:
-            with_text: also generate the answer; otherwise `text` is "" (with `text_first` the answer is always generated,
-                since the heads read it).
+            with_text: also generate the answer; otherwise `text` is "" (with `text_first` the answer is generated in
+                any case, since the heads read it).
 
         Raises:
             DataFormatError: an image that cannot be read.
@@ -117,9 +117,7 @@ class Predictor:
                 texts = [""] * len(samples)
         return self._read_heads(captured, num_images), texts
 
-    def _text_first(
-        self, queries: Sequence[Query], images: list[list[Image.Image]]
-    ) -> tuple[_HeadResult, list[str]]:
+    def _text_first(self, queries: Sequence[Query], images: list[list[Image.Image]]) -> tuple[_HeadResult, list[str]]:
         """Generate the answer, then read the heads at the tokens the model itself wrote.
 
         Where it did not write them all, they are appended to its answer.
@@ -201,7 +199,9 @@ class Predictor:
         result = _HeadResult([None] * num_images, [None] * num_images)
         if not captured:
             if self.bundle.base.has_heads and num_images:
-                raise RuntimeError("the model has heads but none ran: the forensic tokens or the pixels did not reach it")
+                raise RuntimeError(
+                    "the model has heads but none ran: the forensic tokens or the pixels did not reach it"
+                )
             return result
         output = captured[0]
         if output.cls_logits is not None:
