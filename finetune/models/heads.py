@@ -55,6 +55,15 @@ class ClsHead(nn.Module):
         return logits, embedding
 
 
+class RareLogit(nn.Conv2d):
+    """Convolution to one logit that starts where few pixels are tampered: sigmoid(-1.5) = 0.18."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.bias is not None:
+            nn.init.constant_(self.bias, -1.5)
+
+
 class QueryMaskHead(nn.Module):
     """Mask tokens query the tower's patches, then score every pixel feature (default head).
 
@@ -75,10 +84,11 @@ class QueryMaskHead(nn.Module):
         self.patch_projs = nn.ModuleList(nn.Linear(vision_hidden_size, d) for _ in config.vision_layers)
         self.layers = nn.ModuleList(QueryLayer(d, config.num_heads, config.dropout) for _ in range(config.num_layers))
         self.stream_proj = nn.Conv2d(stream_channels, d, 1) if self.has_stream else None
-        self.pixel = nn.Sequential(nn.GroupNorm(1, d), nn.Conv2d(d, d, 3, padding=1), nn.GELU())
+        side = 1 if self.has_stream else 3  # the stream knows its surroundings, and 3x3 at its size is slow
+        self.pixel = nn.Sequential(nn.GroupNorm(1, d), nn.Conv2d(d, d, side, padding=side // 2), nn.GELU())
         self.kernel = nn.Linear(d, d)
         self.weight = nn.Linear(d, 1)
-        self.direct = nn.Conv2d(d, 1, 1)
+        self.direct = RareLogit(d, 1, 1)
         self.num_features = d
 
     def forward(self, states: Tensor, patches: Sequence[Sequence[Tensor]], stream: Sequence[Tensor] | None) -> MaskHeadOutput:

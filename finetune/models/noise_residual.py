@@ -1,8 +1,8 @@
-"""The noise-residual expert: local camera-noise statistics of the pixels, as features beside the vision tower's.
+"""The noise-residual expert: a small U-Net over fixed statistics of the pixels, features beside the vision tower's.
 
-Splices, clones and inpainting disturb the noise a camera and its JPEG left behind; patch embeddings trained on semantics
-ignore it. Fixed high-pass filters (in the spirit of SRM, Fridrich & Kodovsky 2012) give residuals, their *log energy* per
-cell is what learns well, and a few dilated convolutions compare cells with their surroundings.
+Splices, clones and inpainting disturb the noise a camera and its JPEG left behind; patch embeddings trained on
+semantics ignore it. "Tampered" is relative to the rest of the same picture, so every statistic comes twice, as it is
+and normalised over its own image, and attention at the coarsest level compares all places of an image.
 """
 
 from __future__ import annotations
@@ -15,84 +15,110 @@ from torch import Tensor, nn
 
 from finetune.config import NoiseResidualConfig
 from finetune.models.features import by_shape
+from finetune.models.forensic_statistics import (
+    BLOCK_CHANNELS,
+    CELL_CHANNELS,
+    CHROMA_CHANNELS,
+    STRIDE,
+    Statistics,
+    forensic_statistics,
+)
 
 
 class NoiseResidualStream(nn.Module):
-    """RGB images (3, H, W) in [0, 255] -> features (channels, H / stride, W / stride), float32."""
+    """RGB images (3, H, W) in [0, 255] -> features (channels, H/4, W/4)."""
+
+    stride = STRIDE
 
     def __init__(self, config: NoiseResidualConfig) -> None:
         super().__init__()
-        self.stride = config.stride
-        self.stem = nn.Conv2d(residual_channels(), config.channels, kernel_size=1)
-        self.blocks = nn.ModuleList(DilatedBlock(config.channels, dilation) for dilation in config.dilations)
+        fine, middle, coarse = config.widths
+        self.cell_stem = RelativeStem(CELL_CHANNELS, fine)
+        self.block_stem = RelativeStem(BLOCK_CHANNELS, middle)
+        self.chroma_stem = RelativeStem(CHROMA_CHANNELS, coarse)
+        self.fine_in, self.fine_out = ResidualBlock(fine), ResidualBlock(fine)
+        self.middle_in, self.middle_out = ResidualBlock(middle), ResidualBlock(middle)
+        self.to_middle, self.to_coarse = nn.Conv2d(fine, middle, 2, stride=2), nn.Conv2d(middle, coarse, 2, stride=2)
+        pairs = [(ResidualBlock(coarse), GlobalBlock(coarse)) for _ in range(config.global_blocks)]
+        self.coarse = nn.Sequential(*(block for pair in pairs for block in pair))
+        self.up_middle, self.up_fine = nn.Conv2d(coarse, middle, 1), nn.Conv2d(middle, fine, 1)
+        self.out = nn.Conv2d(fine, config.channels, 1)
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """N images of any sizes (multiples of the stride) -> N feature maps."""
+        """N images of any sizes (multiples of 4) -> N feature maps."""
         return by_shape(images, lambda batch, _: self.forward_batch(batch).unbind())
 
     def forward_batch(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) RGB in [0, 255] -> (n, channels, H / stride, W / stride)."""
-        with torch.no_grad():
-            statistics = residual_statistics(images.float(), self.stride)  # (n, F, H/s, W/s)
-        features = self.stem(statistics.to(self.stem.weight.dtype))
-        for block in self.blocks:
-            features = block(features)
-        return features
+        """(n, 3, H, W) RGB in [0, 255] -> (n, channels, H/4, W/4)."""
+        height, width = images.shape[-2] // STRIDE, images.shape[-1] // STRIDE
+        return self.decode(forensic_statistics(images))[..., :height, :width]
+
+    def decode(self, statistics: Statistics) -> Tensor:
+        """Statistics of n images -> (n, channels, H'/4, W'/4); each level joins statistics of its own grain."""
+        fine = self.fine_in(self.cell_stem(statistics.cells))  # (n, fine, H/4, W/4)
+        middle = self.middle_in(self.to_middle(fine) + self.block_stem(statistics.blocks))  # (n, middle, H/8, W/8)
+        coarse = self.coarse(self.to_coarse(middle) + self.chroma_stem(statistics.chroma))  # (n, coarse, H/16, W/16)
+        middle = self.middle_out(middle + _enlarge(self.up_middle(coarse)))
+        return self.out(self.fine_out(fine + _enlarge(self.up_fine(middle))))
 
 
-class DilatedBlock(nn.Module):
-    """Residual block: 3x3 dilated convolution, group norm over one image, GELU, 1x1 convolution."""
+class RelativeStem(nn.Module):
+    """Statistics as they are and normalised over their own image -> features, by a 1x1 convolution."""
 
-    def __init__(self, channels: int, dilation: int) -> None:
+    def __init__(self, num_statistics: int, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, padding_mode="zeros")
-        self.norm = nn.GroupNorm(8 if channels % 8 == 0 else 1, channels)
-        self.mix = nn.Conv2d(channels, channels, 1)
+        self.project = nn.Conv2d(2 * num_statistics, channels, 1)
+
+    def forward(self, statistics: Tensor) -> Tensor:
+        """(n, num_statistics, h, w) -> (n, channels, h, w)."""
+        both = torch.cat([statistics, F.instance_norm(statistics)], dim=1)
+        return self.project(both.to(self.project.weight.dtype))
+
+
+class ZeroConv2d(nn.Conv2d):
+    """Convolution that starts at zero: the residual branch behind it starts as the identity."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class ResidualBlock(nn.Module):
+    """x + 1x1(GELU(3x3(group norm of one image))), the last convolution starting at zero."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(max(1, channels // 16), channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.mix = ZeroConv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.mix(F.gelu(self.norm(self.conv(x))))
+        """(n, C, h, w) -> same shape."""
+        return x + self.mix(F.gelu(self.conv(self.norm(x))))
 
 
-def residual_channels() -> int:
-    """Number of statistics `residual_statistics` gives per cell."""
-    return 16
+class GlobalBlock(nn.Module):
+    """Pre-norm attention between all cells of one image, then a feed-forward layer; no position codes."""
+
+    def __init__(self, channels: int, num_heads: int = 4) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norms = nn.ModuleList(nn.GroupNorm(1, channels) for _ in range(2))
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.merge = ZeroConv2d(channels, channels, 1)
+        self.widen = nn.Conv2d(channels, 2 * channels, 1)
+        self.narrow = ZeroConv2d(2 * channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, C, h, w) -> same shape."""
+        n, c, h, w = x.shape
+        qkv = self.qkv(self.norms[0](x)).view(n, 3, self.num_heads, c // self.num_heads, h * w)
+        q, k, v = qkv.transpose(-1, -2).unbind(dim=1)  # (n, heads, h*w, C/heads)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(n, c, h, w)
+        x = x + self.merge(mixed)
+        return x + self.narrow(F.gelu(self.widen(self.norms[1](x))))
 
 
-def residual_statistics(images: Tensor, stride: int) -> Tensor:
-    """Per-cell noise statistics: log energies of high-pass residuals, colour means, log local variance.
-
-    Args:
-        images: (n, 3, H, W) RGB in [0, 255], H and W multiples of `stride`.
-
-    Returns:
-        (n, residual_channels(), H / stride, W / stride) float32, roughly in [-2, 2].
-    """
-    y = images.mean(dim=1, keepdim=True)  # (n, 1, H, W)
-    red, blue = images[:, :1] - y, images[:, 2:] - y
-    residuals = [filtered for plane in (y, red, blue) for filtered in high_pass(plane)]  # 12 of (n, 1, H, W)
-    energy = F.avg_pool2d(torch.cat(residuals, dim=1).square(), stride)  # (n, 12, H/s, W/s)
-    mean = F.avg_pool2d(images, stride)
-    variance = (F.avg_pool2d(y.square(), stride) - F.avg_pool2d(y, stride).square()).clamp_min(0)
-    return torch.cat([torch.log(energy + 0.05) / 4, mean / 128 - 1, torch.log(variance + 0.5) / 4], dim=1)
-
-
-def high_pass(plane: Tensor) -> list[Tensor]:
-    """Second-order differences along x and y, their mix (Laplacian of a Laplacian) and the 3x3 mean residual.
-
-    Args:
-        plane: (n, 1, H, W).
-
-    Returns:
-        Four residuals of the same shape; borders are replicated.
-    """
-    padded = F.pad(plane, (1, 1, 1, 1), mode="replicate")
-    centre = padded[:, :, 1:-1, 1:-1]
-    left, right = padded[:, :, 1:-1, :-2], padded[:, :, 1:-1, 2:]
-    up, down = padded[:, :, :-2, 1:-1], padded[:, :, 2:, 1:-1]
-    corners = padded[:, :, :-2, :-2] + padded[:, :, :-2, 2:] + padded[:, :, 2:, :-2] + padded[:, :, 2:, 2:]
-    return [
-        left + right - 2 * centre,
-        up + down - 2 * centre,
-        corners - 2 * (left + right + up + down) + 4 * centre,
-        centre - F.avg_pool2d(padded, 3, stride=1),
-    ]
+def _enlarge(maps: Tensor) -> Tensor:
+    return F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False)
