@@ -18,14 +18,18 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     """The Trainer's arguments for a run; `train.trainer_args` overrides anything set here.
 
     Raises:
-        ConfigError: `train.trainer_args` names no TrainingArguments field.
+        ConfigError: `train.trainer_args` names no TrainingArguments field, or a value is refused.
     """
     train = config.train
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(config.output_dir, "tensorboard"))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(config.output_dir, "tensorboard")
     has_cuda = torch.cuda.is_available()
+    if not has_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if has_cuda and torch.cuda.is_bf16_supported() else "fp32"
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    checkpointing = "activation" if "activation_checkpointing" in known else "gradient"  # renamed during 5.x
     arguments: dict[str, Any] = {
         "output_dir": config.output_dir,
         "seed": config.seed,
@@ -42,8 +46,8 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "max_grad_norm": train.max_grad_norm,
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
-        "gradient_checkpointing": train.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        f"{checkpointing}_checkpointing": train.gradient_checkpointing,
+        f"{checkpointing}_checkpointing_kwargs": {"use_reentrant": False},
         "eval_strategy": "steps" if config.data.eval else "no",
         "eval_steps": train.eval_steps,
         "save_strategy": "steps",
@@ -60,10 +64,15 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "dataloader_pin_memory": has_cuda,
         "disable_tqdm": None,
     }
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for key in train.trainer_args:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             advice = f"; did you mean '{near[0]}'?" if near else ""
             raise ConfigError(f"train.trainer_args: '{key}' is no field of transformers.TrainingArguments{advice}")
-    return TrainingArguments(**{**arguments, **train.trainer_args})
+    try:
+        result = TrainingArguments(**{**arguments, **train.trainer_args})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"the training arguments are refused: {' '.join(str(error).split())}") from error
+    if result.n_gpu > 1:  # started without a launcher: DataParallel would split lists of masks and images wrongly
+        result._n_gpu = 1
+    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class TimeBudgetCallback(TrainerCallback):
         if args.world_size > 1:
             torch.distributed.broadcast(share, src=0)
         budget.share = float(share)
-        if budget.share >= 1:
+        if budget.share >= 1 and not control.should_training_stop:
             control.should_training_stop = True
             if state.is_world_process_zero:
                 logger.warning("time budget of %g s used up at step %d", budget.seconds, state.global_step)
@@ -43,15 +44,25 @@ class BestModelCallback(TrainerCallback):
     """Writes `best/` whenever an evaluation is the best so far, and stops after `patience` evaluations without one.
 
     Args:
-        metric: name in the evaluation's metrics, e.g. `eval_score`; larger is better unless it ends in `loss`.
+        metric: name in the evaluation's metrics, e.g. `eval_score`; larger is better unless it is a loss or an error.
         patience: None for no early stopping.
     """
 
     def __init__(self, out_dir: str | Path, metric: str, patience: int | None) -> None:
         self.out_dir, self.metric, self.patience = Path(out_dir), metric, patience
+        self.sign = -1 if "loss" in metric or metric.endswith("false_positive_area") else 1
         self.best: float | None = None
+        self.best_step = -1
         self.bad_evaluations = 0
         self.trainer: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A resumed run takes up the best value and the patience from its history."""
+        self.best, self.best_step, self.bad_evaluations = None, -1, 0
+        if (self.out_dir / "best.json").is_file():
+            for entry in state.log_history:
+                if self.metric in entry:
+                    self._judge(entry[self.metric], entry["step"])
 
     def on_evaluate(
         self,
@@ -64,14 +75,9 @@ class BestModelCallback(TrainerCallback):
         if not metrics or self.metric not in metrics:
             known = ", ".join(sorted(metrics or {}))
             raise ConfigError(f"train.metric_for_best '{self.metric}' is not among the evaluation's metrics: {known}")
-        value = metrics[self.metric]
-        sign = -1 if self.metric.endswith("loss") else 1
-        if self.best is None or sign * value > sign * self.best:
-            self.best, self.bad_evaluations = value, 0
+        if self._judge(metrics[self.metric], state.global_step):
             self._save(state, metrics)
-            return
-        self.bad_evaluations += 1
-        if self.patience is not None and self.bad_evaluations >= self.patience:
+        elif self.patience is not None and self.bad_evaluations >= self.patience:
             control.should_training_stop = True
             if state.is_world_process_zero:
                 logger.warning(
@@ -79,15 +85,25 @@ class BestModelCallback(TrainerCallback):
                     state.global_step, self.bad_evaluations, self.metric, self.best,
                 )  # fmt: skip
 
+    def _judge(self, value: float, step: int) -> bool:
+        """Whether a value is the best so far, remembered either way; NaN never is."""
+        if math.isfinite(value) and (self.best is None or self.sign * value > self.sign * self.best):
+            self.best, self.best_step, self.bad_evaluations = value, step, 0
+            return True
+        self.bad_evaluations += 1
+        return False
+
     def _save(self, state: TrainerState, metrics: dict[str, float]) -> None:
         """Write to a sibling folder first, so that a crash leaves the previous best intact."""
         fresh = self.out_dir.with_name(self.out_dir.name + ".writing")
+        old = self.out_dir.with_name(self.out_dir.name + ".old")
+        if state.is_world_process_zero:
+            shutil.rmtree(fresh, ignore_errors=True)  # what a crash left behind must not end up in the new folder
         self.trainer.save_model(str(fresh))
         if not state.is_world_process_zero:
             return
         record = {"step": state.global_step, "metric": self.metric, "value": self.best, "metrics": metrics}
         (fresh / "best.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-        old = self.out_dir.with_name(self.out_dir.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         if self.out_dir.exists():
             self.out_dir.rename(old)

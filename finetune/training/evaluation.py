@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
 from finetune.data.collator import MODEL_KEYS
+from finetune.errors import TrainingDivergedError
 from finetune.losses.criterion import Criterion
 from finetune.metrics.classification import image_metrics
 from finetune.metrics.localization import pixel_metrics
 from finetune.special_tokens import IGNORE_INDEX
+
+METRICS = (
+    "loss", "score", "auroc", "balanced_accuracy", "recall_real", "recall_fake", "f1", "pixel_f1", "pixel_iou",
+    "false_positive_area",
+)  # fmt: skip
+"""What an evaluation can give, besides `loss_<term>`; a metric without the images it needs is left out."""
 
 
 class EvaluationState:
@@ -28,16 +35,13 @@ class EvaluationState:
         self.pixel_iou: list[float] = []
         self.false_positive_area: list[float] = []
 
-    def merge(self, others: Iterable[EvaluationState]) -> EvaluationState:
-        """The state of all ranks together."""
-        merged = EvaluationState()
-        for state in others:
-            for name in state.counts:
-                merged.sums[name] += state.sums[name]
-                merged.counts[name] += state.counts[name]
-            for name in ("scores", "labels", "pixel_f1", "pixel_iou", "false_positive_area"):
-                getattr(merged, name).extend(getattr(state, name))
-        return merged
+    def add(self, other: EvaluationState) -> None:
+        """Take in the results of another batch or rank."""
+        for name in other.counts:
+            self.sums[name] += other.sums[name]
+            self.counts[name] += other.counts[name]
+        for name in ("scores", "labels", "pixel_f1", "pixel_iou", "false_positive_area"):
+            getattr(self, name).extend(getattr(other, name))
 
     def metrics(self, weights: dict[str, float]) -> dict[str, float]:
         """Flat numbers for the log; `score` is what the best checkpoint is chosen by.
@@ -62,12 +66,27 @@ class EvaluationState:
         return result
 
 
+def forward(model: Any, batch: dict[str, Any]) -> Any:
+    """The model's outputs for a collator's batch; no key-value cache, which nothing here would read."""
+    return model(**{key: batch[key] for key in MODEL_KEYS if key in batch}, use_cache=False)
+
+
 @torch.no_grad()
 def evaluate_losses(model: Any, criterion: Criterion, batch: dict[str, Any], state: EvaluationState) -> Any:
-    """Teacher-forced loss terms of one batch; returns the outputs."""
-    outputs = model(**{key: batch[key] for key in MODEL_KEYS if key in batch})
+    """Teacher-forced loss terms of one batch; returns the outputs.
+
+    Raises:
+        TrainingDivergedError: a term is not finite; names the records.
+    """
+    outputs = forward(model, batch)
     for name, term in criterion(outputs, batch).items():
-        state.sums[name] += float(term.sum)
+        value = float(term.sum)
+        if not math.isfinite(value):
+            raise TrainingDivergedError(
+                f"in evaluation the loss term '{name}' is {value} on records {batch.get('record_ids')}; lower the "
+                "learning rate, or check these records with forensics doctor"
+            )
+        state.sums[name] += value
         state.counts[name] += int(term.count)
     return outputs
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
 
 from finetune.config import RunConfig, to_dict
 from finetune.data.dataset import load_dataset
@@ -20,6 +22,7 @@ from finetune.models.loading import Bundle, load_bundle
 from finetune.special_tokens import SpecialTokens
 from finetune.training.arguments import training_arguments
 from finetune.training.callbacks import BestModelCallback, TimeBudgetCallback
+from finetune.training.checks import check_run
 from finetune.training.reproducibility import run_record
 from finetune.training.trainer import ForensicTrainer
 
@@ -39,9 +42,13 @@ def train(config: RunConfig) -> dict[str, Any]:
         ForensicsError: anything wrong with configuration, model or data, before the first step where it can be known.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    check_run(config)
     args = training_arguments(config)  # first: it starts the distributed backend that model loading may need
     is_main = args.process_index == 0
     logging.getLogger("finetune").setLevel(logging.INFO if is_main else logging.ERROR)
+    if _is_small(config.model.path) or not is_main:
+        transformers_logging.disable_progress_bar()  # a bar for ten milliseconds of reading is only noise
+    set_seed(config.seed)  # new LoRA matrices are drawn before the Trainer seeds anything
     _say(is_main, f"model {config.model.path}")
     bundle = load_bundle(
         config.model,
@@ -63,6 +70,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     )
     bundle = set_trainable(bundle, config.train.trainable, config.lora)
     table = trainable_table(bundle.model, config.train.trainable, _learning_rates(config))
+    if not any(parameter.requires_grad for parameter in bundle.model.parameters()):
+        names = ", ".join(config.train.trainable)
+        raise ConfigError(f"train.trainable ({names}) matches no parameter of this model; switch the heads on")
     _say(is_main, table)
     record = run_record(config)
     bundle.settings = {
@@ -73,7 +83,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     out_dir = Path(config.output_dir)
     if is_main:
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), allow_unicode=True, sort_keys=False))
+        written = yaml.safe_dump(to_dict(config), allow_unicode=True, sort_keys=False)
+        (out_dir / "config.yaml").write_text(written, encoding="utf-8")
         (out_dir / "trainable.txt").write_text(table + "\n")
         _write_json(out_dir / "run_record.json", record)
     return _fit(config, args, bundle, train_set, eval_set, record)
@@ -118,11 +129,16 @@ def _resume_point(config: RunConfig) -> str | bool | None:
     if resume is None:
         return None
     if resume == "auto":
-        found = sorted(Path(config.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+        states = Path(config.output_dir).glob("checkpoint-*/trainer_state.json")  # written last: the folder is complete
+        found = sorted((state.parent for state in states), key=lambda folder: int(folder.name.split("-")[1]))
         return str(found[-1]) if found else None
-    if not Path(resume).is_dir():
-        raise ConfigError(f"train.resume '{resume}' is no folder; give a checkpoint-N folder or 'auto'")
     return resume
+
+
+def _is_small(path: str, limit_bytes: int = 1 << 30) -> bool:
+    """Whether a local checkpoint's weights are below the limit."""
+    weights = list(Path(path).glob("*.safetensors"))
+    return bool(weights) and sum(file.stat().st_size for file in weights) < limit_bytes
 
 
 def _learning_rates(config: RunConfig) -> dict[str, float]:

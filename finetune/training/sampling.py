@@ -1,4 +1,4 @@
-"""Class-balanced sampling: real and tampered records are drawn equally often, whatever their numbers."""
+"""Which records an epoch and an evaluation see: class-balanced draws, and shares of an evaluation without repeats."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch.utils.data import Sampler
 
 
 class ClassBalancedSampler(Sampler[int]):
-    """Indices of one epoch, alternating between the classes.
+    """Indices of one epoch: pairs of one real and one tampered record, in random order within a pair.
 
-    Every class is shuffled and walked through without replacement, and shuffled anew when it is exhausted, so a rare class
-    is repeated and none is left out for long. An epoch has as many draws as there are records.
+    Every class is an endless walk through fresh shuffles of its members, and an epoch takes up where the one before
+    ended: a rare class is repeated, and no record waits longer than two walks of its class. An epoch has as many draws
+    as there are records.
 
     Args:
         labels: one per record; None (unlabelled) is a class of its own and keeps its natural share.
@@ -20,7 +21,9 @@ class ClassBalancedSampler(Sampler[int]):
     """
 
     def __init__(self, labels: Sequence[int | None], seed: int = 0) -> None:
-        self.labels = list(labels)
+        self.unlabelled = [i for i, label in enumerate(labels) if label is None]
+        self.classes = [members for value in (0, 1) if (members := [i for i, x in enumerate(labels) if x == value])]
+        self.length = len(labels)
         self.seed = seed
         self.epoch = 0
 
@@ -29,26 +32,52 @@ class ClassBalancedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.length
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        unlabelled = [i for i, label in enumerate(self.labels) if label is None]
-        classes = [[i for i, label in enumerate(self.labels) if label == value] for value in (0, 1)]
-        classes = [members for members in classes if members]
-        draws = self._balanced(classes, len(self.labels) - len(unlabelled), generator)
-        if unlabelled:
-            draws += unlabelled
-            draws = [draws[i] for i in torch.randperm(len(draws), generator=generator).tolist()]
+        order = _generator(self.seed, 2, self.epoch)
+        count = self.length - len(self.unlabelled)
+        shares = [len(range(number, count, len(self.classes))) for number in range(len(self.classes))]
+        walks = [self._walk(number, share) for number, share in enumerate(shares)]
+        draws: list[int] = []
+        for place in range(max(shares, default=0)):
+            pair = [walk[place] for walk in walks if place < len(walk)]
+            draws += [pair[i] for i in torch.randperm(len(pair), generator=order).tolist()]
+        if self.unlabelled:
+            draws += self.unlabelled
+            draws = [draws[i] for i in torch.randperm(len(draws), generator=order).tolist()]
         return iter(draws)
 
-    @staticmethod
-    def _balanced(classes: list[list[int]], count: int, generator: torch.Generator) -> list[int]:
-        queues: list[list[int]] = [[] for _ in classes]
-        draws: list[int] = []
-        while len(draws) < count:
-            for members, queue in zip(classes, queues, strict=True):
-                if not queue:
-                    queue += [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
-                draws.append(queue.pop())
-        return draws[:count]
+    def _walk(self, number: int, share: int) -> list[int]:
+        """This epoch's `share` draws of one class: a window of its endless walk."""
+        members = self.classes[number]
+        first, shuffles, draws = self.epoch * share, {}, []
+        for position in range(first, first + share):
+            lap, place = divmod(position, len(members))
+            if lap not in shuffles:
+                shuffles[lap] = torch.randperm(len(members), generator=_generator(self.seed, number, lap)).tolist()
+            draws.append(members[shuffles[lap][place]])
+        return draws
+
+
+def evaluation_batches(count: int, batch_size: int, world_size: int, rank: int) -> tuple[list[list[int]], int]:
+    """One rank's batches of an evaluation over `count` records, each of which counts once over all ranks.
+
+    Every rank gets the same number of batches (under ZeRO-3 a forward pass is a collective operation), so some may end
+    in one that is only run, not counted.
+
+    Returns:
+        The batches as lists of indices, and how many of them count.
+    """
+    own = list(range(rank, count, world_size))
+    batches = [own[first : first + batch_size] for first in range(0, len(own), batch_size)]
+    num_counted = len(batches)
+    rounds = -(-len(range(0, count, world_size)) // batch_size)  # of rank 0, which has the most
+    return batches + [[0]] * (rounds - num_counted), num_counted
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number) % (1 << 62)
+    return torch.Generator().manual_seed(seed)

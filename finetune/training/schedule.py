@@ -1,4 +1,4 @@
-"""Learning-rate schedule over training progress, where progress is counted in steps or, with a time budget, in seconds."""
+"""Learning-rate schedule over training progress, which is counted in steps or, with a time budget, in seconds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import time
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+CLOCK_SLACK = 0.1
+"""Share of the budget before the clock counts: a slow first step or one evaluation does not bend the schedule."""
 
 
 class TimeBudget:
@@ -24,6 +27,7 @@ class TimeBudget:
     def start(self) -> None:
         """Begin counting."""
         self._start = time.monotonic()
+        self.share = 0.0
 
     def elapsed_share(self) -> float:
         """This process's own reading."""
@@ -33,16 +37,17 @@ class TimeBudget:
 def make_scheduler(
     optimizer: Optimizer, kind: str, num_steps: int, warmup_ratio: float, budget: TimeBudget
 ) -> LambdaLR:
-    """Linear warm-up, then cosine, linear or no decay.
+    """Linear warm-up, then cosine, linear or no decay; the factor is never above 1.
 
     Without a budget, or while the run is fast enough for it, progress = step / num_steps and the run is reproducible. A
     slower run reads progress from the clock, so that the decay is complete when the budget is.
     """
 
     def factor(step: int) -> float:
-        progress = min(max(step / max(num_steps, 1), budget.share), 1.0)
-        if warmup_ratio > 0 and progress < warmup_ratio:
-            return max(progress, 1 / max(num_steps, 1)) / warmup_ratio
+        clock = (budget.share - CLOCK_SLACK) / (1 - CLOCK_SLACK)
+        progress = min(max(step / max(num_steps, 1), clock), 1.0)
+        if progress < warmup_ratio:
+            return max(progress / warmup_ratio, min(1 / max(num_steps, 1) / warmup_ratio, 1.0))
         if kind == "constant":
             return 1.0
         rest = (progress - warmup_ratio) / max(1 - warmup_ratio, 1e-9)

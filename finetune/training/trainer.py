@@ -1,7 +1,7 @@
 """`transformers.Trainer` with per-term losses that are normalised over the whole accumulated, distributed batch.
 
-Source of the method: the Trainer hands every step the item counts of its accumulation window; here they are counts per loss
-term, summed over ranks, so that 4x1, 1x4 and 2 ranks x 2 give one gradient. Saving goes through `save_bundle`.
+Source of the method: the Trainer hands every step the item counts of its accumulation window; here they are counts per
+loss term, summed over ranks, so that 4x1, 1x4 and 2 ranks x 2 give one gradient. Saving goes through `save_bundle`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from finetune.config import RunConfig
-from finetune.data.collator import MODEL_KEYS, ForensicCollator
+from finetune.data.collator import ForensicCollator
 from finetune.data.dataset import ForensicDataset
 from finetune.errors import TrainingDivergedError
 from finetune.losses.criterion import Criterion, total
 from finetune.models.adapters import group_of
 from finetune.models.loading import Bundle, save_bundle
-from finetune.training.evaluation import EvaluationState, collect_heads, evaluate_losses
-from finetune.training.sampling import ClassBalancedSampler
+from finetune.training.checkpoint import load_weights
+from finetune.training.evaluation import EvaluationState, collect_heads, evaluate_losses, forward
+from finetune.training.progress import ProgressLines
+from finetune.training.sampling import ClassBalancedSampler, evaluation_batches
 from finetune.training.schedule import TimeBudget, make_scheduler
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,9 @@ class ForensicTrainer(Trainer):
         args: `training_arguments(config)`.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+    control: Any
     loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole accumulation window
 
     def __init__(
@@ -57,7 +62,8 @@ class ForensicTrainer(Trainer):
         self.criterion = Criterion(config.loss)
         self.budget = TimeBudget(config.train.max_seconds)
         self._term_sums: dict[str, Tensor] = {}
-        self._term_steps = 0
+        self._term_steps: dict[str, int] = {}
+        self._window_ids: list[str] = []
         super().__init__(
             model=bundle.model,
             args=args,
@@ -67,6 +73,9 @@ class ForensicTrainer(Trainer):
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = True  # hands `num_items_in_batch` over; the base model declares False
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        self.add_callback(ProgressLines())
 
     # ---- data ----
 
@@ -81,14 +90,28 @@ class ForensicTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Count of every loss term over the accumulation window and all ranks: {term: int}."""
         counts: dict[str, int] = dict.fromkeys(self.criterion.weights, 0)
+        self._window_ids = []
         for batch in batch_samples:
+            self._window_ids += batch["record_ids"]
             for name, count in self.criterion.counts(batch).items():
                 counts[name] += count
         if self.args.world_size > 1:
             summed = torch.tensor(list(counts.values()), device=device, dtype=torch.float64)
             summed = self.accelerator.reduce(summed, reduction="sum")
             counts = {name: int(value) for name, value in zip(counts, summed.tolist(), strict=True)}
+        for name, count in counts.items():
+            self._term_steps[name] = self._term_steps.get(name, 0) + (count > 0)
         return counts
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device, nothing else.
+
+        Under DeepSpeed the base class would round pixel values to half precision as well, and with them the noise that
+        the residual stream reads. The vision tower casts for itself.
+        """
+        if isinstance(data, Tensor):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     # ---- loss ----
 
@@ -97,39 +120,58 @@ class ForensicTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Mapping[str, int] | None = None,  # type: ignore[override]
+        num_items_in_batch: Mapping[str, int] | None = None,
     ) -> Any:
         """This micro-batch's share of the loss of the whole batch, times the world size (ranks average gradients)."""
-        outputs = model(**{key: inputs[key] for key in MODEL_KEYS if key in inputs})
+        outputs = forward(model, inputs)
         terms = self.criterion(outputs, inputs)
-        loss, means = total(terms, num_items_in_batch)
+        if terms:
+            loss, means = total(terms, num_items_in_batch)
+        else:  # e.g. a text-only batch where the text weight is 0
+            loss, means = outputs.logits.float().sum() * 0, {}
         if not bool(torch.isfinite(loss.detach())):
+            values = ", ".join(f"{name} {float(value):g}" for name, value in means.items())
             raise TrainingDivergedError(
-                f"the loss is not finite at step {self.state.global_step}: "
-                f"{ {name: float(value) for name, value in means.items()} }; records {inputs.get('record_ids')}; "
-                "lower the learning rate or look at these records with forensics doctor"
+                f"the loss is not finite at step {self.state.global_step + 1} ({values}) on records "
+                f"{inputs.get('record_ids')}; lower the learning rate, or check these records with forensics doctor"
             )
         if outputs.branch_anchor is not None:
             loss = loss + outputs.branch_anchor
         if self.model.training:
             for name, value in means.items():
-                self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()  # type: ignore[operator]
+                self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()
         loss = loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds every loss term, averaged over the steps since the last log and summed over ranks."""
-        if "loss" in logs and "eval_loss" not in logs and self._term_sums:
+        """Adds every loss term: over all ranks, averaged over the steps since the last log that had something to count.
+
+        A step without a tampered image has no Dice; averaging zeros in would show half the true value. `loss` itself
+        is the mean over all steps.
+        """
+        if "loss" in logs and "eval_loss" not in logs and any(self._term_steps.values()):
             names = sorted(self.criterion.weights)
             values = torch.tensor(
                 [float(self._term_sums.get(name, 0.0)) for name in names], device=self.args.device, dtype=torch.float32
             )
             if self.args.world_size > 1:
                 values = self.accelerator.reduce(values, reduction="sum")
-            steps = max(self.state.global_step - self._term_steps, 1)
-            logs.update({f"loss_{name}": value / steps for name, value in zip(names, values.tolist(), strict=True)})
-            self._term_sums, self._term_steps = {}, self.state.global_step
+            for name, value in zip(names, values.tolist(), strict=True):
+                if self._term_steps.get(name):
+                    logs[f"loss_{name}"] = value / self._term_steps[name]
+            self._term_sums, self._term_steps = {}, {}
         super().log(logs, start_time)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As the base class; stops at a gradient that is not finite before it ruins the weights."""
+        norm = super()._clip_grad_norm(model)
+        is_scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16: skipped steps are part of the method
+        if norm is not None and not is_scaled and not bool(torch.isfinite(torch.as_tensor(norm))):
+            raise TrainingDivergedError(
+                f"the gradient is not finite at step {self.state.global_step + 1} on records {self._window_ids}; lower "
+                "the learning rate, or check these records with forensics doctor"
+            )
+        return norm
 
     # ---- optimiser ----
 
@@ -172,6 +214,22 @@ class ForensicTrainer(Trainer):
 
     # ---- evaluation ----
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """This rank's share. Not prepared by accelerate, which would repeat records to fill the last batches."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return DataLoader(
+            dataset,
+            batch_sampler=self._evaluation_batches(dataset)[0],
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def _evaluation_batches(self, dataset: Any) -> tuple[list[list[int]], int]:
+        return evaluation_batches(
+            len(dataset), self.args.eval_batch_size, self.args.world_size, self.args.process_index
+        )
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -180,7 +238,7 @@ class ForensicTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss terms and head metrics, averaged over the images of all ranks.
+        """Loss terms and head metrics over the images of all ranks, each counted once.
 
         Losses are teacher-forced. Heads are scored without any reference answer: where the tokens come first the same
         forward pass serves; where an answer may precede them, a second pass sees the question and the tokens only.
@@ -188,24 +246,35 @@ class ForensicTrainer(Trainer):
         model = self._wrap_model(self.model, training=False, dataloader=dataloader)
         model.eval()
         dataset = dataloader.dataset
+        batches, num_counted = self._evaluation_batches(dataset)
         state = EvaluationState()
-        for batch in dataloader:
+        for number, batch in enumerate(dataloader):
             batch = self._prepare_inputs(batch)
-            outputs = evaluate_losses(model, self.criterion, batch, state)
+            batch_state = EvaluationState()
+            outputs = evaluate_losses(model, self.criterion, batch, batch_state)
             if isinstance(dataset, ForensicDataset) and dataset.heads_may_read_answers:
-                batch = self._prepare_inputs(self.data_collator(dataset.without_answers(batch["record_ids"])))
+                batch = self._prepare_inputs(self.data_collator(dataset.without_answers_at(batches[number])))
                 with torch.no_grad():
-                    outputs = model(**{key: batch[key] for key in MODEL_KEYS if key in batch})
-            collect_heads(outputs, batch, state)
+                    outputs = forward(model, batch)
+            collect_heads(outputs, batch, batch_state)
+            if number < num_counted:
+                state.add(batch_state)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if self.args.world_size > 1:
             gathered: list[Any] = [None] * self.args.world_size
             torch.distributed.all_gather_object(gathered, state)
-            state = state.merge(gathered)
+            state = EvaluationState()
+            for other in gathered:
+                state.add(other)
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in state.metrics(self.criterion.weights).items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(state.labels))  # type: ignore[arg-type]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(state.labels))
 
-    # ---- saving ----
+    # ---- saving and loading ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
             save_bundle(self.bundle, output_dir or str(self.args.output_dir), state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Every weight, or an error: the base class loads by name in memory, and a checkpoint's names are others."""
+        load_weights(self.bundle, resume_from_checkpoint)

@@ -1,0 +1,105 @@
+"""What can be known to be wrong with a run's configuration before a model or a data file is opened."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from finetune.config import RunConfig
+from finetune.errors import ConfigError
+from finetune.losses.criterion import TERMS
+from finetune.models.adapters import GROUPS
+from finetune.training.evaluation import METRICS
+
+_AT_LEAST_ONE = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "eval_steps", "logging_steps")
+_NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio")
+
+
+def check_run(config: RunConfig) -> None:
+    """Raise the first of `run_problems`.
+
+    Raises:
+        ConfigError: as a user can cause it, one line.
+    """
+    for problem in run_problems(config):
+        raise ConfigError(problem)
+
+
+def run_problems(config: RunConfig) -> list[str]:
+    """Every problem of the sections `train` and `loss`, one line each; [] when there is none."""
+    return [*_group_problems(config), *_number_problems(config), *_metric_problems(config), *_resume_problems(config)]
+
+
+def _group_problems(config: RunConfig) -> list[str]:
+    train = config.train
+    problems = [
+        f"train.trainable names '{group}'; {_advice(group, GROUPS)}" for group in train.trainable if group not in GROUPS
+    ]
+    if not train.trainable:
+        problems.append(f"train.trainable is empty, so nothing would train; name some of: {', '.join(GROUPS)}")
+    for group in train.group_learning_rates:
+        if group not in train.trainable:
+            problems.append(
+                f"train.group_learning_rates names '{group}', which does not train; {_advice(group, train.trainable)}"
+            )
+    return problems
+
+
+def _number_problems(config: RunConfig) -> list[str]:
+    train = config.train
+    problems = [
+        f"train.{name} is {getattr(train, name)}; expected at least 1"
+        for name in _AT_LEAST_ONE
+        if getattr(train, name) < 1
+    ]
+    for name in _NOT_NEGATIVE:
+        value = getattr(train, name)
+        if not (value >= 0 and math.isfinite(value)):
+            problems.append(f"train.{name} is {value}; expected a number from 0 on")
+    for group, rate in train.group_learning_rates.items():
+        if not (rate >= 0 and math.isfinite(rate)):
+            problems.append(f"train.group_learning_rates.{group} is {rate}; expected a number from 0 on")
+    if train.warmup_ratio > 1:
+        problems.append(f"train.warmup_ratio is {train.warmup_ratio}; expected a share of all steps, at most 1")
+    if train.max_steps == 0 or train.max_steps < -1:
+        problems.append(f"train.max_steps is {train.max_steps}; expected a positive number, or -1 to count epochs")
+    if train.max_steps == -1 and not train.epochs > 0:
+        problems.append(f"train.epochs is {train.epochs}; expected a number above 0, or set train.max_steps")
+    if train.max_seconds is not None and not train.max_seconds > 0:
+        problems.append(f"train.max_seconds is {train.max_seconds}; expected a number above 0, or null for no limit")
+    if not any(getattr(config.loss, name) for name in TERMS):
+        problems.append(f"every weight under loss is 0; set one of: {', '.join(TERMS)}")
+    return problems
+
+
+def _metric_problems(config: RunConfig) -> list[str]:
+    train = config.train
+    problems = []
+    metrics = [f"eval_{name}" for name in (*METRICS, *(f"loss_{term}" for term in TERMS))]
+    if train.metric_for_best not in metrics:
+        problems.append(
+            f"train.metric_for_best is '{train.metric_for_best}'; {_advice(train.metric_for_best, metrics)}"
+        )
+    if train.early_stopping_patience is not None:
+        if train.early_stopping_patience < 1:
+            problems.append(
+                f"train.early_stopping_patience is {train.early_stopping_patience}; expected 1 or more, or null"
+            )
+        if not config.data.eval:
+            problems.append("train.early_stopping_patience needs data.eval: without it nothing is evaluated")
+    return problems
+
+
+def _resume_problems(config: RunConfig) -> list[str]:
+    resume = config.train.resume
+    if resume in (None, "auto") or Path(str(resume), "trainer_state.json").is_file():
+        return []
+    return [f"train.resume is '{resume}', which holds no trainer_state.json; give a checkpoint-N folder or 'auto'"]
+
+
+def _advice(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"choose from: {', '.join(known)}"
