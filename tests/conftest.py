@@ -147,3 +147,29 @@ def photo_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "records.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def saved_model(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder saved by this project: tiny base, seeded heads, settings as training writes them; read only."""
+    from finetune.config import HeadsConfig, ModelConfig, NoiseResidualConfig
+    from finetune.data.chat import load_template
+    from finetune.models.loading import load_bundle, save_bundle
+    from finetune.special_tokens import SpecialTokens
+
+    heads = HeadsConfig(hidden_size=16, num_layers=1, num_heads=2)
+    heads.noise_residual = NoiseResidualConfig(enabled=True)
+    bundle = load_bundle(ModelConfig(path=str(tiny_dir)), SpecialTokens(1, 4), heads)
+    bundle.settings = {"template": load_template("en").to_dict(), "layout": "tokens_first", "trained": {"seed": 7}}
+    out_dir = tmp_path_factory.mktemp("saved") / "best"
+    save_bundle(bundle, out_dir)
+    return out_dir
+
+
+@pytest.fixture(scope="session")
+def bundle(saved_model: Path) -> object:
+    """The saved folder, loaded."""
+    from finetune.config import ModelConfig
+    from finetune.models.loading import load_bundle
+
+    return load_bundle(ModelConfig(path=str(saved_model)))

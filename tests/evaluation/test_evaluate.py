@@ -1,0 +1,138 @@
+"""`forensics evaluate` from files to numbers, and the bookkeeping behind its metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.cli import main
+from finetune.evaluation.results import EvaluationResults
+from finetune.metrics.localization import authentic_metrics, localization_metrics
+from finetune.schema import Prediction
+
+
+def prediction(score: float, mask_scores: np.ndarray | None, text_label: int | None = None) -> Prediction:
+    text = "{}" if text_label is None else "answer"
+    return Prediction(
+        "x", "", int(score >= 0.5), score, mask_scores, (), text, text_label is not None, (8, 8), text_label
+    )
+
+
+def test_streamed_means_equal_the_metrics_over_all_pairs() -> None:
+    rng = np.random.default_rng(0)
+    results = EvaluationResults()
+    pairs = []
+    for index in range(12):
+        mask = np.zeros((9, 11), np.uint8)
+        if index % 3:
+            mask[: 2 + index % 4, 3:8] = 1
+        scores = np.clip(0.6 * mask + rng.uniform(0, 0.6, mask.shape), 0, 1).astype(np.float32)
+        f1 = results.add(prediction(0.5 + 0.04 * index * (1 if index % 3 else -1), scores), int(index % 3 > 0), mask)
+        assert (f1 is None) == (index % 3 == 0)
+        pairs.append((scores, mask))
+    metrics = results.metrics(0.5)
+    for name, value in localization_metrics(pairs).items():
+        assert metrics["localization"][name] == pytest.approx(value)
+    for name, value in authentic_metrics(pairs).items():
+        assert metrics["authentic"][name] == pytest.approx(value)
+    low, high = metrics["intervals"]["localization.f1"]
+    assert low < metrics["localization"]["f1"] < high
+    assert metrics["image"]["n_real"] == 4
+
+
+def test_a_missing_mask_counts_as_empty_and_an_unlabelled_image_not_at_all() -> None:
+    results = EvaluationResults()
+    mask = np.ones((4, 4), np.uint8)
+    assert results.add(prediction(0.9, None), 1, mask) == 0.0
+    assert results.add(prediction(0.9, None), None, None) is None
+    metrics = results.metrics(0.5)
+    assert metrics["localization"]["n"] == 1
+    assert metrics["image"]["n_fake"] == 1
+    assert metrics["image"]["n_real"] == 0
+
+
+def test_text_agreement_is_with_the_head_and_accuracy_with_the_truth() -> None:
+    results = EvaluationResults()
+    for score, text_label, truth in ((0.9, 1, 0), (0.1, 0, 0), (0.9, 0, 1), (0.9, None, 1)):
+        results.add(prediction(score, None, text_label), truth, None)
+    text = results.metrics(0.5)["text"]
+    assert text["parse_rate"] == 0.75
+    assert text["label_agreement"] == pytest.approx(2 / 3)
+    assert text["label_accuracy"] == pytest.approx(1 / 3)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An annotation list as the users write it, with HxW for authentic images, in a folder of its own."""
+    root = tmp_path_factory.mktemp("annotated")
+    (root / "image").mkdir()
+    (root / "mask").mkdir()
+    rng = np.random.default_rng(1)
+    entries = []
+    for index in range(6):
+        pixels = rng.integers(0, 255, (84 + 28 * (index % 2), 112, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "image" / f"{index}.png")
+        entry = {"image_path": f"image/{index}.png", "label": index % 2}
+        if index % 2:
+            mask = np.zeros(pixels.shape[:2], np.uint8)
+            mask[10:50, 20:70] = 255
+            Image.fromarray(mask).save(root / "mask" / f"{index}.png")
+            entry["mask_path"] = f"mask/{index}.png"
+        else:
+            entry["mask_path"] = f"{pixels.shape[0]}x{pixels.shape[1]}"
+        entries.append(entry)
+    (root / "list").mkdir()
+    path = root / "list" / "eval.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_evaluate_writes_everything(
+    saved_model: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "evaluate",
+        "--model",
+        str(saved_model),
+        "--data",
+        str(manifest),
+        "--data-root",
+        str(manifest.parent.parent),
+    ]
+    status = main([*arguments, "--out", str(tmp_path), "--max-new-tokens", "4", "--device", "cpu"])
+    assert status == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(metrics["image"]) >= {
+        "auroc", "average_precision", "balanced_accuracy", "accuracy", "f1", "ece", "n_real", "n_fake",
+    }  # fmt: skip
+    assert set(metrics["localization"]) == {"f1", "iou", "dice", "auc", "f1_best_threshold", "n"}
+    assert set(metrics["authentic"]) >= {"false_alarm_rate", "false_positive_area"}
+    assert set(metrics["text"]) >= {"parse_rate", "label_agreement"}
+    assert set(metrics["baselines"]) == {"ela", "noise_variance"}
+    assert metrics["image"]["n_real"] == metrics["image"]["n_fake"] == metrics["localization"]["n"] == 3
+    assert metrics["run"]["seed"] == 7
+    assert set(metrics["run"]) >= {"versions", "seconds", "seed", "commit", "config_hash"}
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 6
+    for line in lines:
+        assert (tmp_path / line["mask_path"]).is_file()
+        assert Image.open(tmp_path / line["mask_path"]).size[::-1] == tuple(line["size_hw"])
+    assert "<html" in (tmp_path / "report.html").read_text(encoding="utf-8")[:200]
+    assert "AUROC" in capsys.readouterr().out
+
+
+def test_unlabelled_data_cannot_be_evaluated(
+    saved_model: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "unlabelled.jsonl"
+    image = str(manifest.parent.parent / "image" / "0.png")
+    data.write_text(json.dumps({"images": [image], "messages": [{"role": "user", "content": "<image>?"}]}) + "\n")
+    status = main(["evaluate", "--model", str(saved_model), "--data", str(data), "--out", str(tmp_path / "out")])
+    assert status == 2
+    error = capsys.readouterr().err
+    assert "nothing to evaluate" in error
+    assert "Traceback" not in error

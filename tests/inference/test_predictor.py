@@ -1,0 +1,185 @@
+"""The predictor: one prefill for verdict and mask, batches equal to single images, nothing but questions goes in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.config import GenerationConfig
+from finetune.data.chat import load_template, question_turns
+from finetune.data.readers import read_records
+from finetune.errors import DataFormatError
+from finetune.inference.answers import canonical, read_answers
+from finetune.inference.output import PredictionWriter
+from finetune.inference.predictor import Predictor, Query, queries_of, query_for_image
+from finetune.schema import ImageInput, Prediction
+
+
+def queries(predictor: Predictor, path: Path) -> list[Query]:
+    records = [record for record in read_records(path) if record.images]
+    return list(queries_of(records, lambda record: question_turns(record, predictor.template)))
+
+
+def test_masks_have_each_images_own_size_and_polygons_its_frame(bundle: Any, photo_records: Path) -> None:
+    predictor = Predictor(bundle, GenerationConfig(batch_size=3))
+    answers = list(predictor.predict(queries(predictor, photo_records), with_text=False))
+    assert [len(predictions) for predictions in answers] == [1, 1, 1, 1, 1, 2]
+    for predictions in answers:
+        for prediction in predictions:
+            assert prediction.mask_scores is not None
+            assert prediction.mask_scores.shape == prediction.size_hw
+            assert prediction.mask_scores.min() >= 0
+            assert prediction.mask_scores.max() <= 1
+            assert 0 < prediction.score < 1
+            height, width = prediction.size_hw
+            points = np.array([point for polygon in prediction.polygons for point in polygon]).reshape(-1, 2)
+            assert (points >= 0).all()
+            assert (points <= (width, height)).all()
+    assert answers[2][0].size_hw == (150, 211)
+    assert [prediction.id for prediction in answers[5]] == ["pair#1", "pair#2"]
+
+
+def test_batches_equal_single_images_with_and_without_text(bundle: Any, photo_records: Path) -> None:
+    """Left padding: scores, masks and greedy text do not depend on the neighbours."""
+    settings = GenerationConfig(batch_size=1, max_new_tokens=6)
+    single = Predictor(bundle, settings)
+    batched = Predictor(bundle, dataclasses.replace(settings, batch_size=6))
+    asked = queries(single, photo_records)
+    alone = [p for answer in single.predict(asked) for p in answer]
+    together = [p for answer in batched.predict(asked) for p in answer]
+    without_text = [p for answer in batched.predict(asked, with_text=False) for p in answer]
+    assert any(prediction.text for prediction in alone)
+    for a, b, c in zip(alone, together, without_text, strict=True):
+        assert a.text == b.text
+        assert c.text == ""
+        for other in (b, c):
+            assert a.score == pytest.approx(other.score, abs=1e-5)
+            np.testing.assert_allclose(a.mask_scores, other.mask_scores, atol=1e-5)
+
+
+def test_heads_and_text_come_from_one_prefill(bundle: Any, photo_records: Path) -> None:
+    """The vision tower runs once per batch, and the heads on the first pass only."""
+    predictor = Predictor(bundle, GenerationConfig(max_new_tokens=5))
+    passes = {"tower": 0, "heads": 0, "forward": 0}
+    handles = [
+        bundle.base.model.visual.register_forward_hook(lambda *_: passes.__setitem__("tower", passes["tower"] + 1)),
+        bundle.base.cls_head.register_forward_hook(lambda *_: passes.__setitem__("heads", passes["heads"] + 1)),
+        bundle.base.register_forward_hook(lambda *_: passes.__setitem__("forward", passes["forward"] + 1)),
+    ]
+    try:
+        list(predictor.predict(queries(predictor, photo_records)[:1]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert passes["tower"] == 1
+    assert passes["heads"] == 1
+    assert passes["forward"] == 5  # the prefill gives the first of five tokens
+
+
+def test_predictor_reads_no_reference_answer(bundle: Any, photo_records: Path) -> None:
+    """A record with turns gives the question only, whatever its answer says."""
+    record = next(record for record in read_records(photo_records) if record.id == "tampered_224x196")
+    from finetune.schema import Turn
+
+    ask = Turn("user", "<image>real or fake?")
+    texts = [f'<cls><mask_1><mask_2><mask_3><mask_4>{{"result": "{word}", "mask": []}}' for word in ("real", "fake")]
+    template = load_template("en")
+    asked = [
+        question_turns(dataclasses.replace(record, turns=(ask, Turn("assistant", text))), template) for text in texts
+    ]
+    assert asked[0] == asked[1] == (ask,)
+
+
+def test_text_first_reads_the_tokens_the_model_wrote(bundle: Any, photo_records: Path) -> None:
+    """Heads run on the model's own answer; an untrained model writes no tokens, so they are appended."""
+    predictor = Predictor(bundle, GenerationConfig(max_new_tokens=4, batch_size=4), layout="text_first")
+    alone = Predictor(bundle, GenerationConfig(max_new_tokens=4, batch_size=1), layout="text_first")
+    asked = queries(predictor, photo_records)
+    answers = [p for answer in predictor.predict(asked) for p in answer]
+    singles = [p for answer in alone.predict(asked) for p in answer]
+    for a, b in zip(answers, singles, strict=True):
+        assert a.mask_scores is not None
+        assert a.score == pytest.approx(b.score, abs=1e-5)
+
+
+def test_heads_that_do_not_run_are_an_error_not_a_score(bundle: Any, photo_records: Path, monkeypatch: Any) -> None:
+    predictor = Predictor(bundle)
+    monkeypatch.setattr(bundle.base, "_find_runs", lambda *_: None)
+    with pytest.raises(RuntimeError, match="none ran"):
+        list(predictor.predict(queries(predictor, photo_records)[:1], with_text=False))
+
+
+def test_threshold_decides_the_label(bundle: Any, photo_records: Path) -> None:
+    for threshold, expected in ((0.0, 1), (1.0, 0)):
+        predictor = Predictor(bundle, GenerationConfig(score_threshold=threshold))
+        (answer,) = predictor.predict(queries(predictor, photo_records)[:1], with_text=False)
+        assert answer[0].label == expected
+
+
+def test_unreadable_image_names_the_record(bundle: Any, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff\xe0 no image")
+    predictor = Predictor(bundle)
+    with pytest.raises(DataFormatError, match=r"broken\.jpg"):
+        list(predictor.predict([query_for_image(str(broken), predictor.template)]))
+
+
+def test_template_and_layout_come_with_the_model(bundle: Any) -> None:
+    predictor = Predictor(bundle)
+    assert predictor.template == dataclasses.replace(load_template("en"), name="en")
+    assert predictor.layout == "tokens_first"
+
+
+def test_answers_of_both_layouts_are_read() -> None:
+    template = load_template("zh")
+    strict = '{"result": "fake", "mask": [[1, 2, 3], [4, 5, 6]], "evidence": "x"}'
+    loose = '{"result": real, "mask": []}'
+    assert read_answers(strict, template, 1)[0].label == 1  # type: ignore[index]
+    assert read_answers(loose, template, 1)[0].label == 0  # type: ignore[index]
+    both = read_answers(f"[{strict}, {loose}]", template, 2)
+    assert both is not None
+    assert [answer.label for answer in both] == [1, 0]
+    assert read_answers(f"[{strict}]", template, 2) is None
+    assert read_answers('{"result": "maybe", "mask": []}', template, 1) is None
+    words = dataclasses.replace(template, result={0: "真实", 1: "伪造"})
+    assert canonical('{"result": 伪造, "mask": []}', words) == '{"result": "fake", "mask": []}'
+    assert read_answers('{"result": "真实", "mask": []}', words, 1)[0].label == 0  # type: ignore[index]
+
+
+def test_writer_gives_the_documented_line_and_unique_files(tmp_path: Path) -> None:
+    scores = np.zeros((5, 7), np.float32)
+    scores[1:3, 2:6] = 0.8
+    prediction = Prediction(
+        "a/b.png", "a/b.png", 1, 0.75, scores, (((2.0, 1.0), (6.0, 1.0), (6.0, 3.0)),), "{}", False, (5, 7)
+    )
+    with PredictionWriter(tmp_path) as writer:
+        stems = [writer.write(prediction), writer.write(prediction)]
+    assert len(set(stems)) == 2
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert list(lines[0]) == [
+        "id", "image_path", "label", "score", "mask_path", "polygons", "text", "parse_ok", "size_hw",
+    ]  # fmt: skip
+    from PIL import Image
+
+    written = np.asarray(Image.open(tmp_path / lines[1]["mask_path"]))
+    np.testing.assert_array_equal(written, np.round(scores * 255).astype(np.uint8))
+
+
+def test_predicting_leaves_gradients_and_weights_alone(bundle: Any, photo_records: Path) -> None:
+    before = {name: parameter.clone() for name, parameter in bundle.base.named_parameters()}
+    predictor = Predictor(bundle)
+    list(predictor.predict(queries(predictor, photo_records)[:2], with_text=False))
+    for name, parameter in bundle.base.named_parameters():
+        assert torch.equal(before[name], parameter), name
+        assert parameter.grad is None
+
+
+def test_query_carries_no_target_field() -> None:
+    assert {field.name for field in dataclasses.fields(Query)} == {"id", "images", "turns"}
+    assert query_for_image("x.png", load_template("zh")).images == (ImageInput(path="x.png"),)

@@ -1,0 +1,144 @@
+"""The command line: quick help, exit codes, and one line instead of a traceback for every user's mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.cli import build_parser, main
+
+VERBS = ("train", "predict", "evaluate", "doctor", "tiny", "synth")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "finetune.cli", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_help_is_quick_and_names_every_verb() -> None:
+    """Under half a second: the best of three, so that a busy machine does not decide."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = run("--help")
+        seconds.append(time.perf_counter() - start)
+    assert result.returncode == 0
+    assert min(seconds) < 0.5
+    for verb in VERBS:
+        assert f"    {verb} " in result.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_each_verb_imports_nothing_heavy(verb: str) -> None:
+    code = (
+        "import atexit, sys\n"
+        "heavy = ('torch', 'transformers', 'numpy', 'cv2')\n"
+        "atexit.register(lambda: print([name for name in heavy if name in sys.modules]))\n"
+        "from finetune.cli import build_parser\n"
+        f"build_parser().parse_args(['{verb}', '--help'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert result.stdout.rstrip().endswith("[]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--config", "missing.yaml"], ["missing.yaml", "does not exist"]),
+        (["train", "--config", "configs/train/quickstart.yaml", "train.max_step=3"], ["train.max_step", "max_steps"]),
+        (["train", "--config", "configs/train/quickstart.yaml", "model.path=no/such/folder"], ["no/such/folder"]),
+        (["predict", "no.png", "--model", "nowhere/best"], ["no.png", "does not exist"]),
+        (["evaluate", "--model", "nowhere/best", "--data", "no.json", "--out", "out"], ["no.json", "not found"]),
+        (["doctor", "--data", "no.jsonl"], ["no.jsonl", "not found"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_never_a_traceback(
+    arguments: list[str],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    repo_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(repo_root)
+    status = main(arguments)
+    captured = capsys.readouterr()
+    assert status in (1, 2)
+    assert "Traceback" not in captured.err
+    lines = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize("value", ["1.5", "-0.1", "x", "nan"])
+def test_a_threshold_outside_0_1_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args(["predict", "a.png", "--model", "m", "--threshold", value])
+    assert stop.value.code == 2
+    assert "between 0 and 1" in capsys.readouterr().err
+
+
+def test_doctor_finds_all_problems_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every bad input of the list: one line each with record, value and what to do; exit status 1."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    image.save(tmp_path / "good.png")
+    image.save(tmp_path / "good.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:600])
+    Image.new("L", (30, 30)).save(tmp_path / "small.png")
+    ask = {"role": "user", "content": "<image>真伪?"}
+
+    def answer(text: str) -> list[dict[str, str]]:
+        return [ask, {"role": "assistant", "content": text}]
+
+    records = [
+        {"id": "fine", "images": ["good.png"], "labels": [0]},
+        {"id": "gone", "images": ["gone.png"], "labels": [0]},
+        {"id": "cut", "images": ["cut.jpg"], "labels": [0]},
+        {"id": "size", "images": ["good.png"], "labels": [1], "masks": ["small.png"]},
+        {"id": "token", "images": ["good.png"], "messages": answer("<mask_40>x")},
+        {"id": "count", "images": ["good.png"], "messages": answer("<cls><mask_1><mask_2>x")},
+        {"id": "label", "images": ["good.png"], "labels": [2]},
+    ]
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), encoding="utf-8")
+    assert main(["doctor", "--data", str(data)]) == 1
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    for name in ("gone", "cut", "size", "token", "count", "label"):
+        assert sum(f"'{name}'" in line for line in errors) >= 1, name
+    assert not any("'fine'" in line for line in errors)
+    assert "fix:" in "".join(errors)
+
+
+def test_doctor_on_an_empty_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert main(["doctor", "--data", str(empty)]) == 1
+    assert "error:" in capsys.readouterr().err
+
+
+def test_doctor_prints_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "torch" in printed
+    assert "gpu" in printed
+
+
+def test_tiny_and_synth_write_what_they_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tiny", "--out", str(tmp_path / "tiny")]) == 0
+    assert (tmp_path / "tiny" / "model.safetensors").is_file()
+    arguments = ["synth", "--out", str(tmp_path / "data"), "--num-train", "4", "--num-val", "2", "--num-eval", "2"]
+    assert main([*arguments, "--workers", "1"]) == 0
+    for name in ("train.jsonl", "val.jsonl", "eval.jsonl", "eval_annotations.json", "manifest.json"):
+        assert (tmp_path / "data" / name).is_file()
+    assert main([*arguments, "--workers", "1"]) == 2
+    assert "not empty" in capsys.readouterr().err
