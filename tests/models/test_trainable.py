@@ -1,0 +1,180 @@
+"""One optimiser step moves exactly the declared parameters; every other value keeps its bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_helpers import collate, load, record_named, samples_of
+
+from finetune.config import LoraConfig, NoiseResidualConfig
+from finetune.data.collator import MODEL_KEYS
+from finetune.errors import ConfigError
+from finetune.models.adapters import group_of, parameter_groups, set_trainable, trainable_table
+from finetune.models.loading import Bundle
+from finetune.models.qwen_forensics_model import HEAD_MODULES
+
+STAGE_1 = ["new_tokens", "cls_head", "mask_head", "noise_residual"]
+LORA = LoraConfig(r=4, dropout=0.0)
+
+
+def rich(path: Path) -> Bundle:
+    """A bundle with every head module there is."""
+    return load(path, layer="weighted", noise_residual=NoiseResidualConfig(enabled=True, channels=8, to_language=True))
+
+
+def step(bundle: Bundle, records: Path, names: tuple[str, ...] = ("real_84x140", "unmasked_140x84", "text")) -> Any:
+    """Forward, a loss that uses every output, backward, one AdamW step; returns the output."""
+    batch = collate(bundle, samples_of(bundle, record_named(records, *names)))
+    bundle.model.train()
+    optimizer = torch.optim.AdamW([p for p in bundle.model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    output = bundle.model(**{key: batch[key] for key in MODEL_KEYS if key in batch})
+    loss = torch.nn.functional.cross_entropy(output.logits, batch["text_targets"]) + output.branch_anchor
+    if output.cls_logits is not None:
+        loss = loss + (output.cls_logits - 3).square().mean() + sum((m - 1).square().mean() for m in output.mask_logits)
+    loss.backward()
+    missing = [n for n, p in bundle.model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing, missing  # ranks would wait for these gradients for ever
+    optimizer.step()
+    return output
+
+
+def merged_state(bundle: Bundle) -> dict[str, torch.Tensor]:
+    """Weights under the names of the plain model; PEFT merged and taken off."""
+    model = bundle.model if bundle.model is bundle.base else bundle.model.merge_and_unload()
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    assert set(before) == set(after)
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_stage_one_moves_the_new_rows_and_the_heads(checkpoint: Path, photo_records: Path) -> None:
+    bundle = rich(checkpoint)
+    is_tied = bundle.base.config.tie_word_embeddings
+    before = merged_state(bundle)
+    bundle = set_trainable(bundle, STAGE_1, LORA)
+    names = {group: [name for name, _ in members] for group, members in parameter_groups(bundle.model, STAGE_1).items()}
+    rows = ["base_model.model.model.language_model.embed_tokens.token_adapter.trainable_tokens_delta.default"]
+    if not is_tied:
+        rows.append("base_model.model.lm_head.token_adapter.trainable_tokens_delta.default")
+    assert names["new_tokens"] == rows  # golden list
+    trained = [name for group in names.values() for name in group]
+    assert {name.split(".")[2] for name in trained} - {"model", "lm_head"} == set(HEAD_MODULES)
+    assert all(".modules_to_save.default." in name for name in trained if name not in rows)
+    assert "new_tokens" in (table := trainable_table(bundle.model, STAGE_1, {"new_tokens": 1e-3})) and "0.001" in table
+
+    step(bundle, photo_records)
+    after = merged_state(bundle)
+    changed = moved(before, after)
+    matrices = {name for name in changed if name.split(".")[0] not in HEAD_MODULES}
+    assert matrices == {"model.language_model.embed_tokens.weight", "lm_head.weight"}
+    ids = bundle.tokenizer.convert_tokens_to_ids(list(bundle.tokens.all))
+    for name in matrices:
+        is_row_moved = (before[name] != after[name]).any(dim=1)
+        assert is_row_moved.nonzero().flatten().tolist() == ids
+    heads = {name for name in before if name.split(".")[0] in HEAD_MODULES}
+    assert {name.removeprefix("base_model.model.").replace(".modules_to_save.default", "") for name in trained} >= heads
+    assert {name.split(".")[0] for name in heads & changed} == set(HEAD_MODULES)
+    if is_tied:
+        assert torch.equal(after["model.language_model.embed_tokens.weight"], after["lm_head.weight"])
+
+
+CASES = {
+    ("lm_lora",): ("model.language_model.layers.",),
+    ("cls_head",): ("cls_head.", "layer_mix."),
+    ("projector",): ("model.visual.merger.",),
+    ("vision_full",): ("model.visual.",),
+    ("lm_full", "new_tokens"): ("model.language_model.", "lm_head."),
+    ("projector", "lm_lora", "mask_head"): (
+        "model.visual.merger.", "model.language_model.layers.", "mask_head.", "layer_mix.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", CASES, ids=" ".join)
+def test_each_group_moves_only_its_own_parameters(untied: Path, photo_records: Path, groups: tuple[str, ...]) -> None:
+    bundle = load(untied, layer="weighted")
+    before = merged_state(bundle)
+    bundle = set_trainable(bundle, groups, LORA)
+    members = parameter_groups(bundle.model, groups)
+    assert all(members[group] for group in groups if group != "new_tokens")
+    step(bundle, photo_records)
+    if "lm_lora" in groups:
+        step(bundle, photo_records)  # the first step moves B only from 0 on
+    changed = moved(before, merged_state(bundle))
+    assert all(name.startswith(CASES[groups]) for name in changed), changed
+    for prefix in CASES[groups]:
+        expected = {name for name in before if name.startswith(prefix)}
+        if prefix == "model.language_model.layers.":  # LoRA: the seven projections, neither norms nor biases
+            expected = {name for name in expected if "lm_full" in groups or "_proj.weight" in name}
+        assert expected and not {name for name in expected - changed if not name.endswith("inv_freq")}
+
+
+def test_vision_and_lora_train_together(tied: Path, photo_records: Path) -> None:
+    """PEFT wraps the whole tower (`modules_to_save`); the tower still knows its dtype and sizes."""
+    bundle = set_trainable(load(tied), ["vision_full", "lm_lora"], LORA)
+    output = step(bundle, photo_records)
+    assert torch.isfinite(output.logits).all()
+
+
+@pytest.mark.parametrize("heads_on", [True, False])
+def test_text_only_batch_touches_every_trainable_branch(tied: Path, photo_records: Path, heads_on: bool) -> None:
+    """Otherwise data-parallel ranks wait for gradients that never come; also where the heads are off."""
+    bundle = load(tied, enabled=heads_on)
+    groups = ["projector", "lm_lora", *(["cls_head", "mask_head"] if heads_on else [])]
+    bundle = set_trainable(bundle, groups, LORA)
+    output = step(bundle, photo_records, ("text",))
+    assert float(output.branch_anchor.detach()) == 0.0
+    gradients = [p.grad for p in bundle.model.parameters() if p.requires_grad]
+    assert any(bool(g.abs().max() > 0) for g in gradients)
+
+
+def test_frozen_tower_builds_no_graph(tied: Path, photo_records: Path) -> None:
+    bundle = load(tied)
+    batch = collate(bundle, samples_of(bundle, record_named(photo_records, "real_84x140")))
+    arguments = batch["pixel_values"], batch["image_grid_thw"]
+    set_trainable(bundle, ["cls_head"], LORA)
+    assert not bundle.base._encode_images(*arguments).pooler_output[0].requires_grad
+    set_trainable(bundle, ["projector"], LORA)
+    assert bundle.base._encode_images(*arguments).pooler_output[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("groups", "lora", "message"),
+    [
+        (["cls_haed"], LORA, "names 'cls_haed'; known groups: new_tokens"),
+        (["lm_full", "lm_lora"], LORA, "choose one"),
+        (["lm_lora"], LoraConfig(target_modules="query_key_value"), "matches no linear layer"),
+    ],
+)
+def test_impossible_groups_are_refused(tied: Path, groups: list[str], lora: LoraConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        set_trainable(load(tied), groups, lora)
+
+
+def test_second_adapter_is_refused(tied: Path) -> None:
+    bundle = set_trainable(load(tied), ["lm_lora"], LORA)
+    with pytest.raises(ConfigError, match="already carries an adapter"):
+        set_trainable(bundle, ["lm_lora"], LORA)
+
+
+def test_groups_by_name() -> None:
+    everything = ["new_tokens", "cls_head", "mask_head", "noise_residual", "lm_lora", "projector", "vision_full"]
+    assert group_of("module.base_model.model.cls_head.modules_to_save.default.out.weight", everything) == "cls_head"
+    assert group_of("model.visual.merger.mlp.0.weight", everything) == "projector"
+    assert group_of("model.visual.merger.mlp.0.weight", ["vision_full"]) == "vision_full"
+    assert group_of("model.visual.blocks.0.attn.qkv.weight", ["projector"]) is None
+    assert group_of("base_model.model.lm_head.token_adapter.trainable_tokens_delta.default", everything) == "new_tokens"
+    assert group_of("layer_mix.weight", ["mask_head"]) == "mask_head"
+
+
+def test_default_lora_pattern_leaves_the_vision_tower_alone(tied: Path) -> None:
+    """`gate_proj|up_proj|down_proj` alone would also match the vision MLPs."""
+    bundle = set_trainable(load(tied), ["lm_lora"], LORA)
+    names = [name for name, _ in parameter_groups(bundle.model, ["lm_lora"])["lm_lora"]]
+    assert len(names) == 2 * 7 * 2  # A and B, seven projections, two layers
+    assert not [name for name in names if "visual" in name]
