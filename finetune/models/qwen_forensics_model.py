@@ -32,6 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.modeling_utils import slice_logits_to_keep  # noqa: E402
 
 from finetune.config import HeadsConfig, build  # noqa: E402
+from finetune.errors import ConfigError  # noqa: E402
 from finetune.models.features import (  # noqa: E402
     TokenRuns,
     count_images,
@@ -97,7 +98,7 @@ class QwenForensicsOutput(ModelOutput):
     cls_logits: (M_c,) tampering logits; cls_image_index: (M_c,) which of the N images each is about.
     mask_logits: M_m maps (H, W) at `mask_sizes_hw`, by default the processed image's size; mask_image_index: (M_m,).
     mask_features: M_m maps (C, h, w) the masks were decoded from. image_features: (M_c, C) embedding behind `cls_logits`.
-    branch_anchor: scalar 0 that depends on every head parameter, for batches that leave a branch unused.
+    branch_anchor: in training, a scalar 0 that depends on every parameter which this batch may have left unused.
     """
 
     loss: Tensor | None = None
@@ -126,6 +127,7 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         heads = config.heads_config
         self.heads_config = heads
         self.has_heads = heads.enabled
+        _check_layers(heads, config.text_config.num_hidden_layers, config.vision_config.depth)
         if heads.enabled:
             self._build_heads(heads)
             if self.lm_head.weight.device.type != "meta":
@@ -176,6 +178,9 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             ValueError: a saved folder has some head weights but not all of them.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        for ids, count in (("cls_token_ids", "num_cls"), ("mask_token_ids", "num_mask")):
+            if kwargs.get(ids):  # transformers sets keyword arguments one by one, after the config is built
+                kwargs[count] = len(kwargs[ids])
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         expected = {name for name, _ in model.named_parameters() if name.split(".")[0] in HEAD_MODULES}
         missing = expected & set(info["missing_keys"])
@@ -225,6 +230,7 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         5 masks; 6 image scores, which read the masks' evidence.
         """
         runs = self._find_runs(input_ids, pixel_values)
+        uses_vision = pixel_values is not None or pixel_values_videos is not None
         stream: list[Tensor] | None = None
         vision: BaseModelOutputWithPooling | None = None
         if runs is not None and pixel_values is not None and image_grid_thw is not None:  # 1
@@ -265,8 +271,8 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             hidden_states=outputs.hidden_states if output_hidden_states else None,
             attentions=outputs.attentions,
         )
-        if self.has_heads and self.training:
-            result.branch_anchor = self._branch_anchor(logits, uses_vision=vision is not None)
+        if self.training:  # also without heads: a text-only batch leaves the vision tower out
+            result.branch_anchor = self._branch_anchor(logits, uses_vision=uses_vision)
         if runs is not None and vision is not None and image_grid_thw is not None:  # 4, 5, 6
             self._run_heads(result, outputs, vision, stream, image_grid_thw, runs, mask_sizes_hw)
         return result
@@ -416,6 +422,23 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             if parameter.requires_grad:
                 anchor = anchor + parameter.float().sum() * 0
         return anchor
+
+
+def _check_layers(heads: HeadsConfig, num_layers: int, depth: int) -> None:
+    """Refuse layers the model does not have, before anything is computed from another one.
+
+    Raises:
+        ConfigError: `heads.layer` or one of `heads.vision_layers` out of range.
+    """
+    layer = heads.layer
+    if layer not in ("last", "weighted") and not (isinstance(layer, int) and -num_layers - 1 <= layer <= num_layers):
+        raise ConfigError(f"heads.layer is {layer!r}; expected last, weighted or 0 (embeddings) to {num_layers}")
+    outside = [block for block in heads.vision_layers if not -depth <= block < depth]
+    if outside or not heads.vision_layers:
+        raise ConfigError(
+            f"heads.vision_layers is {heads.vision_layers}; expected blocks of the vision tower, 0 to {depth - 1} "
+            "(or -1, -2, ... from the end)"
+        )
 
 
 # Checkpoint names on disk ("visual.*", "model.layers.*") are mapped per class: without this line a subclass of the released
