@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from finetune.config import RunConfig, to_dict
-from finetune.data.dataset import load_dataset
+from finetune.data.dataset import ForensicDataset, load_dataset
 from finetune.errors import ConfigError
 from finetune.models.adapters import set_trainable, trainable_table
 from finetune.models.loading import Bundle, load_bundle
@@ -41,6 +42,35 @@ def train(config: RunConfig) -> dict[str, Any]:
     Raises:
         ForensicsError: anything wrong with configuration, model or data, before the first step where it can be known.
     """
+    trainer, best, record = build_trainer(config)
+    out_dir = Path(config.output_dir)
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=_resume_point(config))
+    if best is None:
+        trainer.save_model(str(out_dir / "best"))
+    elif not _has_just_evaluated(trainer):
+        trainer.evaluate()
+    record |= {
+        "seconds": round(time.monotonic() - start, 1),
+        "steps": trainer.state.global_step,
+        "best": None if best is None else best.best,
+    }
+    if trainer.is_world_process_zero():
+        _write_json(out_dir / "run_record.json", record)
+        _write_json(out_dir / "history.json", trainer.state.log_history)
+        print(f"trained {record['steps']} steps in {record['seconds']} s; the best model is in {out_dir / 'best'}")
+    return record
+
+
+def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback | None, dict[str, Any]]:
+    """Check, load, choose what trains and say so; nothing is trained yet.
+
+    Returns:
+        The trainer, the keeper of `best/` (None without evaluation data), and the record of what the run is made of.
+
+    Raises:
+        ForensicsError: as `train`.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     check_run(config)
     args = training_arguments(config)  # first: it starts the distributed backend that model loading may need
@@ -58,21 +88,22 @@ def train(config: RunConfig) -> dict[str, Any]:
         max_pixels=config.data.max_pixels,
     )
     with args.main_process_first(local=False, desc="checking data"):
-        train_set = load_dataset(config.data.train, "train", bundle.processor, bundle.tokens, config.data)
-        eval_set = None
-        if config.data.eval:
-            eval_set = load_dataset(config.data.eval, "eval", bundle.processor, bundle.tokens, config.data)
+        train_set, eval_set = _load_data(config, bundle)
     labels = train_set.class_labels
     _say(
         is_main,
         f"data: {len(train_set)} records to train on ({labels.count(0)} real, {labels.count(1)} tampered, "
         f"{labels.count(None)} unlabelled), {len(eval_set) if eval_set else 0} to evaluate on",
     )
-    bundle = set_trainable(bundle, config.train.trainable, config.lora)
-    table = trainable_table(bundle.model, config.train.trainable, _learning_rates(config))
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )  # PEFT asks for it
+        bundle = set_trainable(bundle, config.train.trainable, config.lora)
     if not any(parameter.requires_grad for parameter in bundle.model.parameters()):
         names = ", ".join(config.train.trainable)
         raise ConfigError(f"train.trainable ({names}) matches no parameter of this model; switch the heads on")
+    table = trainable_table(bundle.model, config.train.trainable, _learning_rates(config))
     _say(is_main, table)
     record = run_record(config)
     bundle.settings = {
@@ -80,43 +111,35 @@ def train(config: RunConfig) -> dict[str, Any]:
         "layout": config.data.layout,
         "trained": {key: record[key] for key in ("seed", "config_hash", "commit", "data_hash")},
     }
-    out_dir = Path(config.output_dir)
     if is_main:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        written = yaml.safe_dump(to_dict(config), allow_unicode=True, sort_keys=False)
-        (out_dir / "config.yaml").write_text(written, encoding="utf-8")
-        (out_dir / "trainable.txt").write_text(table + "\n")
-        _write_json(out_dir / "run_record.json", record)
-    return _fit(config, args, bundle, train_set, eval_set, record)
-
-
-def _fit(config: RunConfig, args: Any, bundle: Bundle, train_set: Any, eval_set: Any, record: dict[str, Any]) -> Any:
-    out_dir = Path(config.output_dir)
-    time_budget = TimeBudgetCallback()
-    callbacks: list[Any] = [time_budget]
+        _write_start(config, table, record)
+    callbacks: list[Any] = [TimeBudgetCallback()]
     best = None
     if eval_set is not None:
-        best = BestModelCallback(out_dir / "best", config.train.metric_for_best, config.train.early_stopping_patience)
+        patience = config.train.early_stopping_patience
+        best = BestModelCallback(Path(config.output_dir) / "best", config.train.metric_for_best, patience)
         callbacks.append(best)
     trainer = ForensicTrainer(bundle, config, args, train_set, eval_set, callbacks)
     for callback in callbacks:
         callback.trainer = trainer
-    start = time.monotonic()
-    trainer.train(resume_from_checkpoint=_resume_point(config))
-    if eval_set is not None and not _has_just_evaluated(trainer):
-        trainer.evaluate()
-    if best is None:
-        trainer.save_model(str(out_dir / "best"))
-    record |= {
-        "seconds": round(time.monotonic() - start, 1),
-        "steps": trainer.state.global_step,
-        "best": None if best is None else best.best,
-    }
-    if args.process_index == 0:
-        _write_json(out_dir / "run_record.json", record)
-        _write_json(out_dir / "history.json", trainer.state.log_history)
-        print(f"trained {record['steps']} steps in {record['seconds']} s; the best model is in {out_dir / 'best'}")
-    return record
+    return trainer, best, record
+
+
+def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, ForensicDataset | None]:
+    data = config.data
+    train_set = load_dataset(data.train, "train", bundle.processor, bundle.tokens, data)
+    if not data.eval:
+        return train_set, None
+    return train_set, load_dataset(data.eval, "eval", bundle.processor, bundle.tokens, data)
+
+
+def _write_start(config: RunConfig, table: str, record: dict[str, Any]) -> None:
+    out_dir = Path(config.output_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    written = yaml.safe_dump(to_dict(config), allow_unicode=True, sort_keys=False)
+    (out_dir / "config.yaml").write_text(written, encoding="utf-8")
+    (out_dir / "trainable.txt").write_text(table + "\n", encoding="utf-8")
+    _write_json(out_dir / "run_record.json", record)
 
 
 def _has_just_evaluated(trainer: ForensicTrainer) -> bool:
