@@ -178,7 +178,7 @@ def _warn_without_place(record_id: str) -> None:
 
 
 def prompt(template: Template, num_images: int, key: str = "") -> str:
-    """A question about `num_images` images; `key` picks the phrasing, always the same one for the same key."""
+    """A question about `num_images` images; `key` picks the phrasing ("" the first), always the same one for one key."""
     choice = zlib.crc32(key.encode())
     if num_images == 1:
         return template.prompts[choice % len(template.prompts)]
@@ -187,13 +187,15 @@ def prompt(template: Template, num_images: int, key: str = "") -> str:
 
 
 def question_turns(record: Record, template: Template) -> tuple[Turn, ...]:
-    """What stands before the answer that concludes about all images: the turns up to the last image, or the template's prompt.
+    """What stands before the answer that concludes about all images: the turns up to the last image, or a prompt.
+
+    The template's first phrasing is taken, so that a score does not depend on how a record is named.
 
     No written answer is left in it, since an earlier one may already give a verdict: an assistant's images become the
     user's, its words are dropped.
     """
     if not record.turns:
-        return (Turn("user", prompt(template, len(record.images), key=record.id)),)
+        return (Turn("user", prompt(template, len(record.images), key="")),)
     last_image = max((i for i, turn in enumerate(record.turns) if IMAGE_PLACEHOLDER in turn.content), default=-1)
     end = next(
         (i for i, turn in enumerate(record.turns) if turn.role == "assistant" and i > last_image), len(record.turns)
