@@ -16,6 +16,7 @@ from finetune.torchvision_compat import ensure_torchvision
 ensure_torchvision()
 
 import torch  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import AutoProcessor, Qwen2VLImageProcessorPil, logging  # noqa: E402
 
@@ -93,7 +94,11 @@ def load_bundle(
     tokens = tokens or SpecialTokens()
     new_ids = add_forensic_tokens(processor.tokenizer, tokens)
     base_path = _base_model_path(adapter) if adapter and adapter == config.path else config.path
+    _check_folder(base_path)
+    if adapter and _saved_config(base_path) is None:  # a plain base lacks the rows, though the adapter's tokenizer has the tokens
+        new_ids = processor.tokenizer.convert_tokens_to_ids(list(tokens.all))
     model = _load_model(base_path, config, _model_settings(saved, heads, processor, tokens), device_map)
+    _check_tokenizer(source, processor, model)
     grow_embeddings(model, len(processor.tokenizer), new_ids)
     settings_file = Path(source) / SETTINGS
     settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
@@ -177,9 +182,14 @@ def load_adapter(model: QwenForensicsForConditionalGeneration, path: str | Path,
     weights_path = Path(path) / "adapter_model.safetensors"
     if not weights_path.is_file():
         raise ModelLoadError(f"{path}: no adapter_model.safetensors; this is not a complete adapter folder")
-    wrapped = PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
-    with safe_open(weights_path, "pt") as stored:
-        found = set(stored.keys())
+    try:
+        with safe_open(weights_path, "pt") as stored:
+            found = set(stored.keys())
+        wrapped = PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelLoadError(
+            f"{path}: the adapter does not fit this base model ({_first_line(error)}); load it on the model it was trained on"
+        ) from error
     expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     if found != expected:
         odd = sorted(found ^ expected)
@@ -223,13 +233,14 @@ def _load_model(
     }
     if config.quantization == "nf4":
         arguments["quantization_config"] = _nf4()
+    _check_config(path)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # new heads are expected; anything else missing is an error below
     try:
         model, info = QwenForensicsForConditionalGeneration.from_pretrained(
             path, output_loading_info=True, use_safetensors=True, **arguments
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelLoadError(f"{path}: the model cannot be loaded: {_first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -267,9 +278,31 @@ def _model_settings(
 def _saved_config(path: str) -> QwenForensicsConfig | None:
     """The configuration of a folder saved by this project, else None."""
     file = Path(path) / "config.json"
-    if not file.is_file() or json.loads(file.read_text()).get("model_type") != QwenForensicsConfig.model_type:
+    if not file.is_file():
         return None
-    return QwenForensicsConfig.from_pretrained(path)
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except ValueError as error:
+        raise ModelLoadError(f"{path}: config.json is not valid JSON ({_first_line(error)}); copy the folder again") from error
+    return QwenForensicsConfig.from_pretrained(path) if model_type == QwenForensicsConfig.model_type else None
+
+
+def _check_config(path: str) -> None:
+    """Without config.json transformers would build the default model, of 7 billion parameters."""
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ModelLoadError(f"{path}: the model cannot be loaded: no config.json; give a complete checkpoint folder")
+
+
+def _check_tokenizer(path: str, processor: Any, model: QwenForensicsForConditionalGeneration) -> None:
+    """Without its vocabulary files transformers makes an empty tokenizer, whose ids mean nothing to the model."""
+    expected = {"<|image_pad|>": model.config.image_token_id, "<|vision_start|>": model.config.vision_start_token_id}
+    for token, token_id in expected.items():
+        found = processor.tokenizer.convert_tokens_to_ids(token)
+        if found != token_id:
+            raise ModelLoadError(
+                f"{path}: the tokenizer gives {token} the id {found}, the model expects {token_id}; copy the tokenizer files "
+                "(tokenizer.json, or vocab.json and merges.txt) of this model into the folder"
+            )
 
 
 def _base_model_path(adapter: str) -> str:

@@ -181,7 +181,8 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         for ids, count in (("cls_token_ids", "num_cls"), ("mask_token_ids", "num_mask")):
             if kwargs.get(ids):  # transformers sets keyword arguments one by one, after the config is built
                 kwargs[count] = len(kwargs[ids])
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        with torch.random.fork_rng(devices=[]):  # transformers initialises missing weights from the global RNG
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         expected = {name for name, _ in model.named_parameters() if name.split(".")[0] in HEAD_MODULES}
         missing = expected & set(info["missing_keys"])
         if missing and missing != expected:
@@ -189,6 +190,8 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
                 f"{pretrained_model_name_or_path}: {len(missing)} of {len(expected)} head weights are missing, e.g. "
                 f"'{min(missing)}'; the heads configuration does not fit these weights"
             )
+        for module in model.head_modules():
+            module.float()  # `_keep_in_fp32_modules_strict` reaches stored weights only, not new ones
         if missing:
             model.init_heads()
             info["missing_keys"] = type(info["missing_keys"])(k for k in info["missing_keys"] if k not in missing)
