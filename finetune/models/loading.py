@@ -87,15 +87,15 @@ def load_bundle(
     adapter = config.adapter or (config.path if (Path(config.path) / ADAPTER_CONFIG).is_file() else None)
     source = adapter or config.path
     _check_folder(source)
-    processor = load_processor(source, min_pixels, max_pixels)
     saved = _saved_config(source)
+    processor = load_processor(source, min_pixels, max_pixels)
     if saved is not None and saved.cls_token_ids:
         tokens = SpecialTokens(saved.num_cls, saved.num_mask)
     tokens = tokens or SpecialTokens()
     new_ids = add_forensic_tokens(processor.tokenizer, tokens)
     base_path = _base_model_path(adapter) if adapter and adapter == config.path else config.path
     _check_folder(base_path)
-    if adapter and _saved_config(base_path) is None:  # a plain base lacks the rows, though the adapter's tokenizer has the tokens
+    if adapter and _saved_config(base_path) is None:  # a plain base lacks rows for the tokens the adapter brings
         new_ids = processor.tokenizer.convert_tokens_to_ids(list(tokens.all))
     model = _load_model(base_path, config, _model_settings(saved, heads, processor, tokens), device_map)
     _check_tokenizer(source, processor, model)
@@ -188,7 +188,8 @@ def load_adapter(model: QwenForensicsForConditionalGeneration, path: str | Path,
         wrapped = PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelLoadError(
-            f"{path}: the adapter does not fit this base model ({_first_line(error)}); load it on the model it was trained on"
+            f"{path}: the adapter does not fit this base model ({_first_line(error)}); "
+            "load it on the model it was trained on"
         ) from error
     expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     if found != expected:
@@ -283,7 +284,9 @@ def _saved_config(path: str) -> QwenForensicsConfig | None:
     try:
         model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     except ValueError as error:
-        raise ModelLoadError(f"{path}: config.json is not valid JSON ({_first_line(error)}); copy the folder again") from error
+        raise ModelLoadError(
+            f"{path}: config.json is not valid JSON ({_first_line(error)}); copy the folder again"
+        ) from error
     return QwenForensicsConfig.from_pretrained(path) if model_type == QwenForensicsConfig.model_type else None
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the model share: loading a bundle, making a batch of records, one forward pass without gradients."""
+"""What the tests of the model share: loading a bundle, batches of records, a forward pass without gradients."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_base_class_labels_give_the_mean_over_the_kept_positions(tied: Path, pho
 @pytest.mark.parametrize("groups", [["lm_lora"], ["new_tokens", "cls_head", "mask_head", "noise_residual", "lm_lora"]])
 def test_fresh_adapter_changes_nothing(checkpoint: Path, photo_records: Path, groups: list[str]) -> None:
     bundle = load(checkpoint, layer="weighted", noise_residual=NoiseResidualConfig(enabled=True, to_language=True))
-    batch = collate(bundle, samples_of(bundle, record_named(photo_records, "tampered_224x196", "pair", "text")))
+    batch = collate(bundle, samples_of(bundle, record_named(photo_records, "real_84x140", "unmasked_140x84", "text")))
     before = forward(bundle.model, batch)
     wrapped = set_trainable(bundle, groups, LoraConfig(dropout=0.0))
     wrapped.model.eval()

@@ -52,7 +52,8 @@ def test_heads_read_the_answer_under_text_first(bundle: Bundle, photo_records: P
     """Demonstrates the leak that makes `tokens_first` the default."""
     (record,) = record_named(photo_records, "tampered_224x196")
     first, second = (
-        forward(bundle.model, collate(bundle, samples_of(bundle, [r], layout="text_first"))) for r in (record, flipped(record))
+        forward(bundle.model, collate(bundle, samples_of(bundle, [version], layout="text_first")))
+        for version in (record, flipped(record))
     )
     assert (first.cls_logits - second.cls_logits).abs().max() > 1e-3
 
@@ -82,7 +83,7 @@ LEAKY = [
     [("assistant", "<image>is the SECRET one")],
     # An earlier answer already tells the verdict; a label without tokens puts them into the last turn.
     [("user", "real or fake?"), ("assistant", "SECRET"), ("user", "<image> and where?"), ("assistant", "there")],
-    [("user", "look: <image>"), ("assistant", "SECRET"), ("user", "sure?"), ("assistant", "<cls><mask_1> - <mask_32> yes")],
+    [("user", "<image>"), ("assistant", "SECRET"), ("user", "sure?"), ("assistant", "<cls><mask_1> - <mask_32> yes")],
 ]
 
 

@@ -37,7 +37,7 @@ def prompts(samples: list[Sample], length_of: Any) -> list[Sample]:
 
 
 def test_prefill_of_generation_has_the_states_of_the_full_sequence(bundle: Bundle, photo_records: Path) -> None:
-    """`tokens_first`: the tokens stand in the prompt; a left-padded batch with one, two and differently sized images."""
+    """`tokens_first`: the tokens stand in the prompt; left padding, one and two images of different sizes."""
     records = record_named(photo_records, "tampered_150x211", "pair")
     samples = samples_of(bundle, records)
     batch = collate(bundle, samples)
@@ -49,8 +49,13 @@ def test_prefill_of_generation_has_the_states_of_the_full_sequence(bundle: Bundl
     captured: list[Any] = []
     handle = bundle.model.register_forward_hook(lambda _m, _i, output: captured.append(output))
     result = bundle.model.generate(
-        **inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
-    )  # fmt: skip
+        **inputs,
+        max_new_tokens=2,
+        min_new_tokens=2,
+        do_sample=False,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+    )
     handle.remove()
     states = token_states(bundle, inputs["input_ids"], result.hidden_states[0][-1], [1, 2])
     torch.testing.assert_close(states, expected, rtol=0, atol=ATOL)
@@ -89,7 +94,7 @@ def test_tokens_fed_one_by_one_have_the_states_of_the_full_sequence(bundle: Bund
 
 
 def test_generate_continues_like_the_full_forward(bundle: Bundle, photo_records: Path) -> None:
-    """Greedy tokens of `generate` are the argmax of full passes over prompt and continuation, after images and after text."""
+    """Greedy tokens are the argmax of a full pass over prompt and continuation, with and without images."""
     for name in ("tampered_224x196", "text"):
         samples = samples_of(bundle, record_named(photo_records, name))
         first = next(i for i, label in enumerate(samples[0].labels) if label != -100)

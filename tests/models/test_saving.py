@@ -1,4 +1,4 @@
-"""What is saved is what is loaded: full folders, adapter folders, new heads by seed; broken folders are refused in words."""
+"""What is saved is what is loaded: full and adapter folders, new heads by seed; broken folders are refused in words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from finetune.models.qwen_forensics_model import HEAD_MODULES, QwenForensicsForC
 from finetune.special_tokens import SpecialTokens
 
 NAMES = ("real_84x140", "unmasked_140x84", "text")
-RICH: dict[str, Any] = {"layer": "weighted", "noise_residual": NoiseResidualConfig(enabled=True, channels=8, to_language=True)}
+RICH: dict[str, Any] = {
+    "layer": "weighted",
+    "noise_residual": NoiseResidualConfig(enabled=True, channels=8, to_language=True),
+}
 LORA = LoraConfig(r=4, dropout=0.0)
 
 
@@ -91,7 +94,7 @@ def test_full_folder_comes_back(checkpoint: Path, photo_records: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "groups", [["new_tokens", "cls_head", "mask_head", "noise_residual", "lm_lora"], ["cls_head", "mask_head", "lm_lora"]]
+    "groups", [["new_tokens", "cls_head", "mask_head", "lm_lora"], ["cls_head", "mask_head", "lm_lora"]]
 )
 def test_adapter_folder_comes_back(checkpoint: Path, photo_records: Path, tmp_path: Path, groups: list[str]) -> None:
     """With and without trained token rows: without them the rows are initialised as they were in training."""
@@ -115,7 +118,7 @@ def test_adapter_folder_comes_back(checkpoint: Path, photo_records: Path, tmp_pa
 
 def test_adapter_holds_rows_and_not_matrices(adapter_dir: Path) -> None:
     with safe_open(adapter_dir / "adapter_model.safetensors", "pt") as stored:
-        shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}
+        shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in list(stored.keys())}
     rows = [shape for key, shape in shapes.items() if "token" in key]
     assert rows == [(33, 64), (33, 64)]
     assert {name for name in HEAD_MODULES if any(name in key for key in shapes)} == set(HEAD_MODULES)
@@ -124,7 +127,9 @@ def test_adapter_holds_rows_and_not_matrices(adapter_dir: Path) -> None:
 
 def test_weights_on_disk_have_the_released_names(full_dir: Path) -> None:
     with safe_open(full_dir / "model.safetensors", "pt") as stored:
-        prefixes = {".".join(key.split(".")[:2]) for key in stored.keys() if key.split(".")[0] not in HEAD_MODULES}
+        prefixes = {
+            ".".join(key.split(".")[:2]) for key in list(stored.keys()) if key.split(".")[0] not in HEAD_MODULES
+        }
     assert prefixes == {"visual.patch_embed", "visual.blocks", "visual.merger", "model.embed_tokens", "model.layers",
                         "model.norm", "lm_head.weight"}  # fmt: skip
 
@@ -240,21 +245,21 @@ def test_some_head_weights_missing(full_dir: Path, copy_of: Any, pattern: str) -
 
 def test_other_weights_missing(full_dir: Path, copy_of: Any) -> None:
     folder = rewrite(copy_of(full_dir), lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"))
-    with pytest.raises(ModelLoadError, match="1 weights are missing, e.g. .*up_proj"):
+    with pytest.raises(ModelLoadError, match=r"1 weights are missing, e\.g\. .*up_proj"):
         load_bundle(ModelConfig(path=str(folder)))
 
 
 def test_heads_that_do_not_fit_the_folder(full_dir: Path) -> None:
     config = ModelConfig(path=str(full_dir))
-    with pytest.raises(ModelLoadError, match="no place for|cannot be loaded|do not fit"):
+    with pytest.raises(ModelLoadError, match=r"no place for|cannot be loaded"):
         load_bundle(config, heads=HeadsConfig(**SMALL))  # no residual stream
-    with pytest.raises(ModelLoadError, match="cannot be loaded|do not fit"):
+    with pytest.raises(ModelLoadError, match=r"cannot be loaded"):
         load_bundle(config, heads=HeadsConfig(**{**SMALL, **RICH, "hidden_size": 64}))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("model.safetensors", "cannot be loaded"), ("config.json", "could be read|cannot be"), ("tokenizer.json", "tokenizer")],
+    [("model.safetensors", "cannot be loaded"), ("config.json", "config.json"), ("tokenizer.json", "tokenizer")],
 )
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_incomplete_folder(full_dir: Path, copy_of: Any, name: str, message: str, damage: str) -> None:
@@ -270,7 +275,7 @@ def test_incomplete_folder(full_dir: Path, copy_of: Any, name: str, message: str
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match="model folder '.*gone' does not exist"):
+    with pytest.raises(ModelLoadError, match=r"model folder '.*gone' does not exist"):
         load_bundle(ModelConfig(path=str(tmp_path / "gone")))
 
 
@@ -280,13 +285,13 @@ def test_adapter_with_a_foreign_key(adapter_dir: Path, copy_of: Any) -> None:
         weights[key.replace("q_proj", "qq_proj")] = weights.pop(key)
 
     folder = rewrite(copy_of(adapter_dir), rename, "adapter_model.safetensors")
-    with pytest.raises(ModelLoadError, match="2 of .* adapter tensors do not fit this base model, e.g. .*qq?_proj"):
+    with pytest.raises(ModelLoadError, match=r"2 of .* adapter tensors do not fit this base model, e\.g\. .*qq?_proj"):
         load_bundle(ModelConfig(path=str(folder)))
 
 
 def test_adapter_of_another_model(adapter_dir: Path, tiny_dir: Path) -> None:
     """Its rows train an lm_head of its own, which a tied model does not have."""
-    with pytest.raises(ModelLoadError):
+    with pytest.raises(ModelLoadError, match=r"do not fit|does not fit"):
         load_bundle(ModelConfig(path=str(tiny_dir), adapter=str(adapter_dir)))
 
 

@@ -38,13 +38,21 @@ def block_maps(bundle: Bundle, images: list[Image.Image]) -> list[list[torch.Ten
     with torch.no_grad():
         encoded = bundle.base._encode_images(inputs["pixel_values"], inputs["image_grid_thw"])
     assert len(encoded.hidden_states) == vision.depth + 1
-    sizes = {"merge_size": vision.spatial_merge_size, "window_size": vision.window_size, "patch_size": vision.patch_size}
-    return [tower_to_raster(states, inputs["image_grid_thw"], **sizes) for states in encoded.hidden_states]
+    return [
+        tower_to_raster(
+            states,
+            inputs["image_grid_thw"],
+            merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            patch_size=vision.patch_size,
+        )
+        for states in encoded.hidden_states
+    ]
 
 
 @pytest.mark.parametrize("image", range(len(SIZES_HW)))
 def test_marked_patch_is_found_at_its_cell(bundle: Bundle, image: int) -> None:
-    """Exact for the patch embedding; the largest change, within the patch's window, for blocks before full attention."""
+    """Alone in the patch embedding; largest, and within its window, in the blocks before full attention."""
     rows, columns = SIZES_HW[image][0] // 14, SIZES_HW[image][1] // 14
     plain = block_maps(bundle, [grey(size) for size in SIZES_HW])
     for cell in [(0, 0), (rows - 1, columns - 1), (rows - 2, 1), (5, columns - 3)]:
@@ -152,5 +160,5 @@ def test_runs_belong_to_the_images_in_order() -> None:
     [([7, 0, 0, 0], 1), ([8, 7, 0, 0], 1), ([7, 8, 7, 8], 1), ([7, 8, 0, 0], 2), ([7, 7, 8, 8], 2), ([7, 8, 0, 0], 0)],
 )
 def test_incomplete_or_disordered_runs_are_refused(row: list[int], num_images: int) -> None:
-    with pytest.raises(ValueError, match="row 0 holds .* expected none, or one ordered run of 2"):
+    with pytest.raises(ValueError, match=r"row 0 holds .* expected none, or one ordered run of 2"):
         locate_runs(torch.tensor([row]), [7, 8], [num_images])
