@@ -23,8 +23,6 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     train = config.train
     os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(config.output_dir, "tensorboard")
     has_cuda = torch.cuda.is_available()
-    if not has_cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if has_cuda and torch.cuda.is_bf16_supported() else "fp32"

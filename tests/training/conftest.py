@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ SMALL = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_few_threads: None) -> None:
+    """Models of this size only wait for a second thread."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def synth_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic data set: `train.jsonl` (12) and `eval.jsonl` (8), both classes; read only."""
@@ -62,6 +71,17 @@ def mixed_records(photo_records: Path) -> Path:
     path = photo_records.with_name("mixed.jsonl")
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def write_small() -> Callable[..., Path]:
+    """Writes `SMALL` with changes to a YAML file; returns its path."""
+
+    def write(path: Path, **changes: Any) -> Path:
+        path.write_text(yaml.safe_dump(merge(SMALL, changes)), encoding="utf-8")
+        return path
+
+    return write
 
 
 @pytest.fixture

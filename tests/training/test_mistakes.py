@@ -1,0 +1,133 @@
+"""A user's mistake is one line on stderr and exit status 2, before any training, through the door `sft_llm.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.cli import train_main
+from finetune.config import RunConfig
+from finetune.training.checks import run_problems
+
+
+def launch(capsys: pytest.CaptureFixture[str], path: Path, *overrides: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        train_main(["--config", str(path), *overrides])
+    captured = capsys.readouterr()
+    return int(stopped.value.code or 0), captured.out, captured.err
+
+
+def write_records(path: Path, synth_dir: Path, **changes: Any) -> Path:
+    """The first two training records with absolute paths; the second one changed."""
+    records = [json.loads(line) for line in (synth_dir / "train.jsonl").read_text().splitlines()[:2]]
+    for record in records:
+        record["images"] = [str(synth_dir / name) for name in record["images"]]
+        record["masks"] = [str(synth_dir / name) if "." in str(name) else name for name in record["masks"]]
+    records[1].update(changes)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.trainable=[cls_haed]", "train.trainable names 'cls_haed'; did you mean 'cls_head'?"),
+        ("train.metric_for_best=eval_aurok", "train.metric_for_best is 'eval_aurok'; did you mean 'eval_auroc'?"),
+        ("data.train=[]", "data.train is empty"),
+        ("data.train=[nowhere.jsonl]", "nowhere.jsonl"),
+        ("model.path=./no_such_model", "model folder './no_such_model' does not exist"),
+        ("train.learning_rat=1", "unknown key 'train.learning_rat'"),
+        ("train.trainer_args={optim: adamm}", "adamm"),
+        ("train.trainer_args={warmup_step: 3}", "did you mean 'warmup_steps'?"),
+        ("train.trainable=[lm_lora, lm_full]", "choose one"),
+        ("lora.target_modules=nothing", "matches no linear layer"),
+        ("data.max_length=20", "too many tokens"),
+        ("train.resume=runs/none", "train.resume is 'runs/none'"),
+    ],
+)
+def test_mistake_is_one_line_and_status_2(
+    override: str, expected: str, write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trainable = ["new_tokens", "lm_lora"] if override.startswith("lora") else ["cls_head"]
+    path = write_config(train={"trainable": trainable})
+    status, out, err = launch(capsys, path, override)
+    assert status == 2, err
+    assert expected in err
+    assert "Traceback" not in err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "loss" not in out  # nothing was trained
+    assert not list((tmp_path / "config").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"labels": [2]}, "2"),
+        ({"images": ["missing.png"]}, "missing.png"),
+        ({"masks": ["missing_mask.png"], "labels": [1]}, "missing_mask.png"),
+    ],
+)
+def test_bad_record_is_named(
+    changes: dict[str, Any],
+    expected: str,
+    write_config: Callable[..., Path],
+    synth_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    for split in ("train", "eval"):
+        data = write_records(tmp_path / f"{split}.jsonl", synth_dir, **changes)
+        status, _, err = launch(capsys, write_config(), f"data.{split}=[{data}]")
+        assert status == 2
+        assert "train-000001" in err
+        assert expected in err
+        assert "Traceback" not in err
+
+
+def test_launched_as_a_process(repo_root: Path, write_config: Callable[..., Path]) -> None:
+    command = [sys.executable, str(repo_root / "sft_llm.py"), "--config", str(write_config())]
+    done = subprocess.run(
+        [*command, "train.early_stopping_patience=0"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: train.early_stopping_patience is 0; expected 1 or more, or null\n"
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "expected"),
+    [
+        ("train", {"trainable": []}, "train.trainable is empty"),
+        ("train", {"group_learning_rates": {"lm_full": 1e-4}}, "'lm_full', which does not train"),
+        ("train", {"group_learning_rates": {"cls_head": -1.0}}, "group_learning_rates.cls_head is -1.0"),
+        ("train", {"batch_size": 0}, "train.batch_size is 0"),
+        ("train", {"eval_steps": 0}, "train.eval_steps is 0"),
+        ("train", {"learning_rate": float("nan")}, "train.learning_rate is nan"),
+        ("train", {"warmup_ratio": 10.0}, "train.warmup_ratio is 10.0"),
+        ("train", {"max_steps": 0}, "train.max_steps is 0"),
+        ("train", {"epochs": 0.0}, "train.epochs is 0.0"),
+        ("train", {"max_seconds": 0.0}, "train.max_seconds is 0.0"),
+        ("train", {"early_stopping_patience": 3}, "needs data.eval"),
+        ("loss", dict.fromkeys(("text", "focal", "dice", "boundary", "authentic", "contrast_region"), 0.0), "is 0"),
+    ],
+)
+def test_every_problem_is_found(section: str, values: dict[str, Any], expected: str) -> None:
+    config = RunConfig()
+    assert run_problems(config) == []
+    for name, value in values.items():
+        setattr(getattr(config, section), name, value)
+    problems = run_problems(config)
+    assert len(problems) == 1
+    assert expected in problems[0]
+    assert "\n" not in problems[0]
