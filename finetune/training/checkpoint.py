@@ -16,9 +16,8 @@ from finetune.models.loading import Bundle
 def load_weights(bundle: Bundle, folder: str | Path) -> None:
     """Copy a checkpoint's weights into a bundle's model, in place.
 
-    `load_state_dict` with the file's tensors would not do: names on disk are those of the released checkpoints, those in
-    memory are
-    `model.visual...` and `model.language_model...`, so nothing would be found.
+    Handing the file's tensors to `load_state_dict` would find nothing: names on disk are those of the released
+    checkpoints, in memory they begin with `model.visual` and `model.language_model`.
 
     Raises:
         ModelLoadError: the folder is incomplete or belongs to another model or another choice of trained groups.

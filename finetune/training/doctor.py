@@ -1,4 +1,4 @@
-"""`forensics doctor`: the environment, a data file or a whole configuration, every problem at once and one line each."""
+"""`forensics doctor`: the environment, a data file or a configuration, every problem at once and one line each."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def print_environment() -> None:
             print(f"{'gpu ' + str(index):14} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     else:
         print(f"{'gpu':14} none found: training runs on {torch.get_num_threads()} CPU threads")
-    for package, purpose in (("bitsandbytes", "QLoRA (model.quantization: nf4)"), ("flash_attn", "faster attention on CUDA")):
+    for package, purpose in (
+        ("bitsandbytes", "QLoRA (model.quantization: nf4)"),
+        ("flash_attn", "faster attention on CUDA"),
+    ):
         state = "installed" if importlib.util.find_spec(package) else "not installed (optional)"
         print(f"{package:14} {state}: {purpose}")
     for tool in ("g++", "ninja"):
