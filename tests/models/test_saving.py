@@ -187,6 +187,8 @@ def test_new_heads_follow_their_seed_alone(tied: Path) -> None:
     ours, theirs = heads_of(first), heads_of(second)
     assert {name.split(".")[0] for name in ours} == set(HEAD_MODULES)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    built = QwenForensicsForConditionalGeneration(first.base.config)  # nothing is left to transformers' initialisation
+    assert all(torch.equal(p, ours[n]) for n, p in built.named_parameters() if n.split(".")[0] in HEAD_MODULES)
     other = heads_of(load(tied, seed=1, **RICH))
     same = {name for name, p in other.items() if torch.equal(p, ours[name])}
     constant = {name for name in same if ours[name].unique().numel() == 1}  # norms, biases of norms, zeros
