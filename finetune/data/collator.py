@@ -29,9 +29,7 @@ MODEL_KEYS = (
 class ForensicCollator:
     """Callable for a DataLoader; `padding_side` is right for training and left for generation."""
 
-    def __init__(
-        self, processor: Any, tokens: SpecialTokens, padding_side: Literal["left", "right"] = "right"
-    ) -> None:
+    def __init__(self, processor: Any, tokens: SpecialTokens, padding_side: Literal["left", "right"] = "right") -> None:
         self.processor = processor
         self.padding_side = padding_side
         ids = processor.tokenizer.convert_tokens_to_ids
@@ -45,8 +43,8 @@ class ForensicCollator:
             input_ids, attention_mask, mm_token_type_ids: (B, T) int64, 1 = image token in the last.
             labels: (B, T) int64, -100 where unsupervised.
             logits_to_keep: (B, T) bool, True where the next token is supervised, K in all; text_targets: (K,) int64.
-            pixel_values: (P, 1176) float32, image_grid_thw: (N, 3) int64, and anything else the image processor returns;
-                absent in a batch without images.
+            pixel_values: (P, 1176) float32, image_grid_thw: (N, 3) int64, and anything else the image processor
+                returns; absent in a batch without images.
             cls_labels: (N,) int64 in {0, 1, -100}; mask_targets: N uint8 tensors (h, w) or None.
             mask_sizes_hw: N pairs, the size each mask is compared at.
             cls_image_index, mask_image_index: which of the N images have tokens of each kind.
@@ -88,7 +86,8 @@ class ForensicCollator:
         }
 
     def _images_with(self, samples: Sequence[Sample], ids: set[int]) -> Tensor:
-        index, first = [], 0
+        index: list[int] = []
+        first = 0
         for sample in samples:
             if not ids.isdisjoint(sample.input_ids):
                 index += range(first, first + len(sample.images))

@@ -1,7 +1,7 @@
 """What trains: named parameter groups, PEFT where only rows or low-rank updates move, and the table that shows it.
 
-Without `lm_full`, new embedding rows train through PEFT's trainable token indices, so the rest of the matrix has neither
-gradient nor optimizer state; heads then travel in the same adapter folder (`modules_to_save`).
+Without `lm_full`, new embedding rows train through PEFT's trainable token indices, so the rest of the matrix has
+neither gradient nor optimizer state; heads then travel in the same adapter folder (`modules_to_save`).
 """
 
 from __future__ import annotations
@@ -98,7 +98,12 @@ def trainable_table(model: nn.Module, groups: Sequence[str], learning_rates: dic
         rows.append((group, str(len(members)), f"{size:,}", f"{learning_rates.get(group, 0):g}"))
     everything = sum(parameter.numel() for parameter in model.parameters())
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
     lines.append(f"trainable: {total:,} of {everything:,} parameters ({100 * total / everything:.2f} %)")
     return "\n".join(lines)
 

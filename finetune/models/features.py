@@ -1,7 +1,7 @@
 """Where things are: states at the forensic tokens, vision-tower patches back in raster order, pixels back from patches.
 
-Pure tensor bookkeeping without parameters. Tokens are found by id in `input_ids`, never by offset; the state read is the
-one *at* the token. The vision tower works in window order and in merge groups (see `tower_to_raster`).
+Pure tensor bookkeeping without parameters. Tokens are found by id in `input_ids`, never by offset; the state read is
+the one *at* the token. The vision tower works in window order and in merge groups (see `tower_to_raster`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def locate_runs(input_ids: Tensor, token_ids: Sequence[int], images_per_sample: 
     """
     n = len(token_ids)
     wanted = torch.tensor(list(token_ids), device=input_ids.device)
-    samples, positions, images = [], [], []
+    samples: list[int] = []
+    positions: list[Tensor] = []
+    images: list[int] = []
     first_image = 0
     hits = torch.isin(input_ids, wanted)  # (B, T)
     has_any = hits.any(dim=1).tolist()

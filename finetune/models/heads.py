@@ -91,7 +91,9 @@ class QueryMaskHead(nn.Module):
         self.direct = RareLogit(d, 1, 1)
         self.num_features = d
 
-    def forward(self, states: Tensor, patches: Sequence[Sequence[Tensor]], stream: Sequence[Tensor] | None) -> MaskHeadOutput:
+    def forward(
+        self, states: Tensor, patches: Sequence[Sequence[Tensor]], stream: Sequence[Tensor] | None
+    ) -> MaskHeadOutput:
         """States (M, num_mask, D), per tower layer M patch maps (C, h, w), M stream maps (S, H, W) -> M logit maps."""
         queries = self.state_proj(states)  # (M, n, d)
         embedded = [self._embed([layer[m] for layer in patches]) for m in range(len(states))]  # (d, h, w) each
@@ -133,7 +135,7 @@ class QueryMaskHead(nn.Module):
 
 
 class GridMaskHead(nn.Module):
-    """Token states -> coarse grid -> upsampled map: no look at patches. The plain head of earlier toolkits, kept to compare."""
+    """Token states -> coarse grid -> upsampled map: no look at patches. Earlier toolkits' plain head, kept to compare."""
 
     def __init__(
         self, config: HeadsConfig, text_hidden_size: int, vision_hidden_size: int, num_mask: int, stream_channels: int
@@ -149,7 +151,9 @@ class GridMaskHead(nn.Module):
         self.out = nn.Conv2d(self.width, 1, 1)
         self.num_features = self.width
 
-    def forward(self, states: Tensor, patches: Sequence[Sequence[Tensor]], stream: Sequence[Tensor] | None) -> MaskHeadOutput:
+    def forward(
+        self, states: Tensor, patches: Sequence[Sequence[Tensor]], stream: Sequence[Tensor] | None
+    ) -> MaskHeadOutput:
         """See `QueryMaskHead.forward`; of `patches` only the map sizes are read."""
         grids = self.to_grid(F.gelu(self.state_proj(states)).flatten(1)).view(-1, self.width, self.side, self.side)
         logits, features = [], []
@@ -203,7 +207,7 @@ EVIDENCE_QUANTILES = (0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
 
 
 def pool_evidence(mask_logits: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
-    """What the mask branch tells the image score: top-k means of the logits, and features where they are high against low.
+    """What the mask branch tells the image score: top-k means of the logits, features where they are high.
 
     Args:
         mask_logits: M maps (h, w). features: M maps (C, h, w).

@@ -1,7 +1,7 @@
 """Model, tokenizer and processor as one unit: loading from hub names, plain folders, our folders and adapters; saving.
 
-The tokenizer gains the forensic tokens here, the embedding rows are initialised here, and everything a folder needs to be
-loaded again is written here. safetensors only: no pickle is ever loaded.
+The tokenizer gains the forensic tokens here, the embedding rows are initialised here, and everything a folder needs to
+be loaded again is written here. safetensors only: no pickle is ever loaded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Bundle:
     """A model with the processor and the vocabulary that belong to it.
 
     model: a `QwenForensicsForConditionalGeneration`, or a PeftModel around one.
-    settings: what other layers want to find again beside the weights (template, layout, origin); plain JSON, not read here.
+    settings: what other layers want to find again beside the weights (template, layout, origin); plain JSON, not read
+    here.
     """
 
     model: nn.Module
@@ -78,8 +79,9 @@ def load_bundle(
 ) -> Bundle:
     """Load a checkpoint of any kind with its processor.
 
-    A plain Qwen2.5-VL checkpoint gets `tokens` and `heads` (or their defaults); a folder saved by this project keeps its own,
-    and `heads`, when given, must have the same shapes. A folder with `adapter_config.json` is loaded on its base model.
+    A plain Qwen2.5-VL checkpoint gets `tokens` and `heads` (or their defaults); a folder saved by this project keeps
+    its own, and `heads`, when given, must have the same shapes. A folder with `adapter_config.json` is loaded on its
+    base model.
 
     Raises:
         ModelLoadError: folder missing or incomplete, weights that do not fit, an adapter that matches nothing.
@@ -121,7 +123,8 @@ def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: 
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelLoadError(
-            f"{path}: no Qwen2.5-VL tokenizer and processor could be read ({_first_line(error)}); point model.path at a "
+            f"{path}: no Qwen2.5-VL tokenizer and processor could be read ({_first_line(error)}); point model.path "
+            f"at a "
             "complete checkpoint folder"
         ) from error
     size = dict(image_processor.size)
@@ -149,11 +152,14 @@ def add_forensic_tokens(tokenizer: Any, tokens: SpecialTokens) -> list[int]:
     return [token_id for token, token_id in zip(tokens.all, ids, strict=True) if token in missing]
 
 
-def grow_embeddings(model: QwenForensicsForConditionalGeneration, vocabulary: int, new_ids: list[int], seed: int = 0) -> None:
+def grow_embeddings(
+    model: QwenForensicsForConditionalGeneration, vocabulary: int, new_ids: list[int], seed: int = 0
+) -> None:
     """Make room for `vocabulary` tokens if there is none, and initialise the rows of `new_ids`.
 
-    The released matrices have spare rows (151936 or 152064 for 151665 tokens): they are never shrunk, and only grown when a
-    row is really missing. A new row is the mean of the rows in use plus noise of a tenth of their spread, by token id.
+    The released matrices have spare rows (151936 or 152064 for 151665 tokens): they are never shrunk, and only grown
+    when a row is really missing. A new row is the mean of the rows in use plus noise of a tenth of their spread, by
+    token id.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     if vocabulary > rows:
@@ -195,7 +201,8 @@ def load_adapter(model: QwenForensicsForConditionalGeneration, path: str | Path,
     if found != expected:
         odd = sorted(found ^ expected)
         raise ModelLoadError(
-            f"{path}: {len(odd)} of {len(found | expected)} adapter tensors do not fit this base model, e.g. '{odd[0]}'; "
+            f"{path}: {len(odd)} of {len(found | expected)} adapter tensors do not fit this base model, e.g. "
+            f"'{odd[0]}'; "
             "load it on the model it was trained on"
         )
     return wrapped
@@ -215,7 +222,7 @@ def save_bundle(bundle: Bundle, out_dir: str | Path, state_dict: dict[str, Any] 
 
 
 def save_processor(processor: Any, out_dir: str | Path) -> None:
-    """Write processor and tokenizer, without the truncation or padding an earlier call may have left in the tokenizer."""
+    """Write processor and tokenizer, without truncation or padding an earlier call may have left in the tokenizer."""
     backend = getattr(processor.tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
@@ -249,7 +256,8 @@ def _load_model(
     unexpected = sorted(key for key in info["unexpected_keys"])
     if missing:
         raise ModelLoadError(
-            f"{path}: {len(missing)} weights are missing, e.g. '{missing[0]}'; this is not a complete Qwen2.5-VL checkpoint"
+            f"{path}: {len(missing)} weights are missing, e.g. '{missing[0]}'; this is not a complete Qwen2.5-VL "
+            f"checkpoint"
         )
     if any(key.split(".")[0] in HEAD_MODULES for key in unexpected):
         raise ModelLoadError(
@@ -303,7 +311,8 @@ def _check_tokenizer(path: str, processor: Any, model: QwenForensicsForCondition
         found = processor.tokenizer.convert_tokens_to_ids(token)
         if found != token_id:
             raise ModelLoadError(
-                f"{path}: the tokenizer gives {token} the id {found}, the model expects {token_id}; copy the tokenizer files "
+                f"{path}: the tokenizer gives {token} the id {found}, the model expects {token_id}; copy the "
+                f"tokenizer files "
                 "(tokenizer.json, or vocab.json and merges.txt) of this model into the folder"
             )
 
@@ -311,14 +320,18 @@ def _check_tokenizer(path: str, processor: Any, model: QwenForensicsForCondition
 def _base_model_path(adapter: str) -> str:
     base = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
     if not base:
-        raise ModelLoadError(f"{adapter}: {ADAPTER_CONFIG} names no base model; give it as model.path with model.adapter")
+        raise ModelLoadError(
+            f"{adapter}: {ADAPTER_CONFIG} names no base model; give it as model.path with model.adapter"
+        )
     return str(base)
 
 
 def _check_folder(path: str) -> None:
     looks_local = path.startswith((".", "/", "~")) or Path(path).exists() or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
-        raise ModelLoadError(f"model folder '{path}' does not exist; give an existing folder or a hub name like org/model")
+        raise ModelLoadError(
+            f"model folder '{path}' does not exist; give an existing folder or a hub name like org/model"
+        )
 
 
 def _attention(name: str) -> str:
@@ -334,7 +347,9 @@ def _nf4() -> Any:
     from transformers.utils import is_bitsandbytes_available
 
     if not is_bitsandbytes_available():
-        raise MissingDependencyError("model.quantization: nf4 needs bitsandbytes; install it with: pip install 'qwen-forensics[qlora]'")
+        raise MissingDependencyError(
+            "model.quantization: nf4 needs bitsandbytes; install it with: pip install 'qwen-forensics[qlora]'"
+        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

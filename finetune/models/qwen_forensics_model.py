@@ -1,7 +1,8 @@
 """Qwen2.5-VL with a classification and a mask head on forensic tokens: config, model, typed output.
 
-`QwenForensicsForConditionalGeneration` is a `Qwen2_5_VLForConditionalGeneration`: with the heads off, or without forensic
-tokens in the input, it computes exactly what the base class computes. It knows token ids, not token texts, and no losses.
+`QwenForensicsForConditionalGeneration` is a `Qwen2_5_VLForConditionalGeneration`: with the heads off, or without
+forensic tokens in the input, it computes exactly what the base class computes. It knows token ids, not token texts,
+and no losses.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class QwenForensicsOutput(ModelOutput):
     logits: (B, T, V), or (K, V) where `logits_to_keep` is a boolean mask with K True positions.
     cls_logits: (M_c,) tampering logits; cls_image_index: (M_c,) which of the N images each is about.
     mask_logits: M_m maps (H, W) at `mask_sizes_hw`, by default the processed image's size; mask_image_index: (M_m,).
-    mask_features: M_m maps (C, h, w) the masks were decoded from. image_features: (M_c, C) embedding behind `cls_logits`.
+    mask_features: M_m maps (C, h, w) the masks were decoded from. image_features: (M_c, C) embedding behind
+    `cls_logits`.
     branch_anchor: in training, a scalar 0 that depends on every parameter which this batch may have left unused.
     """
 
@@ -120,7 +122,7 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
     config_class = QwenForensicsConfig
     config: QwenForensicsConfig
-    _keep_in_fp32_modules_strict = list(HEAD_MODULES)
+    _keep_in_fp32_modules_strict = list(HEAD_MODULES)  # noqa: RUF012  (the base class wants a list)
 
     def __init__(self, config: QwenForensicsConfig) -> None:
         super().__init__(config)
@@ -172,7 +174,8 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a plain Qwen2.5-VL folder (heads new, from `heads.seed`) or a folder saved by this class (heads kept).
 
-        Keyword arguments `heads`, `cls_token_ids` and `mask_token_ids` set the configuration; others go to transformers.
+        Keyword arguments `heads`, `cls_token_ids` and `mask_token_ids` set the configuration; others go to
+        transformers.
 
         Raises:
             ValueError: a saved folder has some head weights but not all of them.
@@ -182,7 +185,9 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             if kwargs.get(ids):  # transformers sets keyword arguments one by one, after the config is built
                 kwargs[count] = len(kwargs[ids])
         with torch.random.fork_rng(devices=[]):  # transformers initialises missing weights from the global RNG
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         expected = {name for name, _ in model.named_parameters() if name.split(".")[0] in HEAD_MODULES}
         missing = expected & set(info["missing_keys"])
         if missing and missing != expected:
@@ -198,10 +203,10 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         return (model, info) if wants_info else model
 
     def _supports_mm_encoder_outputs(self) -> bool:
-        """False with heads: `generate` would otherwise encode the images beforehand and drop the pixels the heads need."""
+        """False with heads: else `generate` encodes the images beforehand and drops the pixels the heads need."""
         return not self.has_heads and super()._supports_mm_encoder_outputs()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -239,7 +244,10 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         if runs is not None and pixel_values is not None and image_grid_thw is not None:  # 1
             vision = self._encode_images(pixel_values, image_grid_thw)
             stream = self._residual_features(pixel_values, image_grid_thw)
-            mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": self._add_stream(vision, stream, image_grid_thw)}
+            mm_encoder_outputs = {
+                **(mm_encoder_outputs or {}),
+                "image": self._add_stream(vision, stream, image_grid_thw),
+            }
             pixel_values = None
 
         wants_layers = self.has_heads and runs is not None and self.heads_config.layer != "last"
@@ -350,7 +358,9 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
                 None if stream is None else [stream[i] for i in images],
             )
             maps = decoded.logits
-            result.mask_logits = [self._at_size(m, i, image_grid_thw, mask_sizes_hw) for m, i in zip(maps, images, strict=True)]
+            result.mask_logits = [
+                self._at_size(m, i, image_grid_thw, mask_sizes_hw) for m, i in zip(maps, images, strict=True)
+            ]
             result.mask_features = decoded.features
             result.mask_image_index = mask_runs.image
         if len(cls_runs.image):  # 6
@@ -444,8 +454,8 @@ def _check_layers(heads: HeadsConfig, num_layers: int, depth: int) -> None:
         )
 
 
-# Checkpoint names on disk ("visual.*", "model.layers.*") are mapped per class: without this line a subclass of the released
-# model finds none of its weights and starts from random ones.
+# Checkpoint names on disk ("visual.*", "model.layers.*") are mapped per class: without this line a subclass of the
+# released model finds none of its weights and starts from random ones.
 register_checkpoint_conversion_mapping(
     QwenForensicsForConditionalGeneration.__name__,
     get_checkpoint_conversion_mapping(Qwen2_5_VLForConditionalGeneration.__name__) or [],

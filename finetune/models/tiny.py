@@ -1,7 +1,8 @@
-"""The embedded default model: a tiny, randomly initialised Qwen2.5-VL with its own tokenizer, built without any download.
+"""The embedded default model: a tiny, randomly initialised Qwen2.5-VL with its own tokenizer, built without any
+download.
 
-Same classes, special tokens, chat template, padded vocabulary and file layout as the released checkpoints, so every YAML
-runs on it by changing `model.path`. It knows nothing until it is trained.
+Same classes, special tokens, chat template, padded vocabulary and file layout as the released checkpoints, so every
+YAML runs on it by changing `model.path`. It knows nothing until it is trained.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def build_tiny(out_dir: str | Path, corpus: Iterable[str], shape: TinyShape | No
 
 
 def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
-    """A Qwen2 tokenizer (same pre-tokenisation, byte-level BPE, single digits) with a vocabulary learned from `corpus`."""
+    """A Qwen2 tokenizer (its pre-tokenisation, byte-level BPE, single digits), its vocabulary learned from `corpus`."""
     blank = Qwen2Tokenizer()
     trainer_backend = Tokenizer(models.BPE())
     trainer_backend.normalizer = blank.backend_tokenizer.normalizer
