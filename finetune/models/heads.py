@@ -135,7 +135,7 @@ class QueryMaskHead(nn.Module):
 
 
 class GridMaskHead(nn.Module):
-    """Token states -> coarse grid -> upsampled map: no look at patches. Earlier toolkits' plain head, kept to compare."""
+    """Token states -> coarse grid -> upsampled map, no look at patches: earlier toolkits' plain head, to compare."""
 
     def __init__(
         self, config: HeadsConfig, text_hidden_size: int, vision_hidden_size: int, num_mask: int, stream_channels: int
