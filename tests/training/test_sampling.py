@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -50,6 +51,36 @@ def test_unlabelled_records_keep_their_share() -> None:
     epoch = draws(ClassBalancedSampler(labels), 0)
     assert Counter(labels[i] for i in epoch) == {None: 5, 0: 6, 1: 6}
     assert sorted(i for i in epoch if i < 5) == list(range(5))
+
+
+PAIRS = [f"p{i % 20}" for i in range(40)]  # record i and i + 20 are of the same picture
+
+
+def test_partners_are_drawn_together_in_random_order() -> None:
+    labels = [0] * 20 + [1] * 20
+    epoch = draws(ClassBalancedSampler(labels, PAIRS, seed=1), 2)
+    assert sorted(epoch) == list(range(40))
+    assert all(abs(a - b) == 20 for a, b in zip(epoch[::2], epoch[1::2], strict=True))
+    assert len({a < b for a, b in zip(epoch[::2], epoch[1::2], strict=True)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("num_real", "num_tampered", "num_unlabelled"), [(30, 7, 0), (7, 30, 0), (11, 10, 4), (1, 1, 0)]
+)
+def test_pairs_change_the_neighbours_not_the_draws(num_real: int, num_tampered: int, num_unlabelled: int) -> None:
+    labels = [0] * num_real + [1] * num_tampered + [None] * num_unlabelled
+    pairs = [f"p{i}" for i in range(num_real)] + [f"p{i}" if i % 3 else None for i in range(num_tampered)]
+    pairs += [None] * num_unlabelled
+    for epoch in range(5):
+        with_pairs = draws(ClassBalancedSampler(labels, pairs, seed=4), epoch)
+        assert Counter(with_pairs) == Counter(draws(ClassBalancedSampler(labels, seed=4), epoch))
+        if not num_unlabelled:
+            couples = list(zip(with_pairs[::2], with_pairs[1::2], strict=False))
+            assert all({labels[a], labels[b]} == {0, 1} for a, b in couples)
+        drawn = set(with_pairs)
+        possible = {pairs[i] for i in drawn if labels[i] == 0} & {pairs[i] for i in drawn if labels[i] == 1} - {None}
+        neighbours = pairwise(with_pairs)
+        assert possible <= {pairs[a] for a, b in neighbours if pairs[a] == pairs[b] and labels[a] != labels[b]}
 
 
 def test_ranks_get_different_records_of_both_classes() -> None:
