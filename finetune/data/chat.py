@@ -14,7 +14,7 @@ import string
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -85,8 +85,8 @@ def load_template(name: str) -> Template:
     else:
         try:
             text = Path(name).read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise ConfigError(f"data.template {name} cannot be read: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"data.template {name} cannot be read: {error}") from error
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -114,9 +114,12 @@ def _check_template(name: str, tree: Any) -> Template:
                 f"data.template {name}: answers.{layout} has the unknown placeholder '{min(unknown)}'; "
                 f"known: {', '.join(sorted(_ANSWER_FIELDS))}"
             )
-    for prompt in tree["prompts"]:
-        if prompt.count(IMAGE_PLACEHOLDER) != 1:
-            raise ConfigError(f"data.template {name}: prompt {prompt!r} needs exactly one {IMAGE_PLACEHOLDER}")
+    for field, placeholder in (("prompts", IMAGE_PLACEHOLDER), ("prompts_multi", "{images}")):
+        if not isinstance(tree[field], list) or not tree[field]:
+            raise ConfigError(f"data.template {name}: '{field}' is {shorten(tree[field])}; expected a list of texts")
+        for prompt in tree[field]:
+            if str(prompt).count(placeholder) != 1:
+                raise ConfigError(f"data.template {name}: {field} {prompt!r} needs exactly one {placeholder}")
     return Template(
         name=name,
         system=tree["system"],
@@ -167,7 +170,7 @@ def _insert_tokens(record: Record, turns: tuple[Turn, ...], tokens: SpecialToken
     return turns
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_without_place(record_id: str) -> None:
     """Once per record, not once per epoch."""
     logger.warning(
@@ -297,7 +300,8 @@ def encode(pieces: Sequence[Segment], tokenizer: Any, image_tokens: Sequence[int
     Returns:
         `input_ids` and `labels` of the same length; a label is the token's own id where it is supervised, else -100. Runs
         of segments between supervision changes are tokenised together, so the ids are those of the whole text: every
-        boundary stands at a special token or a line break, which no BPE merge crosses.
+        boundary stands at a special token or after the header's line break, which no BPE merge crosses. The exception is
+        an answer that begins with a line break; it is split there, as when the model writes it after the prompt.
     """
     input_ids: list[int] = []
     labels: list[int] = []
