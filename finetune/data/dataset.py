@@ -77,6 +77,11 @@ class ForensicDataset(Dataset):
         """Label of each record: 1 if any of its images is tampered, 0 if real, None if unknown."""
         return [record.label for record in self.records]
 
+    @property
+    def pairs(self) -> list[str | None]:
+        """Of each record what its authentic or tampered twin has too (`provenance.pair` of generated sets), or None."""
+        return [pair if isinstance(pair := record.provenance.get("pair"), str) else None for record in self.records]
+
     def __getitem__(self, index: int) -> Sample:
         """Decode and render one record.
 

@@ -15,14 +15,19 @@ class ClassBalancedSampler(Sampler[int]):
     ended: a rare class is repeated, and no record waits longer than two walks of its class. An epoch has as many draws
     as there are records.
 
+    Partners (a real and a tampered record of the same picture) are drawn together where an epoch has both: what the
+    picture shows then cancels in the batch's gradient. Which records an epoch draws does not depend on it.
+
     Args:
         labels: one per record; None (unlabelled) is a class of its own and keeps its natural share.
+        pairs: one per record, the same value for partners, None for a record without; None for no partners at all.
         seed: with the epoch, decides every draw.
     """
 
-    def __init__(self, labels: Sequence[int | None], seed: int = 0) -> None:
+    def __init__(self, labels: Sequence[int | None], pairs: Sequence[str | None] | None = None, seed: int = 0) -> None:
         self.unlabelled = [i for i, label in enumerate(labels) if label is None]
         self.classes = [members for value in (0, 1) if (members := [i for i, x in enumerate(labels) if x == value])]
+        self.pairs = list(pairs) if pairs is not None else [None] * len(labels)
         self.length = len(labels)
         self.seed = seed
         self.epoch = 0
@@ -39,14 +44,32 @@ class ClassBalancedSampler(Sampler[int]):
         count = self.length - len(self.unlabelled)
         shares = [len(range(number, count, len(self.classes))) for number in range(len(self.classes))]
         walks = [self._walk(number, share) for number, share in enumerate(shares)]
-        draws: list[int] = []
-        for place in range(max(shares, default=0)):
-            pair = [walk[place] for walk in walks if place < len(walk)]
-            draws += [pair[i] for i in torch.randperm(len(pair), generator=order).tolist()]
+        couples = self._couples(*walks) if len(walks) == 2 else [[index] for walk in walks for index in walk]
+        units = [[couple[i] for i in torch.randperm(len(couple), generator=order).tolist()] for couple in couples]
         if self.unlabelled:
-            draws += self.unlabelled
-            draws = [draws[i] for i in torch.randperm(len(draws), generator=order).tolist()]
-        return iter(draws)
+            units = [unit for couple in units for unit in self._unless_partners(couple)]
+            units += [[i] for i in self.unlabelled]
+            units = [units[i] for i in torch.randperm(len(units), generator=order).tolist()]
+        return iter([index for unit in units for index in unit])
+
+    def _couples(self, real: list[int], tampered: list[int]) -> list[list[int]]:
+        """The draws of two classes two by two, partners together, the others in the order of their walks.
+
+        `real` has as many draws as `tampered` or one more, which then comes last on its own.
+        """
+        waiting: dict[str, list[int]] = {}
+        for place, index in enumerate(tampered):
+            if (pair := self.pairs[index]) is not None:
+                waiting.setdefault(pair, []).append(place)
+        found = [places.pop(0) if (places := waiting.get(self.pairs[index] or "")) else None for index in real]
+        others = iter(sorted(set(range(len(tampered))) - {place for place in found if place is not None}))
+        places = [next(others, -1) if place is None else place for place in found]
+        couples = [[a, tampered[b]] for a, b in zip(real, places, strict=True) if b >= 0]
+        return couples + [[a] for a, b in zip(real, places, strict=True) if b < 0]
+
+    def _unless_partners(self, couple: list[int]) -> list[list[int]]:
+        is_one = len({self.pairs[index] for index in couple}) == 1 and self.pairs[couple[0]] is not None
+        return [couple] if is_one else [[index] for index in couple]
 
     def _walk(self, number: int, share: int) -> list[int]:
         """This epoch's `share` draws of one class: a window of its endless walk."""

@@ -84,7 +84,7 @@ class ForensicTrainer(Trainer):
         if self.run_config.data.class_balanced and isinstance(dataset, ForensicDataset):
             labels = dataset.class_labels
             if {0, 1} <= set(labels):
-                return ClassBalancedSampler(labels, seed=self.args.seed)
+                return ClassBalancedSampler(labels, dataset.pairs, seed=self.args.seed)
         return super()._get_train_sampler(dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
