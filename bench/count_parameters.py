@@ -43,7 +43,7 @@ SHAPES = {
     "3B": Shape(2048, 36, 16, 2, 11008, 151936, True),
     "7B": Shape(3584, 28, 28, 4, 18944, 152064, False),
 }
-VISION = {
+VISION: dict[str, Any] = {
     "depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "patch_size": 14,
     "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
 }  # fmt: skip
@@ -119,7 +119,7 @@ def _size(model: Any, *modules: str) -> int:
 
 def main() -> None:
     """Print both tables, or one JSON object per model."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON line per model instead of tables")
     parser.add_argument("--tokens", type=int, default=1280, help="image tokens of the estimate (1280 = 1003520 pixels)")
     parser.add_argument("--answer", type=int, default=200, help="supervised tokens of the estimate")
