@@ -90,7 +90,7 @@ overrides=(
     "data.eval=[{path: $(yaml "$OUT/data/val.jsonl")}]"
 )
 if [[ -n "$LIMIT" ]]; then overrides+=("train.max_seconds=$LIMIT"); fi
-accelerate launch --config_file configs/accelerate/cpu.yaml --num_cpu_threads_per_process "$OMP_NUM_THREADS" \
+accelerate launch --quiet --config_file configs/accelerate/cpu.yaml --num_cpu_threads_per_process "$OMP_NUM_THREADS" \
     sft_llm.py --config configs/train/quickstart.yaml "${overrides[@]}"
 
 step 5 "evaluation on images made from other photographs"

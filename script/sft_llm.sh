@@ -82,7 +82,7 @@ if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
     threads=$(($(cpu_count) / (final > 0 ? final : 1)))
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
-launch+=(--num_cpu_threads_per_process "$OMP_NUM_THREADS")
+launch+=(--num_cpu_threads_per_process "$OMP_NUM_THREADS" --quiet) # quiet: no traceback of the launcher after an error of ours
 
 say "accelerate: $(basename "$ACCELERATE_CONFIG"), $final process(es), $OMP_NUM_THREADS thread(s) each"
 exec accelerate launch "${launch[@]}" "$ROOT/sft_llm.py" --config "$CONFIG" "$@"

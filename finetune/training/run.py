@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +94,7 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
         f"data: {len(train_set)} records to train on ({labels.count(0)} real, {labels.count(1)} tampered, "
         f"{labels.count(None)} unlabelled), {len(eval_set) if eval_set else 0} to evaluate on",
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-        )  # PEFT asks for it
-        bundle = set_trainable(bundle, config.train.trainable, config.lora)
+    bundle = set_trainable(bundle, config.train.trainable, config.lora)
     if not any(parameter.requires_grad for parameter in bundle.model.parameters()):
         names = ", ".join(config.train.trainable)
         raise ConfigError(f"train.trainable ({names}) matches no parameter of this model; switch the heads on")
