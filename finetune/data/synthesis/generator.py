@@ -38,22 +38,33 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class SampleTask:
-    """One image to make: where in the set it stands and the tampering operation, None for an authentic image."""
+    """One image to make.
+
+    Args:
+        split, index: where in the set it stands.
+        operation: how it is tampered, None for an authentic image.
+        pair: index that gives the picture before the operation, shared by the two images of a pair; None: `index`.
+    """
 
     split: str
     index: int
     operation: str | None = None
+    pair: int | None = None
 
     @property
     def id(self) -> str:
         """`train-000123`; says nothing about the label."""
         return f"{self.split}-{self.index:06d}"
 
+    def seed(self, config: SynthConfig) -> list[int]:
+        """Of host, size, degradations and edit."""
+        return [config.seed, SPLITS.index(self.split), self.index if self.pair is None else self.pair]
+
 
 def synthesize(
     config: SynthConfig, out_dir: str | Path, progress: bool = True, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Write `{train,val,eval}/{images,masks}/*.png`, `{train,val,eval}.jsonl`, `eval_annotations.json` and `manifest.json`.
+    """Write `{train,val,eval}/{images,masks}/*.png`, `{train,val,eval}.jsonl`, `eval_annotations.json`, `manifest.json`.
 
     With more than one worker the caller's script needs the usual `if __name__ == "__main__":` (processes are spawned).
 
@@ -128,7 +139,11 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def plan_tasks(config: SynthConfig, split: str) -> list[SampleTask]:
-    """The samples of one split in order: exact counts of both classes and of each operation, in random places."""
+    """The samples of one split in order: exact counts of both classes and of each operation, in random places.
+
+    With `config.paired` the training split's authentic and tampered images are two by two of the same picture, as far
+    as there are as many of both; either may stand first, and the number of the first is the pair's.
+    """
     count = {"train": config.num_train, "eval": config.num_eval, "val": config.num_val}[split]
     tampered = round(config.tampered_fraction * count)
     names = [name for name in OPERATIONS if config.operations.get(name, 0) > 0]
@@ -136,7 +151,12 @@ def plan_tasks(config: SynthConfig, split: str) -> list[SampleTask]:
     bounds = np.rint(np.cumsum(weights / weights.sum()) * tampered)
     which = np.searchsorted(bounds, np.arange(count), side="right")  # len(names) = authentic
     np.random.default_rng([config.seed, SPLITS.index(split)]).shuffle(which)
-    return [SampleTask(split, index, (*names, None)[int(kind)]) for index, kind in enumerate(which)]
+    pairs: dict[int, int] = {}
+    if config.paired and split == "train":
+        is_authentic = which == len(names)
+        for couple in zip(np.flatnonzero(is_authentic), np.flatnonzero(~is_authentic), strict=False):
+            pairs.update(dict.fromkeys(map(int, couple), int(min(couple))))
+    return [SampleTask(split, i, (*names, None)[int(kind)], pairs.get(i)) for i, kind in enumerate(which)]
 
 
 @contextmanager
@@ -191,7 +211,8 @@ def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Samp
     Raises:
         DataFormatError: the host is so flat that no operation shows in it.
     """
-    streams = np.random.SeedSequence([config.seed, SPLITS.index(task.split), task.index]).spawn(4)
+    seed = task.seed(config)
+    streams = np.random.SeedSequence(seed).spawn(4)
     rng_plan, rng_host, rng_edit, _ = (np.random.default_rng(stream) for stream in streams)
     final_hw = config.sizes_hw[int(rng_plan.integers(len(config.sizes_hw)))]
     plan = draw_plan(rng_plan, config.degradations, config.no_degradation, config.two_degradations)
@@ -204,8 +225,10 @@ def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Samp
         "source": camera,
         "operation": None,
         "degradations": plan,
-        "seed": [config.seed, task.split, task.index],
+        "seed": [config.seed, task.split, seed[-1]],
     }
+    if task.pair is not None:
+        provenance["pair"] = f"{task.split}-{config.seed}-{task.pair:06d}"
     if task.operation is None:
         return Sample(apply_plan(host, plan, final_hw), None, photo.group, provenance, host, host, None)
 

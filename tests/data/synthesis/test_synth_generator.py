@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,41 @@ def test_the_label_changes_nothing_but_the_edit() -> None:
         assert fake.edited_mask is not None
         changed = (fake.host != fake.edited).any(axis=2)
         assert not (changed & ~fake.edited_mask).any()
+
+
+def test_training_images_come_in_pairs_of_one_picture(data_set: Path) -> None:
+    records = read(data_set, "train")
+    pairs: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        pairs.setdefault(record["provenance"]["pair"], []).append(record)
+    assert len(pairs) == len(records) / 2
+    for pair in pairs.values():
+        assert sorted(record["labels"][0] for record in pair) == [0, 1]
+        assert pair[0]["group"] == pair[1]["group"]
+        for name in ("source", "degradations", "seed"):
+            assert pair[0]["provenance"][name] == pair[1]["provenance"][name]
+        images = [np.asarray(Image.open(data_set / record["images"][0])) for record in pair]
+        assert images[0].shape == images[1].shape
+        assert not np.array_equal(images[0], images[1])
+    leading = np.mean([pair[0]["labels"][0] for pair in pairs.values()])
+    assert 0.35 < leading < 0.65  # 120 pairs: standard error 0.046
+    assert all("pair" not in record["provenance"] for record in read(data_set, "eval"))
+
+
+def test_pairs_leave_the_other_splits_alone_and_cover_the_smaller_class(tmp_path: Path) -> None:
+    config = SynthConfig(num_val=6, num_train=20, num_eval=6, seed=5, tampered_fraction=0.3, workers=1)
+    for name, paired in (("on", True), ("off", False)):
+        synthesize(replace(config, paired=paired), tmp_path / name, progress=False)
+    on, off = digests(tmp_path / "on"), digests(tmp_path / "off")
+    same = {name for name in on if off.get(name) == on[name]}
+    assert {name for name in on if name.startswith(("val", "eval"))} <= same
+    assert "train.jsonl" not in same
+    records = read(tmp_path / "on", "train")
+    assert sum("pair" in record["provenance"] for record in records) == 12
+    assert [record["labels"] for record in records] == [record["labels"] for record in read(tmp_path / "off", "train")]
+    assert not any("pair" in record["provenance"] for record in read(tmp_path / "off", "train"))
+    seeds = {record["provenance"]["seed"][2] for record in records}
+    assert len(seeds) == 14  # 6 pairs, 8 images of their own
 
 
 def test_same_bytes_for_one_and_two_workers(tmp_path: Path) -> None:
