@@ -64,7 +64,7 @@ class SampleTask:
 def synthesize(
     config: SynthConfig, out_dir: str | Path, progress: bool = True, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Write `{train,val,eval}/{images,masks}/*.png`, `{train,val,eval}.jsonl`, `eval_annotations.json`, `manifest.json`.
+    """Write `{train,val,eval}/{images,masks}/*.png`, `{train,val,eval}.jsonl`, `eval_annotations.json`, manifest.json.
 
     With more than one worker the caller's script needs the usual `if __name__ == "__main__":` (processes are spawned).
 
