@@ -181,3 +181,26 @@ def test_default_lora_pattern_leaves_the_vision_tower_alone(tied: Path) -> None:
     names = [name for name, _ in parameter_groups(bundle.model, ["lm_lora"])["lm_lora"]]
     assert len(names) == 2 * 7 * 2  # A and B, seven projections, two layers
     assert not [name for name in names if "visual" in name]
+
+
+def test_gradient_checkpointing_changes_no_gradient(tied: Path, photo_records: Path) -> None:
+    """Hidden states of tower and language model are captured by hooks, which run again when blocks are recomputed."""
+    gradients = []
+    for is_checkpointed in (False, True):
+        bundle = set_trainable(load(tied, layer="weighted"), ["vision_full", "mask_head", "cls_head", "lm_lora"], LORA)
+        for name, parameter in bundle.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, 0.01)
+        torch.manual_seed(0)
+        for name, parameter in bundle.model.named_parameters():
+            if "lora_A" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        if is_checkpointed:
+            bundle.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            assert bundle.base.model.language_model.layers[0].gradient_checkpointing
+        step(bundle, photo_records)
+        gradients.append({n: p.grad for n, p in bundle.model.named_parameters() if p.requires_grad})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(
+            gradients[1][name], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-7
+        )
