@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 
-from finetune.errors import ForensicsError
+from finetune.errors import ConfigError, ForensicsError
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -29,7 +30,9 @@ def train_main(argv: Sequence[str] | None = None) -> None:
 def _guarded(handler: Handler, arguments: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not any(map(shutil.which, ("nvidia-smi", "rocm-smi", "npu-smi", "xpu-smi"))):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns at import that it found no device
     try:
         return handler(arguments)
     except ForensicsError as error:
@@ -96,7 +99,9 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="trained folder, e.g. runs/quickstart/best")
     parser.add_argument("--adapter", metavar="DIR", help="adapter folder to put on --model")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images per forward pass (default 8)")
+    parser.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="images per forward pass (default 8)"
+    )
     parser.add_argument(
         "--threshold", type=_probability, default=0.5, metavar="P", help="score from which an image is tampered (0.5)"
     )
@@ -109,7 +114,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-text", action="store_true", help="verdict and mask only: one forward pass, no generation")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="limit of the answer (default 256)"
+        "--max-new-tokens", type=_positive, default=256, metavar="N", help="limit of the answer (default 256)"
     )
     parser.add_argument(
         "--template", default=None, help="zh, en or a template YAML (default: as the model was trained)"
@@ -142,10 +147,14 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="metrics.json, predictions.jsonl, report.html, masks/"
     )
-    parser.add_argument("--max-samples", type=int, metavar="N", help="evaluate N records, evenly spread over the file")
+    parser.add_argument(
+        "--max-samples", type=_positive, metavar="N", help="evaluate N records, evenly spread over the file"
+    )
     parser.add_argument("--no-baselines", action="store_true", help="leave out error-level analysis and noise variance")
     parser.add_argument("--baseline-data", metavar="FILE", help="data the baselines' thresholds are fitted on")
-    parser.add_argument("--report-samples", type=int, default=48, metavar="N", help="cards in the report (default 48)")
+    parser.add_argument(
+        "--report-samples", type=_positive, default=48, metavar="N", help="cards in the report (default 48)"
+    )
     parser.set_defaults(handler=_evaluate)
 
 
@@ -164,12 +173,16 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="auto", help="reader to use (default: recognised from the records)")
     parser.add_argument("--config", metavar="YAML", help="check a training configuration and its data")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides for --config")
-    parser.add_argument("--num-cls", type=int, default=1, metavar="N", help="cls tokens of the model (default 1)")
-    parser.add_argument("--num-mask", type=int, default=32, metavar="N", help="mask tokens of the model (default 32)")
+    parser.add_argument("--num-cls", type=_positive, default=1, metavar="N", help="cls tokens of the model (default 1)")
+    parser.add_argument(
+        "--num-mask", type=_positive, default=32, metavar="N", help="mask tokens of the model (default 32)"
+    )
     parser.set_defaults(handler=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.overrides and not arguments.config:
+        raise ConfigError(f"override {arguments.overrides[0]!r} needs --config, the configuration it changes")
     from finetune.training.doctor import doctor_command
 
     return doctor_command(arguments)
@@ -231,6 +244,12 @@ def _synth(arguments: argparse.Namespace) -> int:
     manifest = synthesize(config, arguments.out, overwrite=arguments.overwrite)
     print(f"wrote {arguments.out}: {manifest['counts']}")
     return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def _probability(text: str) -> float:

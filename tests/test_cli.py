@@ -87,6 +87,38 @@ def test_a_threshold_outside_0_1_is_refused(value: str, capsys: pytest.CaptureFi
     assert "between 0 and 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["--batch-size", "0"], ["--max-new-tokens", "-1"], ["--batch-size", "two"]],
+)
+def test_a_count_below_one_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args(["predict", "a.png", "--model", "m", *arguments])
+    assert stop.value.code == 2
+    assert "no whole number above 0" in capsys.readouterr().err
+
+
+def test_an_untrained_model_gives_no_verdict(
+    tiny_dir: Path, photo_records: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random heads would print scores that look like any others."""
+    assert main(["predict", str(photo_records.parent / "a.png"), "--model", str(tiny_dir)]) == 2
+    assert "no trained heads" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_named(
+    saved_model: Path, photo_records: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["predict", str(photo_records.parent / "a.png"), "--model", str(saved_model), "--device", "cuda:99"]
+    assert main(arguments) == 2
+    assert "--device cuda:99" in capsys.readouterr().err
+
+
+def test_overrides_without_a_config_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "heads.layer=1"]) == 2
+    assert "needs --config" in capsys.readouterr().err
+
+
 def test_doctor_finds_all_problems_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every bad input of the list: one line each with record, value and what to do; exit status 1."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))

@@ -50,6 +50,7 @@ def compare_baselines(
         metrics[name] = {
             "image": dict(image_metrics(np.array(results.scores), np.array(results.labels))),
             "localization": results.localization(),
+            "authentic": results.false_alarms(),
         }
         score_sets[name] = results.score_set()
         intervals |= results.intervals(prefix=f"baselines.{name}.")

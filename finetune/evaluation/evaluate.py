@@ -74,7 +74,7 @@ def run_model(
     predictor: Predictor, records: Sequence[Record], arguments: argparse.Namespace
 ) -> tuple[EvaluationResults, list[ReportSample]]:
     """Predict every record, write each prediction, and keep what metrics and report need."""
-    results = EvaluationResults(mask_threshold=arguments.mask_threshold)
+    results = EvaluationResults(arguments.mask_threshold, with_text=not arguments.no_text)
     samples: list[ReportSample] = []
     shown = {record.id for record in spread(records, arguments.report_samples)}
     answers = predictor.predict(

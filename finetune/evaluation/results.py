@@ -22,9 +22,11 @@ class EvaluationResults:
 
     Args:
         mask_threshold: score from which a pixel counts as tampered.
+        with_text: whether answers were asked for; an empty answer then counts as one that cannot be read.
     """
 
     mask_threshold: float = 0.5
+    with_text: bool = True
     scores: list[float] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     pixels: list[dict[str, float | None]] = field(default_factory=list)
@@ -38,7 +40,7 @@ class EvaluationResults:
         if label is not None:
             self.scores.append(prediction.score)
             self.labels.append(label)
-        if prediction.text:
+        if self.with_text:
             self.text_labels.append(prediction.text_label)
             self.head_labels.append(prediction.label)
             self.true_labels.append(label)
@@ -68,11 +70,7 @@ class EvaluationResults:
         return {
             "image": dict(image),
             "localization": self.localization(),
-            "authentic": {
-                "false_alarm_rate": _mean([row["false_alarm_rate"] for row in self.authentic]),
-                "false_positive_area": _mean([row["false_positive_area"] for row in self.authentic]),
-                "n": len(self.authentic),
-            },
+            "authentic": self.false_alarms(),
             "text": self._text(),
             "intervals": self.intervals(),
         }
@@ -80,6 +78,14 @@ class EvaluationResults:
     def localization(self) -> dict[str, Any]:
         """Pixel metrics averaged over tampered images."""
         return {name: _mean([row[name] for row in self.pixels]) for name in PIXEL_METRICS} | {"n": len(self.pixels)}
+
+    def false_alarms(self) -> dict[str, Any]:
+        """What is marked on authentic images, averaged over them."""
+        return {
+            "false_alarm_rate": _mean([row["false_alarm_rate"] for row in self.authentic]),
+            "false_positive_area": _mean([row["false_positive_area"] for row in self.authentic]),
+            "n": len(self.authentic),
+        }
 
     def intervals(self, prefix: str = "") -> dict[str, list[float | None]]:
         """Bootstrap intervals of the figures that are compared: image AUROC, pixel F1 and IoU."""

@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from finetune.config import GenerationConfig, ModelConfig
 from finetune.data.chat import load_template
 from finetune.data.images import load_image
-from finetune.errors import DataFormatError
+from finetune.errors import ConfigError, DataFormatError, ModelLoadError
 from finetune.inference.output import PredictionWriter
 from finetune.inference.predictor import Predictor, query_for_image
 from finetune.inference.visualization import overlay_mask
@@ -24,7 +25,13 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".g
 
 def load_predictor(arguments: argparse.Namespace) -> Predictor:
     """The predictor that --model, --adapter, --template, the thresholds and --device describe."""
+    device = check_device(arguments.device)
     bundle = load_bundle(ModelConfig(path=arguments.model, adapter=arguments.adapter))
+    if bundle.has_new_heads:
+        raise ModelLoadError(
+            f"{arguments.model} has no trained heads, so its verdicts would be random; give a folder written by training, "
+            "e.g. runs/quickstart/best, or --adapter"
+        )
     generation = GenerationConfig(
         score_threshold=arguments.threshold,
         mask_threshold=arguments.mask_threshold,
@@ -32,7 +39,23 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
         batch_size=arguments.batch_size,
     )
     template = load_template(arguments.template) if arguments.template else None
-    return Predictor(bundle, generation, template=template, device=arguments.device)
+    return Predictor(bundle, generation, template=template, device=device)
+
+
+def check_device(name: str) -> str:
+    """A usable torch device, `auto` resolved.
+
+    Raises:
+        ConfigError: no such device on this machine.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} cannot be used here: {reason}; give cpu, cuda or auto") from error
+    return name
 
 
 def find_images(paths: list[str]) -> list[str]:

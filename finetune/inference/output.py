@@ -45,7 +45,8 @@ class PredictionWriter:
         return stem
 
     def _unique_name(self, name: str) -> str:
-        stem = base = re.sub(r"[^\w.-]+", "_", Path(name).name or "image")[:80]
+        name = re.sub(r"\.(jpe?g|png|bmp|tiff?|webp|gif)$", "", Path(name).name, flags=re.IGNORECASE)
+        stem = base = re.sub(r"[^\w.-]+", "_", name or "image")[:80]
         number = 1
         while stem in self._names:
             number += 1

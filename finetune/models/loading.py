@@ -38,6 +38,7 @@ class Bundle:
     """A model with the processor and the vocabulary that belong to it.
 
     model: a `QwenForensicsForConditionalGeneration`, or a PeftModel around one.
+    has_new_heads: whether the heads are freshly initialised, so that their verdicts mean nothing yet.
     settings: what other layers want to find again beside the weights (template, layout, origin); plain JSON, not read
     here.
     """
@@ -46,6 +47,7 @@ class Bundle:
     processor: Any
     tokens: SpecialTokens
     settings: dict[str, Any] = field(default_factory=dict)
+    has_new_heads: bool = False
 
     @property
     def base(self) -> QwenForensicsForConditionalGeneration:
@@ -106,7 +108,7 @@ def load_bundle(
     settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
     if adapter:
         return Bundle(load_adapter(model, adapter), processor, tokens, settings)
-    return Bundle(model, processor, tokens, settings)
+    return Bundle(model, processor, tokens, settings, has_new_heads=model.has_heads and saved is None)
 
 
 def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
@@ -249,15 +251,19 @@ def _load_model(
             path, output_loading_info=True, use_safetensors=True, **arguments
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelLoadError(f"{path}: the model cannot be loaded: {_first_line(error)}") from error
+        reason = _first_line(error)
+        if "mismatched" in reason:
+            reason = (
+                "its weights have other shapes than this configuration; leave `heads` and `tokens` as they were saved"
+            )
+        raise ModelLoadError(f"{path}: the model cannot be loaded: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(key for key in info["missing_keys"] if key.split(".")[0] not in HEAD_MODULES)
     unexpected = sorted(key for key in info["unexpected_keys"])
     if missing:
         raise ModelLoadError(
-            f"{path}: {len(missing)} weights are missing, e.g. '{missing[0]}'; this is not a complete Qwen2.5-VL "
-            f"checkpoint"
+            f"{path}: {len(missing)} weights are missing, e.g. '{missing[0]}'; this is not a complete checkpoint"
         )
     if any(key.split(".")[0] in HEAD_MODULES for key in unexpected):
         raise ModelLoadError(

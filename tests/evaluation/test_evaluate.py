@@ -65,6 +65,17 @@ def test_text_agreement_is_with_the_head_and_accuracy_with_the_truth() -> None:
     assert text["label_accuracy"] == pytest.approx(1 / 3)
 
 
+def test_an_empty_answer_counts_as_unreadable() -> None:
+    results = EvaluationResults()
+    results.add(prediction(0.9, None, 1), 1, None)
+    empty = Prediction("x", "", 1, 0.9, None, (), "", False, (8, 8))
+    results.add(empty, 1, None)
+    assert results.metrics(0.5)["text"]["parse_rate"] == 0.5
+    silent = EvaluationResults(with_text=False)
+    silent.add(empty, 1, None)
+    assert silent.metrics(0.5)["text"]["parse_rate"] is None
+
+
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An annotation list as the users write it, with HxW for authentic images, in a folder of its own."""
