@@ -29,8 +29,8 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
     bundle = load_bundle(ModelConfig(path=arguments.model, adapter=arguments.adapter))
     if bundle.has_new_heads:
         raise ModelLoadError(
-            f"{arguments.model} has no trained heads, so its verdicts would be random; give a folder written by training, "
-            "e.g. runs/quickstart/best, or --adapter"
+            f"{arguments.model} has no trained heads, so its verdicts would be random; give a folder written by "
+            "training, e.g. runs/quickstart/best, or --adapter"
         )
     generation = GenerationConfig(
         score_threshold=arguments.threshold,
