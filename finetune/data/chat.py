@@ -1,7 +1,8 @@
 """Records become conversations, and conversations become token ids with their loss mask, in one place.
 
-Templates say how questions and answers are worded; ids and labels are rendered together, segment by segment, so that the
-loss mask is exact. Only assistant turns are supervised, image tokens never. The text is Qwen2.5-VL's own chat format.
+Templates say how questions and answers are worded; ids and labels are rendered together, segment by segment, so that
+the loss mask is exact. Only assistant turns are supervised, image tokens never. The text is Qwen2.5-VL's own chat
+format.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def _check_template(name: str, tree: Any) -> Template:
         try:
             fields = {part[1] for part in string.Formatter().parse(answer) if part[1] is not None}
         except ValueError as error:
-            raise ConfigError(f"data.template {name}: answers.{layout}: {error}; a literal brace is {{{{ or }}}}") from error
+            reason = f"{error}; a literal brace is {{{{ or }}}}"
+            raise ConfigError(f"data.template {name}: answers.{layout}: {reason}") from error
         if unknown := fields - _ANSWER_FIELDS:
             raise ConfigError(
                 f"data.template {name}: answers.{layout} has the unknown placeholder '{min(unknown)}'; "
@@ -138,7 +140,8 @@ def conversation(
     layout: Layout,
     polygons: Sequence[Sequence[Polygon]] = (),
 ) -> tuple[Turn, ...]:
-    """The turns a record is trained on: the user's own, with shorthand written out and missing tokens added, or rendered ones.
+    """The turns a record is trained on: the user's own, shorthand written out and missing tokens added, or rendered
+    ones.
 
     Args:
         polygons: per image, in pixels of the *processed* image; used for rendered answers.
@@ -151,7 +154,8 @@ def conversation(
         answer = render_answer(record, template, tokens, layout, polygons)
         return (Turn("user", question), Turn("assistant", answer))
     turns = tuple(
-        Turn(turn.role, tokens.expand(turn.content) if turn.role == "assistant" else turn.content) for turn in record.turns
+        Turn(turn.role, tokens.expand(turn.content) if turn.role == "assistant" else turn.content)
+        for turn in record.turns
     )
     has_tokens = any(tokens.find(turn.content) for turn in turns)
     has_targets = any(target.label is not None or target.has_mask for target in record.targets)
@@ -159,7 +163,7 @@ def conversation(
 
 
 def _insert_tokens(record: Record, turns: tuple[Turn, ...], tokens: SpecialTokens, layout: Layout) -> tuple[Turn, ...]:
-    """Put the tokens into the first assistant turn that has seen every image; a record without such a turn keeps its text."""
+    """Put the tokens into the first assistant turn that has seen every image; without such a turn the text stays."""
     last_image = max((i for i, turn in enumerate(turns) if IMAGE_PLACEHOLDER in turn.content), default=-1)
     runs = tokens.run * len(record.images)
     for index, turn in enumerate(turns):
@@ -181,7 +185,7 @@ def _warn_without_place(record_id: str) -> None:
 
 
 def prompt(template: Template, num_images: int, key: str = "") -> str:
-    """A question about `num_images` images; `key` picks the phrasing ("" the first), always the same one for one key."""
+    """A question about `num_images` images; `key` picks the phrasing ("" the first), the same one for the same key."""
     choice = zlib.crc32(key.encode())
     if num_images == 1:
         return template.prompts[choice % len(template.prompts)]
@@ -298,10 +302,11 @@ def encode(pieces: Sequence[Segment], tokenizer: Any, image_tokens: Sequence[int
         image_tokens: number of image tokens of each image, in order of the placeholders.
 
     Returns:
-        `input_ids` and `labels` of the same length; a label is the token's own id where it is supervised, else -100. Runs
+        `input_ids` and `labels` of the same length; a label is the token's own id where it is supervised, else -100.
+        Runs
         of segments between supervision changes are tokenised together, so the ids are those of the whole text: every
-        boundary stands at a special token or after the header's line break, which no BPE merge crosses. The exception is
-        an answer that begins with a line break; it is split there, as when the model writes it after the prompt.
+        boundary stands at a special token or after the header's line break, which no BPE merge crosses. The exception
+        is an answer that begins with a line break; it is split there, as when the model writes it after the prompt.
     """
     input_ids: list[int] = []
     labels: list[int] = []

@@ -14,12 +14,6 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from finetune.torchvision_compat import ensure_torchvision
-
-ensure_torchvision()
-
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
 from finetune.config import DataConfig, SourceConfig
 from finetune.data.chat import Segment, conversation, encode, load_template, question_turns, segments
 from finetune.data.images import image_size_hw, load_image
@@ -29,6 +23,7 @@ from finetune.data.validation import InvalidDataError, Problem, leaking_tokens, 
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Polygon, Record, Turn
 from finetune.special_tokens import IGNORE_INDEX, SpecialTokens
+from finetune.torchvision_compat import ensure_torchvision
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +106,7 @@ class ForensicDataset(Dataset):
 
     @property
     def heads_may_read_answers(self) -> bool:
-        """Whether in any record a forensic token stands after answer text, so that teacher forcing would leak the target."""
+        """Whether any record has a forensic token after answer text, so that teacher forcing would leak the target."""
         if self._may_leak is None:
             rendered = next((record for record in self.records if not record.turns), None)  # one template for them all
             records = [*([rendered] if rendered else []), *(record for record in self.records if record.turns)]
@@ -151,7 +146,9 @@ class ForensicDataset(Dataset):
         record = self.records[index]
         sizes = [image_size_hw(image, record.id, record.source) for image in record.images]
         budget = self._polygon_budget(record)
-        needs_masks = not record.turns and any(_num_points(t.polygons) > budget and t.label == 1 for t in record.targets)
+        needs_masks = not record.turns and any(
+            _num_points(t.polygons) > budget and t.label == 1 for t in record.targets
+        )
         masks: list[np.ndarray | None] = [None] * len(sizes)
         if needs_masks:
             masks = [load_mask(t, s, record.id, record.source) for t, s in zip(record.targets, sizes, strict=True)]
@@ -223,13 +220,24 @@ class ForensicDataset(Dataset):
                 source=record.source,
                 found=len(input_ids),
                 expected=f"at most data.max_length = {self.config.max_length}",
-                fix=f"raise data.max_length, lower data.max_pixels ({sum(counts)} tokens are images), or shorten the text",
-            )
+                fix=f"raise data.max_length, lower data.max_pixels ({sum(counts)} tokens are
+                images), or
+             
+                  shorten the
+            
+               
+                      text",
+          
+           
+              )
         return input_ids, labels
 
 
-def processed_size(size_hw: tuple[int, int], image_processor: Any) -> tuple[int, int]:
-    """(H, W) of an image after Qwen2.5-VL's smart resize, from its original size."""
+def processed_size(size_hw: tuple[int, int], image_processor: Any) ->
+    tuple[int, int]: """(H, W) of an image after Qwen2.5-VL's smart resize, from its original size."""
+   
+    ensure_torchvision() from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
     return smart_resize(
         *size_hw,
         factor=image_processor.patch_size * image_processor.merge_size,
@@ -245,7 +253,9 @@ def read_sources(sources: Sequence[SourceConfig], what: str) -> list[Record]:
         ConfigError: no source. DataFormatError: see the readers.
     """
     if not sources:
-        raise ConfigError(f"data.{what} is empty; give the path of a JSON or JSONL file, e.g. data.{what}=[train.jsonl]")
+        raise ConfigError(
+            f"data.{what} is empty; give the path of a JSON or JSONL file, e.g. data.{what}=[train.jsonl]"
+        )
     records: list[Record] = []
     for source in sources:
         own = read_records(source.path, source.format, source.root)
@@ -304,7 +314,8 @@ def _warn_of_leaks(records: Sequence[Record], tokens: SpecialTokens) -> None:
     leaking = [record.id for record in records if leaking_tokens(record, tokens)]
     if leaking:
         logger.warning(
-            "in record '%s'%s a forensic token stands after text that gives its target away: the heads will learn to read the "
+            "in record '%s'%s a forensic token stands after text that gives its target away: the heads will learn "
+            "to read the "
             "answer, not the image; put the tokens first",
             leaking[0],
             f" and {len(leaking) - 1} others" if len(leaking) > 1 else "",

@@ -36,7 +36,9 @@ def digests(root: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("synth") / "set"
-    synthesize(SynthConfig(num_val=0, num_train=240, num_eval=40, seed=7, language="both", workers=1), root, progress=False)
+    synthesize(
+        SynthConfig(num_val=0, num_train=240, num_eval=40, seed=7, language="both", workers=1), root, progress=False
+    )
     return root
 
 
@@ -190,7 +192,9 @@ def test_pairs_leave_the_other_splits_alone_and_cover_the_smaller_class(tmp_path
 def test_same_bytes_for_one_and_two_workers(tmp_path: Path) -> None:
     for workers in (1, 2):
         synthesize(
-            SynthConfig(num_val=0, num_train=40, num_eval=8, seed=2, workers=workers), tmp_path / str(workers), progress=False
+            SynthConfig(num_val=0, num_train=40, num_eval=8, seed=2, workers=workers),
+            tmp_path / str(workers),
+            progress=False,
         )
     assert digests(tmp_path / "1") == digests(tmp_path / "2")
     synthesize(SynthConfig(num_val=0, num_train=40, num_eval=8, seed=4, workers=1), tmp_path / "other", progress=False)
@@ -233,7 +237,9 @@ def test_existing_output_is_refused_and_only_generated_sets_are_overwritten(tmp_
 def test_two_user_photos_are_enough_and_paths_stay_out_of_the_files(tmp_path: Path) -> None:
     for photo in find_photos().of("eval")[:2]:
         Image.open(photo.path).save(tmp_path / f"{photo.group}.png")
-    config = SynthConfig(num_val=0, num_train=12, num_eval=6, photos_dir=str(tmp_path), workers=1, sizes_hw=((112, 140),))
+    config = SynthConfig(
+        num_val=0, num_train=12, num_eval=6, photos_dir=str(tmp_path), workers=1, sizes_hw=((112, 140),)
+    )
     manifest = synthesize(config, tmp_path / "out" / "set", progress=False)
     assert len(manifest["photos"]) == 2
     for file in ("manifest.json", "train.jsonl", "eval_annotations.json"):
@@ -245,7 +251,7 @@ def test_a_flat_user_photo_is_named(tmp_path: Path) -> None:
         image = np.full((300, 300, 3), 40 * (index + 1), dtype=np.uint8)
         image[:90, :90] = 255  # bright corner: not one flat colour, but most crops are
         Image.fromarray(image).save(tmp_path / f"flat{index}.png")
-    config = SynthConfig(num_val=0, 
+    config = SynthConfig(num_val=0,
         num_train=40, num_eval=0, photos_dir=str(tmp_path), workers=1, operations={"retouch": 1},
         operation_settings={"min_change": 25.0},  # type: ignore[arg-type]
     )  # fmt: skip
