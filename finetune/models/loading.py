@@ -7,6 +7,7 @@ be loaded again is written here. safetensors only: no pickle is ever loaded.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from finetune.models.qwen_forensics_model import (  # noqa: E402
     QwenForensicsForConditionalGeneration,
 )
 from finetune.special_tokens import SpecialTokens  # noqa: E402
+
+# PEFT 0.21 asks a model for its checkpointing under the name that transformers 5.23 has replaced.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 ADAPTER_CONFIG = "adapter_config.json"
 SETTINGS = "forensics.json"
