@@ -220,23 +220,16 @@ class ForensicDataset(Dataset):
                 source=record.source,
                 found=len(input_ids),
                 expected=f"at most data.max_length = {self.config.max_length}",
-                fix=f"raise data.max_length, lower data.max_pixels ({sum(counts)} tokens are
-                images), or
-             
-                  shorten the
-            
-               
-                      text",
-          
-           
-              )
+                fix=f"raise data.max_length, lower data.max_pixels ({sum(counts)} tokens are images), "
+                "or shorten the text",
+            )
         return input_ids, labels
 
 
-def processed_size(size_hw: tuple[int, int], image_processor: Any) ->
-    tuple[int, int]: """(H, W) of an image after Qwen2.5-VL's smart resize, from its original size."""
-   
-    ensure_torchvision() from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+def processed_size(size_hw: tuple[int, int], image_processor: Any) -> tuple[int, int]:
+    """(H, W) of an image after Qwen2.5-VL's smart resize, from its original size."""
+    ensure_torchvision()
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     return smart_resize(
         *size_hw,
