@@ -252,7 +252,9 @@ def test_kept_logits_predict_the_supervised_tokens(collate: Any) -> None:
         batch = collate(padding_side=side)
         rows, columns = batch["logits_to_keep"].nonzero(as_tuple=True)
         assert torch.equal(batch["labels"][rows, columns + 1], batch["text_targets"])
-        assert len(rows) == int((batch["labels"] != -100).sum())
+        expected_rows, expected_columns = (batch["labels"] != -100).nonzero(as_tuple=True)
+        assert torch.equal(rows, expected_rows)
+        assert torch.equal(columns + 1, expected_columns)
         assert bool((batch["attention_mask"][rows, columns] == 1).all())
 
 
