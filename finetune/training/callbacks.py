@@ -1,4 +1,4 @@
-"""Callbacks: the time budget, and the best model with early stopping."""
+"""Callbacks: the time budget, the sampler's epoch, and the best model with early stopping."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.errors import ConfigError
+from finetune.training.sampling import ClassBalancedSampler
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,16 @@ class TimeBudgetCallback(TrainerCallback):
             control.should_training_stop = True
             if state.is_world_process_zero:
                 logger.warning("time budget of %g s used up at step %d", budget.seconds, state.global_step)
+
+
+class SamplerEpochCallback(TrainerCallback):
+    """Tells the class-balanced sampler the epoch: accelerate does not reach it in a resumed run on several ranks."""
+
+    def __init__(self, sampler: ClassBalancedSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class BestModelCallback(TrainerCallback):

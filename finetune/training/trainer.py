@@ -23,6 +23,7 @@ from finetune.errors import TrainingDivergedError
 from finetune.losses.criterion import Criterion, total
 from finetune.models.adapters import group_of
 from finetune.models.loading import Bundle, save_bundle
+from finetune.training.callbacks import SamplerEpochCallback
 from finetune.training.checkpoint import load_weights
 from finetune.training.evaluation import EvaluationState, collect_heads, evaluate_losses, forward
 from finetune.training.progress import ProgressLines
@@ -84,7 +85,10 @@ class ForensicTrainer(Trainer):
         if self.run_config.data.class_balanced and isinstance(dataset, ForensicDataset):
             labels = dataset.class_labels
             if {0, 1} <= set(labels):
-                return ClassBalancedSampler(labels, dataset.pairs, seed=self.args.seed)
+                sampler = ClassBalancedSampler(labels, dataset.pairs, seed=self.args.seed)
+                self.remove_callback(SamplerEpochCallback)
+                self.add_callback(SamplerEpochCallback(sampler))
+                return sampler
         return super()._get_train_sampler(dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:

@@ -173,6 +173,18 @@ def test_groups_have_their_own_rate_and_decay(make_config: Make) -> None:
     assert sorted(in_groups) == sorted(id(p) for p in trainer.model.parameters() if p.requires_grad)
 
 
+def test_token_rows_and_layer_weights_do_not_decay(make_config: Make) -> None:
+    """Decay would pull rows towards zero at every step, also those that a batch does not use."""
+    trainer = build(make_config(heads={"layer": "weighted"}, train={"trainable": STAGE_1, "weight_decay": 0.1}))
+    trainer.create_optimizer()
+    groups = {group["name"]: group for group in trainer.optimizer.param_groups}
+    assert "new_tokens" not in groups
+    assert [p.ndim for p in groups["new_tokens (no decay)"]["params"]] == [2]
+    assert groups["new_tokens (no decay)"]["weight_decay"] == 0.0
+    (mix,) = [p for n, p in trainer.model.named_parameters() if "layer_mix" in n and p.requires_grad]
+    assert any(p is mix for p in groups["cls_head (no decay)"]["params"])
+
+
 def test_only_the_group_with_a_rate_moves(make_config: Make) -> None:
     rates = {"cls_head": 1e-2, "mask_head": 0.0, "lm_full": 0.0, "vision_full": 0.0, "noise_residual": 0.0}
     trainer = build(make_config(data={"eval": []}, train={"group_learning_rates": rates, "max_steps": 1}))
@@ -377,6 +389,29 @@ def test_resumed_run_ends_as_the_uninterrupted_one(make_config: Make, trainable:
     assert any(not torch.equal(tensor, start[key]) for key, tensor in ours.items())
     for key, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=1e-6, msg=key)
+
+
+def test_resumed_loader_on_two_ranks_draws_the_right_epoch(make_config: Make) -> None:
+    """accelerate's skipping loader over a shard hides the sampler from `set_epoch`; the trainer reaches it anyway."""
+    from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, skip_first_batches
+    from torch.utils.data import BatchSampler
+
+    trainer = build(make_config())
+    sampler = trainer._get_train_sampler()
+    orders = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] != orders[1]
+    sampler.set_epoch(0)
+    shard = BatchSamplerShard(BatchSampler(sampler, 2, False), 2, 1)
+    loader = skip_first_batches(DataLoaderShard(trainer.train_dataset, batch_sampler=shard, collate_fn=list), 1)
+    trainer.state.epoch = 1.25
+    trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    loader.set_epoch(1)
+    drawn = [sample.record_id for batch in loader for sample in batch]
+    records = trainer.train_dataset.records
+    assert drawn == [records[i].id for i in [*orders[1][6:8], *orders[1][10:12]]]
 
 
 def test_resuming_another_kind_of_run_is_refused(make_config: Make) -> None:
