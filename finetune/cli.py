@@ -242,7 +242,10 @@ def _synth(arguments: argparse.Namespace) -> int:
     }
     config = SynthConfig(**{key: value for key, value in given.items() if value is not None})
     manifest = synthesize(config, arguments.out, overwrite=arguments.overwrite)
-    print(f"wrote {arguments.out}: {manifest['counts']}")
+    for split, counts in manifest["counts"].items():
+        kinds = ", ".join(f"{count} {name}" for name, count in counts["operations"].items())
+        print(f"{split}: {counts['images']} images from {len(counts['groups'])} photographs: {kinds}")
+    print(f"wrote {arguments.out}")
     return 0
 
 
