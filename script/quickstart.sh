@@ -90,8 +90,17 @@ overrides=(
     "data.eval=[{path: $(yaml "$OUT/data/val.jsonl")}]"
 )
 if [[ -n "$LIMIT" ]]; then overrides+=("train.max_seconds=$LIMIT"); fi
-accelerate launch --quiet --config_file configs/accelerate/cpu.yaml --num_cpu_threads_per_process "$OMP_NUM_THREADS" \
-    sft_llm.py --config configs/train/quickstart.yaml "${overrides[@]}"
+# The global batch is 8 on every machine: two CPU ranks of 4, or one rank of 8.
+if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+    launch=(single_gpu.yaml "$OMP_NUM_THREADS") ranks=1
+elif (($(cpu_count) > 1)); then
+    launch=(cpu_ddp.yaml "$((OMP_NUM_THREADS > 1 ? OMP_NUM_THREADS / 2 : 1))") ranks=2
+else
+    launch=(cpu.yaml 1) ranks=1
+fi
+overrides+=("train.batch_size=$((8 / ranks))")
+accelerate launch --quiet --config_file "configs/accelerate/${launch[0]}" --main_process_port 0 \
+    --num_cpu_threads_per_process "${launch[1]}" sft_llm.py --config configs/train/quickstart.yaml "${overrides[@]}"
 
 step 5 "evaluation on images made from other photographs"
 forensics evaluate --model "$OUT/best" --data "$OUT/data/eval.jsonl" --baseline-data "$OUT/data/train.jsonl" \
