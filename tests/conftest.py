@@ -47,10 +47,11 @@ def _has_cuda() -> bool:
 
 @pytest.fixture(autouse=True)
 def _few_threads() -> None:
-    """Two threads for torch, set only once a test has imported it, so that torch-free tests stay quick."""
+    """OMP_NUM_THREADS threads for torch, set only once a test has imported it, so that torch-free tests stay quick."""
     torch = sys.modules.get("torch")
-    if torch is not None and hasattr(torch, "set_num_threads") and torch.get_num_threads() != 2:
-        torch.set_num_threads(2)
+    count = int(os.environ["OMP_NUM_THREADS"])
+    if torch is not None and hasattr(torch, "set_num_threads") and torch.get_num_threads() != count:
+        torch.set_num_threads(count)
 
 
 @pytest.fixture(scope="session")

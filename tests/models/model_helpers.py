@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from finetune.config import DataConfig, HeadsConfig, ModelConfig
+from finetune.config import DataConfig, HeadsConfig, ModelConfig, NoiseResidualConfig
 from finetune.data.collator import MODEL_KEYS, ForensicCollator
 from finetune.data.dataset import ForensicDataset
 from finetune.data.readers import read_records
@@ -19,6 +19,9 @@ from finetune.special_tokens import SpecialTokens
 
 SMALL = {"hidden_size": 32, "num_layers": 1, "num_heads": 4}
 """A decoder that is quick to run; merged into the heads of `load`."""
+
+STREAM = NoiseResidualConfig(enabled=True, channels=8, widths=[8, 8, 8], global_blocks=1)
+"""A noise-residual stream that is quick to run."""
 
 
 def load(path: str | Path, tokens: SpecialTokens | None = None, dtype: Any = "float32", **heads: Any) -> Bundle:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_helpers import assert_same, collate, forward, load, plain_inputs, record_named, samples_of
+from model_helpers import STREAM, assert_same, collate, forward, load, plain_inputs, record_named, samples_of
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from finetune.config import LoraConfig, NoiseResidualConfig
+from finetune.config import LoraConfig
 from finetune.data.dataset import Sample
 from finetune.models.adapters import set_trainable
 from finetune.models.loading import Bundle
@@ -35,7 +36,7 @@ def without_tokens(bundle: Bundle, samples: list[Sample]) -> list[Sample]:
     return samples
 
 
-@pytest.mark.parametrize("heads", [{"enabled": False}, {}, {"noise_residual": NoiseResidualConfig(enabled=True)}])
+@pytest.mark.parametrize("heads", [{"enabled": False}, {}, {"noise_residual": STREAM}])
 def test_text_logits_are_the_base_class_s(checkpoint: Path, photo_records: Path, heads: dict[str, Any]) -> None:
     bundle = load(checkpoint, **heads)
     batch = collate(bundle, samples_of(bundle, record_named(photo_records, *NAMES)))
@@ -74,7 +75,7 @@ def test_base_class_labels_give_the_mean_over_the_kept_positions(tied: Path, pho
 
 @pytest.mark.parametrize("groups", [["lm_lora"], ["new_tokens", "cls_head", "mask_head", "noise_residual", "lm_lora"]])
 def test_fresh_adapter_changes_nothing(checkpoint: Path, photo_records: Path, groups: list[str]) -> None:
-    bundle = load(checkpoint, layer="weighted", noise_residual=NoiseResidualConfig(enabled=True, to_language=True))
+    bundle = load(checkpoint, layer="weighted", noise_residual=replace(STREAM, to_language=True))
     batch = collate(bundle, samples_of(bundle, record_named(photo_records, "real_84x140", "unmasked_140x84", "text")))
     before = forward(bundle.model, batch)
     wrapped = set_trainable(bundle, groups, LoraConfig(dropout=0.0))

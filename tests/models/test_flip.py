@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import collate, forward, head_outputs, load, record_named, samples_of
+from model_helpers import STREAM, collate, forward, head_outputs, load, record_named, samples_of
 
-from finetune.config import DataConfig, NoiseResidualConfig
+from finetune.config import DataConfig
 from finetune.data.dataset import ForensicDataset
 from finetune.models.loading import Bundle
 from finetune.schema import ImageTarget, Record, Turn
@@ -19,7 +19,7 @@ POLYGON = ((5.0, 5.0), (60.0, 5.0), (60.0, 40.0))
 
 @pytest.fixture(scope="module")
 def bundle(tied: Path) -> Bundle:
-    return load(tied, layer="weighted", noise_residual=NoiseResidualConfig(enabled=True))
+    return load(tied, layer="weighted", noise_residual=STREAM)
 
 
 def flipped(record: Record) -> Record:

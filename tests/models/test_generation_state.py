@@ -14,8 +14,8 @@ from finetune.data.dataset import Sample
 from finetune.models.features import gather_states, locate_runs
 from finetune.models.loading import Bundle
 
-ATOL = 1e-4
-"""Measured on CPU in fp32: 1e-5 at most for states of size 1; 1-D positions move them by more than 0.1."""
+ATOL = 2e-5
+"""Measured on CPU in fp32: below 1e-5 for states of size 1; 1-D positions move the text logits by more than 0.02."""
 
 
 @pytest.fixture(scope="module")

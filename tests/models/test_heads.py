@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from model_helpers import collate, forward, load, record_named, samples_of
+from model_helpers import STREAM, collate, forward, load, record_named, samples_of
 
-from finetune.config import HeadsConfig, NoiseResidualConfig
+from finetune.config import HeadsConfig
 from finetune.models.features import by_shape, gather_states, locate_runs
 from finetune.models.heads import HEADS, evidence_size, pool_evidence
 from finetune.models.loading import Bundle
@@ -60,7 +61,7 @@ def test_fresh_layer_weights_are_equal(tied: Path) -> None:
 @pytest.mark.parametrize("mask", HEADS)
 @pytest.mark.parametrize("has_stream", [False, True])
 def test_masks_have_the_size_asked_for(tied: Path, photo_records: Path, mask: str, has_stream: bool) -> None:
-    residual = NoiseResidualConfig(enabled=has_stream, channels=8)
+    residual = replace(STREAM, enabled=has_stream)
     bundle = load(tied, mask=mask, grid_size=4, noise_residual=residual)
     batch = batch_of(bundle, photo_records, "pair", "unmasked_140x84")
     output = forward(bundle.model, batch, mask_sizes_hw=[(84, 140), (150, 211), (7, 500)])
@@ -156,13 +157,13 @@ def test_evidence_belongs_to_its_image(tied: Path, photo_records: Path) -> None:
 
 
 def test_noise_stream_enters_the_language_model_only_where_asked(tied: Path, photo_records: Path) -> None:
-    bundle = load(tied, noise_residual=NoiseResidualConfig(enabled=True, channels=8, to_language=True))
+    bundle = load(tied, noise_residual=replace(STREAM, to_language=True))
     batch = batch_of(bundle, photo_records)
     before = forward(bundle.model, batch).logits
     with torch.no_grad():
         bundle.base.stream_to_language.weight.normal_()
     assert not torch.allclose(forward(bundle.model, batch).logits, before, atol=1e-2)
-    assert not hasattr(load(tied, noise_residual=NoiseResidualConfig(enabled=True)).base, "stream_to_language")
+    assert not hasattr(load(tied, noise_residual=STREAM).base, "stream_to_language")
 
 
 def test_pooled_evidence_by_hand() -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_helpers import SMALL, assert_same, collate, forward, load, record_named, samples_of
+from model_helpers import SMALL, STREAM, assert_same, collate, forward, load, record_named, samples_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from finetune.config import HeadsConfig, LoraConfig, ModelConfig, NoiseResidualConfig
+from finetune.config import HeadsConfig, LoraConfig, ModelConfig
 from finetune.errors import ConfigError, ModelLoadError
 from finetune.models.adapters import set_trainable
 from finetune.models.loading import Bundle, load_bundle, save_bundle
@@ -24,7 +25,7 @@ from finetune.special_tokens import SpecialTokens
 NAMES = ("real_84x140", "unmasked_140x84", "text")
 RICH: dict[str, Any] = {
     "layer": "weighted",
-    "noise_residual": NoiseResidualConfig(enabled=True, channels=8, to_language=True),
+    "noise_residual": replace(STREAM, to_language=True),
 }
 LORA = LoraConfig(r=4, dropout=0.0)
 

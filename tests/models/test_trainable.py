@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_helpers import collate, load, record_named, samples_of
+from model_helpers import STREAM, collate, load, record_named, samples_of
 
-from finetune.config import LoraConfig, NoiseResidualConfig
+from finetune.config import LoraConfig
 from finetune.data.collator import MODEL_KEYS
 from finetune.errors import ConfigError
 from finetune.models.adapters import group_of, parameter_groups, set_trainable, trainable_table
@@ -22,7 +23,7 @@ LORA = LoraConfig(r=4, dropout=0.0)
 
 def rich(path: Path) -> Bundle:
     """A bundle with every head module there is."""
-    return load(path, layer="weighted", noise_residual=NoiseResidualConfig(enabled=True, channels=8, to_language=True))
+    return load(path, layer="weighted", noise_residual=replace(STREAM, to_language=True))
 
 
 def step(bundle: Bundle, records: Path, names: tuple[str, ...] = ("real_84x140", "unmasked_140x84", "text")) -> Any:

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_helpers import collate, load, record_named, samples_of
+from model_helpers import STREAM, collate, load, record_named, samples_of
 from PIL import Image
 
-from finetune.config import NoiseResidualConfig
 from finetune.models.features import count_images, images_from_patches, locate_runs, tower_to_raster
 from finetune.models.loading import Bundle
 
@@ -20,7 +19,7 @@ SIZES_HW = [(112, 252), (140, 84), (224, 196)]
 
 @pytest.fixture(scope="module")
 def bundle(tied: Path) -> Bundle:
-    return load(tied, noise_residual=NoiseResidualConfig(enabled=True))
+    return load(tied, noise_residual=STREAM)
 
 
 def grey(size_hw: tuple[int, int], marked: tuple[int, int] | None = None) -> Image.Image:
