@@ -28,7 +28,9 @@ TERM_NAMES: dict[str, tuple[str, str]] = {
     "loss_boundary": ("掩码边界损失", "Mask boundary loss"),
     "loss_bce": ("掩码 BCE", "Mask BCE"),
     "loss_focal": ("分类 focal 损失", "Classification focal loss"),
-    "loss_contrast": ("对比损失 InfoNCE", "Contrastive loss (InfoNCE)"),
+    "loss_authentic": ("真实图像素损失", "Authentic-pixel loss"),
+    "loss_contrast_region": ("区域对比损失 InfoNCE", "Region contrast (InfoNCE)"),
+    "loss_contrast_image": ("整图对比损失 InfoNCE", "Image contrast (InfoNCE)"),
     "learning_rate": ("学习率", "Learning rate"),
     "grad_norm": ("梯度范数", "Gradient norm"),
 }

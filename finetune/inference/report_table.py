@@ -46,6 +46,8 @@ ROWS: tuple[MetricRow, ...] = (
     MetricRow("image", "accuracy", "准确率", "Accuracy", "up"),
     MetricRow("image", "f1", "F1", "F1", "up"),
     MetricRow("image", "ece", "校准误差 ECE", "Calibration error", "down"),
+    MetricRow("image", "recall_real", "真实图召回", "Recall, authentic", "up"),
+    MetricRow("image", "recall_fake", "篡改图召回", "Recall, tampered", "up"),
     MetricRow("image", "n_real", "真实图数量", "Authentic images", "count"),
     MetricRow("image", "n_fake", "篡改图数量", "Tampered images", "count"),
     MetricRow("localization", "f1", "像素 F1 @0.5", "Pixel F1 @0.5", "up"),
@@ -54,10 +56,14 @@ ROWS: tuple[MetricRow, ...] = (
     MetricRow("localization", "auc", "像素 AUC", "Pixel AUC", "up"),
     MetricRow("localization", "f1_best_threshold", "最佳阈值 F1", "F1 at best threshold", "up"),
     MetricRow("localization", "n", "图像数量", "Images", "count"),
-    MetricRow("authentic", "false_alarm_rate", "误报率", "False-alarm rate", "down"),
+    MetricRow("authentic", "false_alarm_rate", "误报率（任一像素）", "False-alarm rate (any pixel)", "down"),
     MetricRow("authentic", "false_positive_area", "误报面积", "False-positive area", "down"),
+    MetricRow("authentic", "n", "图像数量", "Images", "count"),
     MetricRow("text", "parse_rate", "JSON 可解析率", "Parse rate", "up"),
     MetricRow("text", "label_agreement", "文本与判定一致率", "Text agrees with verdict", "up"),
+    MetricRow("text", "label_accuracy", "文本结论准确率", "Text agrees with truth", "up"),
+    MetricRow("text", "n", "回答数量", "Answers", "count"),
+    MetricRow("text", "n_parsed", "可解析数量", "Answers parsed", "count"),
 )
 
 BASELINE_NAMES: dict[str, tuple[str, str]] = {
