@@ -15,10 +15,10 @@ from finetune.data.dataset import ForensicDataset
 from finetune.data.readers import scan_records
 from finetune.data.validation import Problem, check_records, leaking_tokens
 from finetune.errors import ForensicsError
-from finetune.models.adapters import GROUPS
 from finetune.models.loading import load_processor
 from finetune.schema import Record
 from finetune.special_tokens import SpecialTokens
+from finetune.training.checks import run_problems
 from finetune.training.reproducibility import versions
 
 
@@ -62,12 +62,8 @@ def print_environment() -> None:
 
 
 def check_config(config: RunConfig) -> list[Problem]:
-    """Everything about a configuration that can be known before training: groups, model folder, data, lengths."""
-    problems = [
-        _error(f"train.trainable names '{group}'; known groups: {', '.join(GROUPS)}")
-        for group in config.train.trainable
-        if group not in GROUPS
-    ]
+    """Everything about a configuration that can be known before training: settings, model folder, data, lengths."""
+    problems = [_error(problem) for problem in run_problems(config)]
     tokens = SpecialTokens(config.tokens.num_cls, config.tokens.num_mask)
     processor = None
     try:
