@@ -124,6 +124,7 @@ def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: 
     Raises:
         ModelLoadError: no tokenizer or processor in the folder.
     """
+    _check_folder(str(path))
     try:
         processor = AutoProcessor.from_pretrained(path)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
