@@ -73,7 +73,7 @@ def test_evaluation_of_the_trained_model(run_dir: Path, tmp_path: Path) -> None:
     assert results[0]["run"]["seed"] == 0
     assert results[0]["run"]["config_hash"] == json.loads((run_dir / "run_record.json").read_text())["config_hash"]
     report = (tmp_path / "eval.jsonl" / "report.html").read_text(encoding="utf-8")
-    assert "loss_dice" in report or "dice" in report  # the training curves found their way in
+    assert "Mask Dice loss" in report  # the training curves found their way in
     assert "<svg" in report
 
 
