@@ -42,8 +42,10 @@ def test_accelerate_config_loads(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))  # raises for an unknown key
-    assert (config.num_processes > 1) == (str(config.distributed_type).endswith(("DEEPSPEED", "MULTI_GPU", "MULTI_CPU")))
-    assert config.use_cpu == (path.stem in ("cpu", "zero2_cpu"))
+    assert (config.num_processes > 1) == (
+        str(config.distributed_type).endswith(("DEEPSPEED", "MULTI_GPU", "MULTI_CPU"))
+    )
+    assert config.use_cpu == (path.stem in ("cpu", "cpu_ddp", "zero2_cpu"))
     stage = (config.deepspeed_config or {}).get("zero_stage")
     assert stage == (int(path.stem[4]) if path.stem.startswith("zero") else None)
 
