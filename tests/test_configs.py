@@ -22,7 +22,9 @@ OTHER_PROGRAMS = {"cd", "git", "ls", "pip", "pre-commit", "source", "tensorboard
 
 def test_there_is_something_to_check() -> None:
     assert {"quickstart", "stage1_3b", "stage1_7b", "stage2_lora_3b"} <= {path.stem for path in TRAIN_CONFIGS}
-    assert {"cpu", "single_gpu", "ddp", "zero2", "zero2_cpu", "zero3"} == {path.stem for path in ACCELERATE_CONFIGS}
+    assert {"cpu", "cpu_ddp", "single_gpu", "ddp", "zero2", "zero2_cpu", "zero3"} == {
+        path.stem for path in ACCELERATE_CONFIGS
+    }
 
 
 @pytest.mark.parametrize("path", TRAIN_CONFIGS, ids=lambda path: path.stem)
