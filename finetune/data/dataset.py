@@ -61,7 +61,6 @@ class ForensicDataset(Dataset):
         self.config = config
         self.template = load_template(config.template)
         self._may_leak: bool | None = None
-        self._index_of: dict[str, int] | None = None
         _warn_of_leaks(self.records, tokens)
 
     def __len__(self) -> int:
@@ -117,12 +116,6 @@ class ForensicDataset(Dataset):
         """Whether text precedes a token in the conversation as it is trained on, inserted tokens included."""
         turns = conversation(record, self.template, self.tokens, self.config.layout)
         return leaking_tokens(replace(record, turns=turns), self.tokens)
-
-    def without_answers(self, record_ids: Sequence[str]) -> list[Sample]:
-        """`without_answers_at` for records given by name."""
-        if self._index_of is None:
-            self._index_of = {record.id: i for i, record in enumerate(self.records)}
-        return self.without_answers_at([self._index_of[record_id] for record_id in record_ids])
 
     def without_answers_at(self, indices: Sequence[int]) -> list[Sample]:
         """Records as a question followed by the forensic tokens only, for scoring heads without a leak."""
@@ -210,8 +203,7 @@ class ForensicDataset(Dataset):
         self, record: Record, pieces: Sequence[Segment], processed: Sequence[tuple[int, int]]
     ) -> tuple[list[int], list[int]]:
         image_processor = self.processor.image_processor
-        cell = image_processor.patch_size * image_processor.merge_size
-        counts = [height * width // cell**2 for height, width in processed]
+        counts = [num_image_tokens(size, image_processor) for size in processed]
         input_ids, labels = encode(pieces, self.processor.tokenizer, counts)
         if len(input_ids) > self.config.max_length:
             raise DataFormatError(
@@ -237,6 +229,12 @@ def processed_size(size_hw: tuple[int, int], image_processor: Any) -> tuple[int,
         min_pixels=image_processor.size["shortest_edge"],
         max_pixels=image_processor.size["longest_edge"],
     )
+
+
+def num_image_tokens(processed_hw: tuple[int, int], image_processor: Any) -> int:
+    """How many tokens an image of this processed size takes: one for each merge group of patches."""
+    cell = image_processor.patch_size * image_processor.merge_size
+    return processed_hw[0] * processed_hw[1] // cell**2
 
 
 def read_sources(sources: Sequence[SourceConfig], what: str) -> list[Record]:

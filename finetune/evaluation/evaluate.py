@@ -22,7 +22,7 @@ from finetune.data.chat import question_turns
 from finetune.data.dataset import read_sources, spread
 from finetune.data.images import load_image
 from finetune.data.masks import load_mask
-from finetune.data.validation import check_records
+from finetune.data.validation import validate_for_training
 from finetune.errors import DataFormatError
 from finetune.evaluation.comparison import compare_baselines
 from finetune.evaluation.results import EvaluationResults
@@ -119,14 +119,7 @@ def _refuse_unusable(records: Sequence[Record], predictor: Predictor) -> None:
             expected="labels 0 (real) or 1 (tampered)",
             fix="use forensics predict for unlabelled images",
         )
-    problems = check_records(records, predictor.bundle.tokens, check_pixels=False)
-    errors = [problem for problem in problems if problem.severity == "error"]
-    for problem in errors[:20]:
-        print(f"- {problem.message}", file=sys.stderr)
-    if errors:
-        raise DataFormatError(
-            f"{len(errors)} problems in {len(records)} records", fix="run forensics doctor --data on this file"
-        )
+    validate_for_training(records, predictor.bundle.tokens, check_pixels=False)
 
 
 def run_facts(predictor: Predictor, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:

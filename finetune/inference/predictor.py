@@ -20,7 +20,7 @@ from torch import Tensor
 from finetune.config import GenerationConfig
 from finetune.data.chat import Segment, Template, encode, load_template, prompt, segments
 from finetune.data.collator import MODEL_KEYS, ForensicCollator
-from finetune.data.dataset import Sample, processed_size
+from finetune.data.dataset import Sample, num_image_tokens, processed_size
 from finetune.data.images import load_image
 from finetune.data.masks import polygons_from_mask
 from finetune.inference.answers import read_answers
@@ -146,10 +146,9 @@ class Predictor:
     def _sample(self, query: Query, images: list[Image.Image], run: str) -> Sample:
         sizes = [(image.height, image.width) for image in images]
         image_processor = self.bundle.processor.image_processor
-        cell = image_processor.patch_size * image_processor.merge_size
         processed = [processed_size(size, image_processor) for size in sizes]
         pieces = [*segments(query.turns, self.template.system, for_generation=True), Segment(run, False)]
-        counts = [height * width // cell**2 for height, width in processed]
+        counts = [num_image_tokens(size, image_processor) for size in processed]
         input_ids, labels = encode(pieces, self.bundle.tokenizer, counts)
         return Sample(query.id, images, input_ids, labels, mask_sizes_hw=sizes)
 

@@ -66,7 +66,7 @@ def test_scoring_samples_hold_no_answer(bundle: Bundle, photo_records: Path, lay
         ids = []
         for version in (record, flipped(record)):
             dataset = ForensicDataset([version], bundle.processor, bundle.tokens, DataConfig(layout=layout))
-            (sample,) = dataset.without_answers([name])
+            (sample,) = dataset.without_answers_at([[r.id for r in dataset.records].index(name)])
             assert set(sample.labels) == {-100}
             ids.append(sample.input_ids)
         assert ids[0] == ids[1]
@@ -92,7 +92,7 @@ def test_scoring_a_conversation_drops_every_answer(bundle: Bundle, photo_records
     (record,) = record_named(photo_records, "tampered_150x211")
     told = conversation(record, *turns)
     dataset = ForensicDataset([told], bundle.processor, bundle.tokens, DataConfig())
-    (sample,) = dataset.without_answers([told.id])
+    (sample,) = dataset.without_answers_at([[r.id for r in dataset.records].index(told.id)])
     text = bundle.tokenizer.decode(sample.input_ids)
     assert "SECRET" not in text
     assert text.count("<|vision_start|>") == 1
