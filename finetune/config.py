@@ -101,6 +101,10 @@ class DataConfig:
     max_pixels: int = 1003520
     mask_resolution: Literal["processed", "original"] = "processed"  # at which size mask losses are computed
     max_polygon_points: int = 48  # budget of a record's polygons in the answer
+    max_polygon_tokens: int | None = None  # their budget in tokens of the model's tokenizer, in place of points
+    polygon_coordinates: Literal["absolute", "relative"] = (
+        "absolute"  # absolute: pixels of the resized image, as Qwen2.5-VL; relative: 0..1000 of its sides, as Qwen2-VL
+    )
     max_eval_samples: int | None = None
     num_workers: int = 0
     class_balanced: bool = True  # draw real and tampered equally often
@@ -288,7 +292,9 @@ def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where}: '{key}' is {shorten(value)}; expected a list")
         return [_convert(typing.get_args(kind)[0], item, where, f"{key}[{i}]") for i, item in enumerate(value)]
-    if origin is dict:
+    if origin is tuple:
+        return _convert_tuple(typing.get_args(kind), value, where, key)
+    if origin in (dict, Mapping):
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: '{key}' is {shorten(value)}; expected a mapping")
         item_kind = typing.get_args(kind)[1]
@@ -313,6 +319,19 @@ def _convert_dataclass(kind: type, value: Any, where: str, key: str) -> Any:
             raise ConfigError(f"{where}: unknown key '{dotted}' (value {shorten(item)}); {advice}")
         arguments[name] = _convert(hints[name], item, where, dotted)
     return kind(**arguments)
+
+
+def _convert_tuple(kinds: tuple[Any, ...], value: Any, where: str, key: str) -> tuple[Any, ...]:
+    """`tuple[int, int]` from a list of two, `tuple[X, ...]` from a list of any length."""
+    is_open = len(kinds) == 2 and kinds[1] is Ellipsis
+    if not isinstance(value, (list, tuple)) or not (is_open or len(value) == len(kinds)):
+        raise ConfigError(
+            f"{where}: '{key}' is {shorten(value)}; expected a list{'' if is_open else f' of {len(kinds)}'}"
+        )
+    item_kinds = [kinds[0]] * len(value) if is_open else list(kinds)
+    return tuple(
+        _convert(kind, item, where, f"{key}[{i}]") for i, (kind, item) in enumerate(zip(item_kinds, value, strict=True))
+    )
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any, where: str, key: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +155,18 @@ def test_every_shipped_yaml_loads(repo_root: Path) -> None:
     assert files
     for path in files:
         load_config(path)
+
+
+@dataclass
+class Ranges:
+    sizes_hw: tuple[tuple[int, int], ...] = ((28, 28),)
+    areas: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def test_tuples_and_mappings_are_filled_item_by_item() -> None:
+    config = build(Ranges, {"sizes_hw": [[224, 196], [84, 84]], "areas": {"splice": [0, 0.5]}})
+    assert config == Ranges(((224, 196), (84, 84)), {"splice": (0.0, 0.5)})
+    with pytest.raises(ConfigError, match=r"'sizes_hw\[0\]' is \[224\]; expected a list of 2"):
+        build(Ranges, {"sizes_hw": [[224]]})
+    with pytest.raises(ConfigError, match=r"'sizes_hw' is 224; expected a list$"):
+        build(Ranges, {"sizes_hw": 224})
