@@ -12,6 +12,7 @@ import os
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
+from finetune.data.containers import is_embedded, read_embedded
 from finetune.errors import DataFormatError
 from finetune.schema import ImageInput
 
@@ -148,7 +149,14 @@ def _open(image: ImageInput, record_id: str | None, source: str | None, field: s
     def refuse(problem: str, fix: str) -> DataFormatError:
         return DataFormatError(problem, record=record_id, source=source, field=field, found=_name(image), fix=fix)
 
-    if image.path is not None:
+    data = image.data
+    if image.path is not None and is_embedded(image.path):
+        try:
+            data = read_embedded(image.path)
+        except DataFormatError as error:
+            raise refuse(error.problem, error.fix or "check the path") from error
+        num_bytes = len(data)
+    elif image.path is not None:
         try:
             num_bytes = os.stat(image.path).st_size
         except FileNotFoundError as error:
@@ -158,11 +166,11 @@ def _open(image: ImageInput, record_id: str | None, source: str | None, field: s
         if not os.path.isfile(image.path):
             raise refuse("image path is not a file", "give the path of an image file")
     else:
-        num_bytes = len(image.data or b"")
+        num_bytes = len(data or b"")
     if num_bytes == 0:
         raise refuse("image file is empty (0 bytes)", "copy or download the file again")
     try:
-        opened = Image.open(image.path if image.path is not None else io.BytesIO(image.data or b""))
+        opened = Image.open(image.path or "" if data is None else io.BytesIO(data))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise refuse(f"image is too large ({str(error)[:80]})", "resize it, or remove the record") from error
     except PermissionError as error:

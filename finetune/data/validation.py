@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.data.containers import backing_file
 from finetune.data.images import load_image
 from finetune.data.masks import load_mask
 from finetune.data.readers import scan_records
@@ -271,7 +272,7 @@ def _file_errors(record: Record, check_pixels: bool) -> Iterable[DataFormatError
             yield error
             continue
         for kind, path in (("image", image.path), ("mask", target.mask_path)):
-            if path is not None and not os.path.isfile(path):
+            if path is not None and not os.path.isfile(backing_file(path)):
                 yield _error(
                     record,
                     f"{kind} file not found",
