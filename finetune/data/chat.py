@@ -95,6 +95,27 @@ def load_template(name: str) -> Template:
     return _check_template(name, tree)
 
 
+def template_problem(template: Template, layout: Layout) -> str | None:
+    """Why the heads cannot be trained on answers of this template: a layout whose answer lacks their tokens, or has
+    them twice; None where all is well.
+
+    Not asked of a model without heads, whose answers are text only.
+    """
+    expected = {"tokens_first": ("tokens",), "text_first": ("cls", "mask_tokens")}[layout]
+    fields = [part[1] for part in string.Formatter().parse(template.answers[layout])]
+    found = [field for field in fields if field in ("tokens", "cls", "mask_tokens")]
+    if sorted(found) == sorted(expected):
+        return None
+    return (
+        f"data.template {template.name}: answers.{layout} holds {_braced(found) or 'no forensic token'}; expected "
+        f"{_braced(expected)}, once, where the heads read the image; or set heads.enabled: false to train text only"
+    )
+
+
+def _braced(fields: Sequence[str]) -> str:
+    return " ".join(f"{{{field}}}" for field in fields)
+
+
 def _check_template(name: str, tree: Any) -> Template:
     keys = {"system", "prompts", "prompts_multi", "result", "evidence", "answers"}
     if not isinstance(tree, dict) or set(tree) != keys:

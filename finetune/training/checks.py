@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.config import RunConfig
+from finetune.data.chat import load_template, template_problem
 from finetune.errors import ConfigError
 from finetune.losses.criterion import TERMS
 from finetune.models.adapters import GROUPS
@@ -28,8 +29,14 @@ def check_run(config: RunConfig) -> None:
 
 
 def run_problems(config: RunConfig) -> list[str]:
-    """Every problem of the sections `train` and `loss`, one line each; [] when there is none."""
-    return [*_group_problems(config), *_number_problems(config), *_metric_problems(config), *_resume_problems(config)]
+    """Every problem of the sections `train` and `loss` and of the template, one line each; [] when there is none."""
+    return [
+        *_group_problems(config),
+        *_number_problems(config),
+        *_metric_problems(config),
+        *_resume_problems(config),
+        *_template_problems(config),
+    ]
 
 
 def _group_problems(config: RunConfig) -> list[str]:
@@ -97,6 +104,15 @@ def _resume_problems(config: RunConfig) -> list[str]:
     if resume in (None, "auto") or Path(str(resume), "trainer_state.json").is_file():
         return []
     return [f"train.resume is '{resume}', which holds no trainer_state.json; give a checkpoint-N folder or 'auto'"]
+
+
+def _template_problems(config: RunConfig) -> list[str]:
+    try:
+        template = load_template(config.data.template)
+    except ConfigError as error:
+        return [str(error)]
+    problem = template_problem(template, config.data.layout) if config.heads.enabled else None
+    return [problem] if problem else []
 
 
 def _advice(name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from finetune.data.chat import (
+    LAYOUTS,
     Segment,
     Template,
     conversation,
@@ -21,6 +23,7 @@ from finetune.data.chat import (
     question_turns,
     render_answer,
     segments,
+    template_problem,
 )
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import ImageInput, ImageTarget, Record, Turn
@@ -147,6 +150,32 @@ def test_mistakes_in_a_template(tmp_path: Path, change: dict[str, Any], message:
         load_template(str(path))
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "answer", "found"),
+    [
+        ("tokens_first", "{result}", "no forensic token; expected {tokens}"),
+        ("tokens_first", "{cls}{mask_tokens}{result}", "{cls} {mask_tokens}; expected {tokens}"),
+        ("tokens_first", "{tokens}{result}{tokens}", "{tokens} {tokens}; expected {tokens}"),
+        ("text_first", "{result}", "no forensic token; expected {cls} {mask_tokens}"),
+        ("text_first", "{result}{cls}", "{cls}; expected {cls} {mask_tokens}"),
+        ("text_first", "{tokens}", "{tokens}; expected {cls} {mask_tokens}"),
+    ],
+)
+def test_template_whose_answers_lack_tokens_trains_no_head(zh: Template, layout: Any, answer: str, found: str) -> None:
+    """Only the layout in use is asked; {{cls}} is a literal brace, no placeholder."""
+    other = dataclasses.replace(zh, answers={**zh.answers, layout: answer + " {{tokens}}"})
+    problem = template_problem(other, layout)
+    assert problem is not None
+    assert f"data.template zh: answers.{layout} holds {found}, once" in problem
+    assert "heads.enabled: false" in problem
+    (in_use,) = set(LAYOUTS) - {layout}
+    assert template_problem(other, in_use) is None
+
+
+def test_built_in_templates_carry_their_tokens() -> None:
+    assert [template_problem(load_template(name), layout) for name in ("zh", "en") for layout in LAYOUTS] == [None] * 4
 
 
 def test_unreadable_templates(tmp_path: Path) -> None:

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from finetune.cli import train_main
 from finetune.config import RunConfig
-from finetune.training.checks import run_problems
+from finetune.data.chat import load_template
+from finetune.errors import ConfigError
+from finetune.training.checks import check_run, run_problems
 
 
 def launch(capsys: pytest.CaptureFixture[str], path: Path, *overrides: str) -> tuple[int, str, str]:
@@ -131,3 +134,20 @@ def test_every_problem_is_found(section: str, values: dict[str, Any], expected: 
     assert len(problems) == 1
     assert expected in problems[0]
     assert "\n" not in problems[0]
+
+
+def test_template_without_tokens_is_refused_unless_the_heads_are_off(tmp_path: Path) -> None:
+    """Such a run would train no head and say nothing; a text-only model wants just that."""
+    tree = load_template("zh").to_dict()
+    del tree["name"]
+    tree["answers"]["tokens_first"] = "{result}: {evidence}"
+    path = tmp_path / "report.yaml"
+    path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+    config = RunConfig()
+    config.data.template = str(path)
+    (problem,) = run_problems(config)
+    assert f"data.template {path}: answers.tokens_first holds no forensic token; expected {{tokens}}, once" in problem
+    with pytest.raises(ConfigError, match=r"answers\.tokens_first holds no forensic token"):
+        check_run(config)
+    config.heads.enabled = False
+    assert run_problems(config) == []
