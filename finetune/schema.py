@@ -107,6 +107,7 @@ class Prediction:
         text: generated answer without forensic tokens, "" when no text was asked for.
         parse_ok: whether `text` is the JSON the template asks for.
         text_label: verdict written in `text`, None where it could not be read.
+        text_polygons: regions written in `text`, in pixels of the original image, None where it could not be read.
         size_hw: (H, W) of the image after EXIF rotation.
     """
 
@@ -120,3 +121,4 @@ class Prediction:
     parse_ok: bool
     size_hw: tuple[int, int]
     text_label: int | None = None
+    text_polygons: tuple[Polygon, ...] | None = None

@@ -6,7 +6,7 @@ Nothing is truncated and nothing is skipped: a record that does not fit is an er
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,9 +15,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from finetune.config import DataConfig, SourceConfig
-from finetune.data.chat import Segment, conversation, encode, load_template, question_turns, segments
+from finetune.data.answer_polygons import MIN_POINTS, MIN_TOKENS, PolygonBudget, PolygonFrame
+from finetune.data.chat import Segment, conversation, encode, load_template, polygon_text, question_turns, segments
 from finetune.data.images import image_size_hw, load_image
-from finetune.data.masks import load_mask, polygons_from_mask, resize_mask
+from finetune.data.masks import load_mask, resize_mask
 from finetune.data.readers import read_records
 from finetune.data.validation import InvalidDataError, Problem, leaking_tokens, validate_for_training
 from finetune.errors import ConfigError, DataFormatError
@@ -51,7 +52,10 @@ class ForensicDataset(Dataset):
     Args:
         records: as read.
         processor: the Qwen2.5-VL processor, its pixel bounds already set.
-        config: `template`, `layout`, `max_length`, `mask_resolution` and `max_polygon_points` are read.
+        config: `template`, `layout`, `max_length`, `mask_resolution` and what is said of polygons are read.
+
+    Raises:
+        ConfigError: a template that cannot be used, or a budget too small for one box.
     """
 
     def __init__(self, records: Sequence[Record], processor: Any, tokens: SpecialTokens, config: DataConfig) -> None:
@@ -60,6 +64,11 @@ class ForensicDataset(Dataset):
         self.tokens = tokens
         self.config = config
         self.template = load_template(config.template)
+        if config.max_polygon_tokens is not None and config.max_polygon_tokens < MIN_TOKENS:
+            raise ConfigError(
+                f"data.max_polygon_tokens is {config.max_polygon_tokens}; expected at least {MIN_TOKENS}, which one "
+                "box may take, or null to count points"
+            )
         self._may_leak: bool | None = None
         _warn_of_leaks(self.records, tokens)
 
@@ -90,7 +99,7 @@ class ForensicDataset(Dataset):
             load_mask(target, size, record.id, record.source)
             for target, size in zip(record.targets, sizes, strict=True)
         ]
-        turns = self._turns(record, sizes, masks)
+        turns = self._turns(record, sizes, processed, masks)
         input_ids, labels = self._encode(record, turns, processed)
         mask_sizes = processed if self.config.mask_resolution == "processed" else sizes
         return Sample(
@@ -138,15 +147,11 @@ class ForensicDataset(Dataset):
         """
         record = self.records[index]
         sizes = [image_size_hw(image, record.id, record.source) for image in record.images]
-        budget = self._polygon_budget(record)
-        needs_masks = not record.turns and any(
-            _num_points(t.polygons) > budget and t.label == 1 for t in record.targets
-        )
-        masks: list[np.ndarray | None] = [None] * len(sizes)
-        if needs_masks:
-            masks = [load_mask(t, s, record.id, record.source) for t, s in zip(record.targets, sizes, strict=True)]
         processed = self._processed(record, sizes)
-        turns = self._turns(record, sizes, masks)
+        masks: list[np.ndarray | None] = [None] * len(sizes)
+        if any(self._needs_tracing(record, sizes, processed)):
+            masks = [load_mask(t, s, record.id, record.source) for t, s in zip(record.targets, sizes, strict=True)]
+        turns = self._turns(record, sizes, processed, masks)
         return len(self._encode(record, turns, processed)[0])
 
     def check_lengths(self) -> list[DataFormatError]:
@@ -159,22 +164,50 @@ class ForensicDataset(Dataset):
                 errors.append(error)
         return errors
 
+    def frames(self, sizes: Sequence[tuple[int, int]], processed: Sequence[tuple[int, int]]) -> list[PolygonFrame]:
+        """The frame of each image's polygons in an answer, from original and processed sizes (H, W)."""
+        coordinates = self.config.polygon_coordinates
+        return [PolygonFrame(coordinates, *pair) for pair in zip(sizes, processed, strict=True)]
+
     def _turns(
-        self, record: Record, sizes: Sequence[tuple[int, int]], masks: Sequence[np.ndarray | None]
+        self,
+        record: Record,
+        sizes: Sequence[tuple[int, int]],
+        processed: Sequence[tuple[int, int]],
+        masks: Sequence[np.ndarray | None],
     ) -> tuple[Turn, ...]:
         polygons: list[tuple[Polygon, ...]] = []
         if not record.turns:
             budget = self._polygon_budget(record)
-            for target, size, mask in zip(record.targets, sizes, masks, strict=True):
-                found = target.polygons
-                if target.label == 1 and mask is not None and _num_points(found) > budget:
-                    found = polygons_from_mask(mask, max_points=budget)
-                polygons.append(scale_polygons(found or (), size, processed_size(size, self.processor.image_processor)))
+            tracing = self._needs_tracing(record, sizes, processed)
+            frames = self.frames(sizes, processed)
+            for target, frame, mask, is_traced in zip(record.targets, frames, masks, tracing, strict=True):
+                found = budget.trace(mask, frame) if is_traced and mask is not None else target.polygons
+                polygons.append(frame.write(found or ()))
         return conversation(record, self.template, self.tokens, self.config.layout, polygons)
 
-    def _polygon_budget(self, record: Record) -> int:
-        """Points one image's polygons may have in the answer."""
-        return max(self.config.max_polygon_points // max(len(record.images), 1), 4)
+    def _needs_tracing(
+        self, record: Record, sizes: Sequence[tuple[int, int]], processed: Sequence[tuple[int, int]]
+    ) -> list[bool]:
+        """Of each image whether the polygons of its answer are made from its mask: it has none, or too many."""
+        if record.turns:
+            return [False] * len(record.targets)
+        budget = self._polygon_budget(record)
+        return [
+            target.label == 1 and (target.polygons is None or not budget.admits(target.polygons, frame))
+            for target, frame in zip(record.targets, self.frames(sizes, processed), strict=True)
+        ]
+
+    def _polygon_budget(self, record: Record) -> PolygonBudget:
+        """What one image's polygons may take of the answer: an equal share of the record's budget."""
+        num_images = max(len(record.images), 1)
+        if self.config.max_polygon_tokens is None:
+            return PolygonBudget(max(self.config.max_polygon_points // num_images, MIN_POINTS))
+        tokens = max(self.config.max_polygon_tokens // num_images, MIN_TOKENS)
+        return PolygonBudget(tokens, self._count_polygon_tokens)
+
+    def _count_polygon_tokens(self, polygons: Sequence[Polygon]) -> int:
+        return len(self.processor.tokenizer.encode(polygon_text(polygons), add_special_tokens=False))
 
     def _processed(self, record: Record, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """`processed_size` of each image.
@@ -285,20 +318,8 @@ def spread(records: Sequence[Record], count: int) -> list[Record]:
     return [records[i * len(records) // count] for i in range(count)]
 
 
-def scale_polygons(
-    polygons: Iterable[Polygon], from_hw: tuple[int, int], to_hw: tuple[int, int]
-) -> tuple[Polygon, ...]:
-    """Polygons of an image of size `from_hw` in the frame of its resized copy."""
-    y_scale, x_scale = to_hw[0] / from_hw[0], to_hw[1] / from_hw[1]
-    return tuple(tuple((x * x_scale, y * y_scale) for x, y in polygon) for polygon in polygons)
-
-
 def _repeat(records: list[Record], count: int) -> list[Record]:
     return [records[i % len(records)] for i in range(count)]
-
-
-def _num_points(polygons: Sequence[Polygon] | None) -> float:
-    return float("inf") if polygons is None else sum(len(polygon) for polygon in polygons)
 
 
 def _warn_of_leaks(records: Sequence[Record], tokens: SpecialTokens) -> None:

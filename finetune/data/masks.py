@@ -7,7 +7,7 @@ half-integers. A pixel is in a polygon when its centre lies inside by the even-o
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -130,27 +130,42 @@ def rasterize_polygons(polygons: Sequence[Polygon], size_hw: tuple[int, int]) ->
     return mask
 
 
-def polygons_from_mask(mask: np.ndarray, max_points: int = 64, min_area: float = 16.0) -> tuple[Polygon, ...]:
+def polygons_from_mask(
+    mask: np.ndarray,
+    max_points: int = 64,
+    min_area: float = 16.0,
+    *,
+    max_rings: int | None = None,
+    fits: Callable[[tuple[Polygon, ...]], bool] | None = None,
+) -> tuple[Polygon, ...]:
     """The regions of a mask as polygons, largest first, simplified until all together have at most `max_points` points.
 
     Contours run along pixel edges (8-connected), so `rasterize_polygons` gives the mask back where the budget allows.
     Holes are joined to their region by a seam of zero width. Douglas-Peucker with about the smallest common tolerance
-    that fits. Left out, but never the largest: the smallest regions and holes beyond `max_points` / 4 in number, and
-    those that no longer have three points.
+    that fits. Left out, but never the largest: the smallest regions and holes beyond `max_rings` in number, and those
+    that no longer have three points.
 
     Args:
         mask: (H, W), non-zero = tampered.
         max_points: >= 4, all regions together.
         min_area: in pixels; smaller regions and holes are left out.
+        max_rings: at most this many regions and holes; `max_points` / 4 if None.
+        fits: a second bound on the polygons, e.g. on the tokens of their text; the box of the largest region, which
+            is what remains where nothing finer fits, is not asked about.
     """
     if max_points < 4:
         raise ValueError(f"a region needs up to 4 points, max_points is {max_points}")
-    regions = _contour_regions(_without_specks(np.asarray(mask) != 0, min_area), max_points // 4)
+    rings_kept = max_points // 4 if max_rings is None else max_rings
+    regions = _contour_regions(_without_specks(np.asarray(mask) != 0, min_area), rings_kept)
     if not regions:
         return ()
+
+    def is_small_enough(candidate: list[list[np.ndarray]]) -> bool:
+        return _num_points(candidate) <= max_points and (fits is None or not candidate or fits(_joined(candidate)))
+
     simplified = _simplify(regions, 0.0)
     tolerance = 0.5
-    while _num_points(simplified) > max_points:  # coarser and coarser, each from the last: few points are left soon
+    while not is_small_enough(simplified):  # coarser and coarser, each from the last: few points are left soon
         finer, simplified = simplified, _simplify(simplified, tolerance)
         tolerance *= 2
     if tolerance > 0.5:
@@ -158,15 +173,14 @@ def polygons_from_mask(mask: np.ndarray, max_points: int = 64, min_area: float =
         for _ in range(8):
             middle = (low + high) / 2
             candidate = _simplify(finer, middle)
-            if _num_points(candidate) <= max_points:
+            if is_small_enough(candidate):
                 high, simplified = middle, candidate
             else:
                 low = middle
     if not simplified:
         (x0, y0), (x1, y1) = regions[0][0].min(axis=0), regions[0][0].max(axis=0)
         simplified = [[np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])]]
-    joined = [functools.reduce(_join, rings) for rings in simplified]
-    return tuple(tuple((float(x), float(y)) for x, y in ring) for ring in joined)
+    return _joined(simplified)
 
 
 def resize_mask(mask: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
@@ -303,6 +317,12 @@ def _simplify(regions: list[list[np.ndarray]], tolerance: float) -> list[list[np
 def _num_points(regions: list[list[np.ndarray]]) -> int:
     """Points of all regions once their holes are joined in; a seam repeats two points."""
     return sum(sum(map(len, rings)) + 2 * (len(rings) - 1) for rings in regions)
+
+
+def _joined(regions: list[list[np.ndarray]]) -> tuple[Polygon, ...]:
+    """One polygon per region, its holes attached."""
+    rings = [functools.reduce(_join, region) for region in regions]
+    return tuple(tuple((float(x), float(y)) for x, y in ring) for ring in rings)
 
 
 def _join(outer: np.ndarray, hole: np.ndarray) -> np.ndarray:

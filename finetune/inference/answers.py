@@ -1,25 +1,41 @@
 """Generated answers read back through the template they were written with: one parsed answer per image.
 
 The strict parser is `finetune.metrics.text.parse_answer`; here the template's own words and the looser form of
-`text_first` (`"result": real` without quotes) are brought to what it reads.
+`text_first` (`"result": real` without quotes) are brought to what it reads, and coordinates back to the original image.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from collections.abc import Sequence
 
+from finetune.data.answer_polygons import PolygonFrame
 from finetune.data.chat import Template
 from finetune.metrics.text import RESULT_WORDS, ParsedAnswer, parse_answer
 
 
-def read_answers(text: str, template: Template, num_images: int) -> list[ParsedAnswer] | None:
+def read_answers(
+    text: str, template: Template, num_images: int, frames: Sequence[PolygonFrame] | None = None
+) -> list[ParsedAnswer] | None:
     """One answer per image, or None where the text is not what the template asks for.
 
     Args:
         text: generated answer without forensic tokens; for several images a JSON list of objects.
+        frames: of each image, what its coordinates were written in; the polygons are then in pixels of the upright
+            original image (unrounded, not clipped to it). Without frames they stay as written.
     """
-    text = canonical(text, template)
+    answers = _parse_all(canonical(text, template), template, num_images)
+    if answers is None or frames is None:
+        return answers
+    return [
+        dataclasses.replace(answer, polygons=frame.read(answer.polygons))
+        for answer, frame in zip(answers, frames, strict=True)
+    ]
+
+
+def _parse_all(text: str, template: Template, num_images: int) -> list[ParsedAnswer] | None:
     if num_images == 1:
         answer = parse_answer(text, required=_required(template))
         return None if answer is None else [answer]

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from finetune.inference.visualization import save_mask_png
-from finetune.schema import Prediction
+from finetune.schema import Polygon, Prediction
 
 
 class PredictionWriter:
     """Writes one line per prediction as it comes; a context manager.
 
-    A line: `{id, image_path, label, score, mask_path, polygons, text, parse_ok, size_hw}`; `label` is the verdict (0
-    real, 1 tampered), `mask_path` is relative to the folder and null without a mask, its pixels are scores times 255,
-    polygons are `[[[x, y], ...], ...]` in pixels of the original image.
+    A line: `{id, image_path, label, score, mask_path, polygons, text, parse_ok, text_polygons, size_hw}`; `label` is
+    the verdict (0 real, 1 tampered), `mask_path` is relative to the folder and null without a mask, its pixels are
+    scores times 255. Polygons are `[[[x, y], ...], ...]` in pixels of the original image; `text_polygons` are those the text
+    states, null where it could not be read.
     """
 
     def __init__(self, out_dir: str | Path) -> None:
@@ -63,8 +65,13 @@ def as_line(prediction: Prediction, mask_path: str | None) -> dict[str, Any]:
         "label": prediction.label,
         "score": round(prediction.score, 6),
         "mask_path": mask_path,
-        "polygons": [[[round(x, 1), round(y, 1)] for x, y in polygon] for polygon in prediction.polygons],
+        "polygons": _points(prediction.polygons),
         "text": prediction.text,
         "parse_ok": prediction.parse_ok,
+        "text_polygons": None if prediction.text_polygons is None else _points(prediction.text_polygons),
         "size_hw": list(prediction.size_hw),
     }
+
+
+def _points(polygons: Sequence[Polygon]) -> list[list[list[float]]]:
+    return [[[round(x, 1), round(y, 1)] for x, y in polygon] for polygon in polygons]

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.config import GenerationConfig
+from finetune.data.answer_polygons import Coordinates, PolygonFrame
 from finetune.data.chat import Segment, Template, encode, load_template, prompt, segments
 from finetune.data.collator import MODEL_KEYS, ForensicCollator
 from finetune.data.dataset import Sample, num_image_tokens, processed_size
@@ -73,6 +74,8 @@ class Predictor:
         self.generation = generation or GenerationConfig()
         self.template = template or trained_template(bundle)
         self.layout = layout or bundle.settings.get("layout", "tokens_first")
+        # Folders written before there was a choice hold pixels of the resized image.
+        self.coordinates: Coordinates = bundle.settings.get("polygon_coordinates", "absolute")
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.model: Any = bundle.model.to(self.device).eval()
         self.collator = ForensicCollator(bundle.processor, bundle.tokens, padding_side="left")
@@ -217,7 +220,7 @@ class Predictor:
     ) -> Iterator[list[Prediction]]:
         first = 0
         for query, pictures, text in zip(queries, images, texts, strict=True):
-            answers = read_answers(text, self.template, len(pictures)) if text else None
+            answers = read_answers(text, self.template, len(pictures), self._frames(pictures)) if text else None
             results = []
             for k, picture in enumerate(pictures):
                 score, mask = heads.scores[first + k], heads.masks[first + k]
@@ -236,10 +239,17 @@ class Predictor:
                         parse_ok=answer is not None,
                         size_hw=(picture.height, picture.width),
                         text_label=None if answer is None else answer.label,
+                        text_polygons=None if answer is None else answer.polygons,
                     )
                 )
             first += len(pictures)
             yield results
+
+    def _frames(self, pictures: Sequence[Image.Image]) -> list[PolygonFrame]:
+        """What the coordinates of each image's answer are counted in."""
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        image_processor = self.bundle.processor.image_processor
+        return [PolygonFrame(self.coordinates, size, processed_size(size, image_processor)) for size in sizes]
 
     def _polygons(self, mask: np.ndarray | None) -> tuple[Polygon, ...]:
         if mask is None:

@@ -104,6 +104,7 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
     bundle.settings = {
         "template": train_set.template.to_dict(),
         "layout": config.data.layout,
+        "polygon_coordinates": config.data.polygon_coordinates,
         "trained": {key: record[key] for key in ("seed", "config_hash", "commit", "data_hash")},
     }
     if is_main:

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from finetune.config import DataConfig, SourceConfig
+from finetune.data.answer_polygons import scale_polygons
 from finetune.data.collator import MODEL_KEYS, ForensicCollator
 from finetune.data.dataset import (
     ForensicDataset,
     load_dataset,
     processed_size,
     read_sources,
-    scale_polygons,
     spread,
 )
 from finetune.data.readers import read_records

@@ -49,6 +49,7 @@ def test_training_leaves_a_model_its_record_and_its_curves(run_dir: Path) -> Non
     assert (run_dir / "best" / "model.safetensors").is_file()
     settings = json.loads((run_dir / "best" / "forensics.json").read_text())
     assert settings["layout"] == "tokens_first"
+    assert settings["polygon_coordinates"] == "absolute"
     assert settings["template"]["prompts"]
     record = json.loads((run_dir / "run_record.json").read_text())
     assert record["steps"] == 3
