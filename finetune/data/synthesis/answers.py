@@ -1,7 +1,7 @@
 """Words and polygons for the answer of a generated sample, made from its mask and provenance only.
 
-Evidence says what was done, where, and how hard it is to see; several phrasings, Chinese and English.
-No chat templates here.
+Evidence says what was done, where, and how hard it is to see; several phrasings, Chinese and English. Conversations are
+in `conversations`, chat templates in finetune.data.chat.
 """
 
 from __future__ import annotations
@@ -10,18 +10,28 @@ from typing import Any
 
 import cv2
 import numpy as np
-from skimage.draw import polygon as fill_polygon
+
+from finetune.data.masks import polygons_from_mask
 
 LANGUAGES = ("zh", "en")
+EVIDENCE_DETAILS = ("short", "full")
 IntPolygon = list[list[int]]
 """[[x, y], ...] in whole pixels of the image's own frame, (0, 0) the corner of the first pixel; the last point is not
 repeated."""
+PLACES = (
+    ("upper left", "top", "upper right"),
+    ("left", "centre", "right"),
+    ("lower left", "bottom", "lower right"),
+)
+"""Names of the nine fields of an image in provenance, row by row."""
+LEVELS = ("easy", "medium", "hard")
+"""How hard an edit is to see, in provenance."""
 
 _PLACES = {
     "zh": (("左上", "上方", "右上"), ("左侧", "中央", "右侧"), ("左下", "下方", "右下")),
-    "en": (("upper left", "top", "upper right"), ("left", "centre", "right"), ("lower left", "bottom", "lower right")),
+    "en": PLACES,
 }
-_LEVELS = {"zh": ("易", "中", "难"), "en": ("easy", "medium", "hard")}
+_LEVELS = {"zh": ("易", "中", "难"), "en": LEVELS}
 _FINDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "zh": {
         "splice": ("{place}区域的噪声与压缩痕迹和周围不一致，疑似由另一张照片拼接而来",
@@ -33,6 +43,12 @@ _FINDINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "erase": ("{place}区域纹理模糊、噪声消失，疑似有物体被擦除后修补填充",
                   "{place}的内容被移除，由周围像素填补，细节呈涂抹状",
                   "{place}缺少自然的传感器噪声，判断为擦除修补"),
+        "remove": ("{place}的内容被移除，用画面中相似的纹理填补，属于内容识别填充",
+                   "{place}由图中别处的小块纹理拼补而成，判断为移除后填充",
+                   "{place}原有内容被去掉，填充的纹理在附近可以找到相同的小块"),
+        "inpaint_diffusion": ("{place}的内容由生成模型重绘，噪声与周围的传感器噪声不同",
+                              "{place}是扩散模型局部生成的内容，判断为生成式修补",
+                              "{place}区域由生成式编辑填入，细节不是相机拍摄所得"),
         "retouch.smooth": ("{place}被局部磨皮模糊，细节与噪声少于周围", "{place}区域经过局部平滑处理，清晰度低于四周"),
         "retouch.grain": ("{place}被局部添加噪点，颗粒明显强于周围", "{place}的颗粒强度与四周不一致，疑似局部加噪"),
         "retouch.tone": ("{place}经过局部调色与重采样，明暗和清晰度与周围不连贯",
@@ -51,6 +67,12 @@ _FINDINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "erase": ("texture in the {place} is smeared and noise is gone: something was erased and filled in",
                   "content was removed from the {place} and filled from the surrounding pixels",
                   "the {place} lacks natural sensor noise, which points to inpainting"),
+        "remove": ("content of the {place} was removed and filled with texture of the picture: content-aware fill",
+                   "the {place} is patched together from small pieces of texture found elsewhere in the picture",
+                   "what stood in the {place} was taken out, its filling repeats small patches from nearby"),
+        "inpaint_diffusion": ("the {place} was repainted by a generative model, its noise is not that of the sensor",
+                              "the {place} was made by a diffusion model: generative inpainting",
+                              "a generative edit fills the {place}, its detail was not taken by a camera"),
         "retouch.smooth": ("the {place} was smoothed locally, with less detail and noise than its surroundings",
                            "local blur in the {place}, less sharp than the rest"),
         "retouch.grain": ("grain was added locally in the {place}, clearly stronger than around it",
@@ -62,104 +84,147 @@ _FINDINGS: dict[str, dict[str, tuple[str, ...]]] = {
                       "no local anomaly found, judged to be authentic"),
     },
 }  # fmt: skip
+_SIZES = {
+    "zh": ("面积较小", "面积中等", "面积较大"),
+    "en": ("a small area", "an area of medium size", "a large area"),
+}
+_SHARE = {"zh": "{size}，约占画面{percent}%", "en": "{size}, about {percent}% of the picture"}
+_SEMICOLON, _COMMA = {"zh": "；", "en": "; "}, {"zh": "，", "en": ", "}
+_SHAPES = {
+    "zh": {"ellipse": "形状接近椭圆", "polygon": "边界为直线段", "segment": "边界沿着画面内容"},
+    "en": {
+        "ellipse": "of elliptical shape",
+        "polygon": "with straight edges",
+        "segment": "its edge follows the content",
+    },
+}
+_COPIED_FROM = {"zh": "内容来自画面{place}", "en": "copied from the {place}"}
 _HARDNESS = {"zh": "；取证难易：{level}", "en": "; difficulty: {level}"}
 
 
-def place_words(mask: np.ndarray, language: str) -> str:
-    """Where the mask's largest piece is, on a 3×3 grid in words: `左上` / `upper left`.
+def describe_region(mask: np.ndarray) -> dict[str, Any]:
+    """Where a tampered region is and how large, as JSON values for the provenance.
 
     Args:
-        mask: (H, W) bool with at least one pixel.
-        language: `zh` or `en`.
+        mask: (H, W) bool of the finished image, at least one pixel.
+
+    Returns:
+        `place`: of the centre of the largest piece, a name of `PLACES`; `share`: of the image in (0, 1].
     """
     _, _, stats, centres = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     x, y = centres[1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())]
-    row, column = int(3 * y / mask.shape[0]), int(3 * x / mask.shape[1])
-    return _PLACES[language][min(row, 2)][min(column, 2)]
+    return {"place": _place_name(x / mask.shape[1], y / mask.shape[0]), "share": round(float(mask.mean()), 4)}
 
 
-def difficulty(operation: dict[str, Any], degradations: list[dict[str, Any]]) -> int:
-    """How hard the edit is to see: 0 easy, 1 medium, 2 hard; from its strength, its size and what came after it."""
+def source_place(mask: np.ndarray, operation: dict[str, Any], canvas_hw: tuple[int, int]) -> str | None:
+    """Where a copied piece came from, a name of `PLACES`; None where nothing was moved within the picture.
+
+    Args:
+        mask: (H, W) bool of the pasted region on the canvas.
+        operation: its provenance; `shift_xy` is how far the piece was moved, in pixels of the canvas.
+        canvas_hw: size of the picture at the operation.
+    """
+    if operation["name"] != "copy_move" or operation.get("mask_convention") != "target":
+        return None
+    rows, columns = np.nonzero(mask)
+    x, y = columns.mean() - operation["shift_xy"][0], rows.mean() - operation["shift_xy"][1]
+    return _place_name(x / canvas_hw[1], y / canvas_hw[0])
+
+
+def _place_name(x: float, y: float) -> str:
+    """Name of the field of a 3×3 grid that holds a point given in shares of width and height."""
+    return PLACES[min(max(int(3 * y), 0), 2)][min(max(int(3 * x), 0), 2)]
+
+
+def place_words(place: str, language: str) -> str:
+    """A name of `PLACES` in a language: `upper left` / `左上`."""
+    row = next(i for i, names in enumerate(PLACES) if place in names)
+    return _PLACES[language][row][PLACES[row].index(place)]
+
+
+def level_words(level: str, language: str) -> str:
+    """A name of `LEVELS` in a language: `easy` / `易`."""
+    return _LEVELS[language][LEVELS.index(level)]
+
+
+def size_words(region: dict[str, Any], language: str) -> str:
+    """How large a region is: in words below 5 %, below 15 % or above, and in per cent of the picture."""
+    share = region["share"]
+    size = _SIZES[language][0 if share < 0.05 else 1 if share < 0.15 else 2]
+    return _SHARE[language].format(size=size, percent=max(1, round(100 * share)))
+
+
+def difficulty(operation: dict[str, Any], degradations: list[dict[str, Any]]) -> str:
+    """How hard the edit is to see, a name of `LEVELS`; from its strength, its size and what came after it."""
     points = 0
     points += operation["mean_abs_change"] < 20
     points += operation["mean_abs_change"] < 8
     points += operation["area"] < 0.06
     points += bool(operation.get("colour_match", 0) > 0.5)
-    points += operation["name"] == "copy_move"
+    points += operation["name"] in ("copy_move", "remove", "inpaint_diffusion")  # texture of the picture's own kind
     points += any(
         step["name"] in ("double_jpeg", "noise", "blur", "resize_back") or step.get("quality", 100) < 80
         for step in degradations
     )
-    return 0 if points <= 1 else 1 if points == 2 else 2
+    return LEVELS[0 if points <= 1 else 1 if points == 2 else 2]
 
 
-def evidence_text(
-    mask: np.ndarray | None,
-    operation: dict[str, Any] | None,
-    degradations: list[dict[str, Any]],
-    language: str,
-    rng: np.random.Generator,
-) -> str:
+def evidence_text(provenance: dict[str, Any], language: str, rng: np.random.Generator, detail: str = "short") -> str:
     """One sentence of evidence.
 
     Args:
-        mask: (H, W) bool of the finished image, None when authentic.
-        operation: its provenance (`name` and the parameters of `operations.tamper`), None when authentic.
-        degradations: the plan that was applied; only the stated difficulty depends on it.
+        provenance: of one image, with `operation` (None when authentic), `region` and `difficulty`.
         language: `zh` or `en`.
         rng: chooses the phrasing.
+        detail: `short`: what, where, how hard to see; `full`: also how large, and shape and origin where known.
     """
-    if operation is None or mask is None:
-        choices = _FINDINGS[language]["authentic"]
-        return choices[int(rng.integers(len(choices)))]
-    name = operation["name"]
-    choices = _FINDINGS[language][f"retouch.{operation['kind']}" if name == "retouch" else name]
-    finding = choices[int(rng.integers(len(choices)))].format(place=place_words(mask, language))
-    return finding + _HARDNESS[language].format(level=_LEVELS[language][difficulty(operation, degradations)])
+    finding = finding_text(provenance, language, rng)
+    operation = provenance["operation"]
+    if operation is None:
+        return finding
+    if detail == "full":
+        finding += _SEMICOLON[language] + detail_text(provenance, language)
+    return finding + _HARDNESS[language].format(level=level_words(provenance["difficulty"], language))
 
 
-def mask_to_polygons(mask: np.ndarray, max_points: int = 24, min_area: float = 0.002) -> list[IntPolygon]:
+def finding_text(provenance: dict[str, Any], language: str, rng: np.random.Generator) -> str:
+    """What was done and where, or that nothing was found; arguments as of `evidence_text`."""
+    operation = provenance["operation"]
+    choices = _FINDINGS[language]["authentic" if operation is None else _finding_key(operation)]
+    place = "" if operation is None else place_words(provenance["region"]["place"], language)
+    return choices[int(rng.integers(len(choices)))].format(place=place)
+
+
+def detail_text(provenance: dict[str, Any], language: str) -> str:
+    """Size, shape and origin of a tampered region as far as the provenance holds them, as a clause to append."""
+    region, operation = provenance["region"], provenance["operation"]
+    parts = [size_words(region, language), _SHAPES[language].get(operation.get("shape", ""), "")]
+    if "source_place" in region:
+        parts.append(_COPIED_FROM[language].format(place=place_words(region["source_place"], language)))
+    return _COMMA[language].join(part for part in parts if part)
+
+
+def _finding_key(operation: dict[str, Any]) -> str:
+    return f"retouch.{operation['kind']}" if operation["name"] == "retouch" else str(operation["name"])
+
+
+def answer_polygons(mask: np.ndarray, max_points: int) -> list[IntPolygon]:
     """Outlines of a mask, simplified until all of them together have at most `max_points` points.
+
+    Pieces and holes under 0.2 % of the image are left out, unless that leaves nothing. `masks.rasterize_polygons` gives
+    the mask back.
 
     Args:
         mask: (H, W) bool.
-        max_points: budget over all polygons, >= 4; the smallest pieces are dropped when even triangles exceed it.
-        min_area: pieces smaller than this share of the image are left out, unless that leaves nothing.
-
-    Returns:
-        polygons from large to small, coordinates 0..W and 0..H on pixel corners, holes filled; [] for an empty mask.
+        max_points: >= 4.
     """
-    # On a doubled grid the outline runs a quarter pixel inside the true border, so rounding lands on pixel corners.
-    doubled = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
-    contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    outlines = [np.rint((contour[:, 0].astype(np.float32) + 0.5) / 2).astype(np.int32) for contour in contours]
-    outlines = sorted((line for line in outlines if len(line) >= 3), key=cv2.contourArea, reverse=True)
-    large = [line for line in outlines if cv2.contourArea(line) >= min_area * mask.size]
-    outlines = (large or outlines[:1])[: max(1, max_points // 3)]
-    epsilon = 0.5
-    while True:
-        simple = [cv2.approxPolyDP(line, epsilon, True)[:, 0] for line in outlines]
-        simple = [line for line in simple if len(line) >= 3]
-        if outlines and not simple:  # too thin for any outline: its bounding box
-            x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
-            return [[[x, y], [x + width, y], [x + width, y + height], [x, y + height]]]
-        if sum(len(line) for line in simple) <= max_points:
-            return [[[int(x), int(y)] for x, y in line] for line in simple]
-        epsilon *= 1.2
-
-
-def polygons_to_mask(polygons: list[IntPolygon], size_hw: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool: pixels whose centre (x + 0.5, y + 0.5) lies in any polygon. Inverse of `mask_to_polygons`."""
-    mask = np.zeros(size_hw, dtype=bool)
-    for points in polygons:
-        corners = np.asarray(points, dtype=np.float64)
-        rows, columns = fill_polygon(corners[:, 1] - 0.5, corners[:, 0] - 0.5, size_hw)
-        mask[rows, columns] = True
-    return mask
+    outlines = polygons_from_mask(mask, max_points, max(16.0, 0.002 * mask.size))
+    outlines = outlines or polygons_from_mask(mask, max_points, 0)
+    return [[[round(x), round(y)] for x, y in points] for points in outlines]  # they run on whole pixel edges
 
 
 def phrases(language: str) -> list[str]:
-    """Every sentence `evidence_text` can give, with each place and level: text a tokenizer can be trained on."""
+    """Every sentence that short evidence can hold, with each place and level: text a tokenizer can be trained on."""
     places = [place for row in _PLACES[language] for place in row]
     sentences = [s.format(place=place) for choices in _FINDINGS[language].values() for s in choices for place in places]
     return sentences + [_HARDNESS[language].format(level=level) for level in _LEVELS[language]]

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
-from finetune.data.synthesis.answers import LANGUAGES
+from finetune.config import load_config
+from finetune.data.synthesis.answers import EVIDENCE_DETAILS, LANGUAGES
+from finetune.data.synthesis.conversations import COORDINATES, RECORD_KINDS
 from finetune.data.synthesis.degradations import DEGRADATIONS
+from finetune.data.synthesis.image_files import IMAGE_FORMATS, METADATA
 from finetune.data.synthesis.operations import MASK_CONVENTIONS, OPERATIONS, OperationSettings
 from finetune.data.synthesis.regions import SHAPES
 from finetune.errors import ConfigError
@@ -35,8 +39,18 @@ class SynthConfig:
         no_degradation, two_degradations: chance of none; chance of two where there is any.
         grey_photo_weight: how often a grey photograph is the host, relative to a coloured scene.
         monochrome: chance that a coloured host is made grey.
-        language: of the evidence text: `zh`, `en`, or `both` (drawn per sample).
+        language: of the evidence text and of conversations: `zh`, `en`, or `both` (drawn per record).
+        evidence_detail: `short`: what was done, where, how hard to see; `full`: also how large, shape and origin.
+        record_kinds: records of each kind (`conversations.RECORD_KINDS`) per image; `single` at most 1. All kinds but
+            `single` are written to `{split}_instruct.jsonl`.
+        mix_photos: conversations about several images may take them from different photographs.
+        coordinates: in written conversations: `absolute` pixels, only for sizes that Qwen2.5-VL's resizing keeps;
+            `relative` thousandths; `words`: none.
         max_points: point budget of the polygons of one image.
+        image_format: container of the images, `png`, `jpeg` or `webp`; its parameters know no label.
+        image_quality: (least, largest) quality of a `jpeg` or `webp` container.
+        metadata: `strip` writes no EXIF; `carry` writes the host photograph's to both classes, without place,
+            orientation, thumbnail and software.
         photos_dir: the user's photographs; None for the packaged ones.
         held_out_fraction: share of a user's photographs held out for `eval`.
         workers: processes; 0 means one per core. Never changes the output.
@@ -70,7 +84,14 @@ class SynthConfig:
     grey_photo_weight: float = 0.4
     monochrome: float = 0.05
     language: str = "zh"
+    evidence_detail: str = "short"
+    record_kinds: dict[str, float] = field(default_factory=lambda: {"single": 1.0})
+    mix_photos: bool = False
+    coordinates: str = "absolute"
     max_points: int = 24
+    image_format: str = "png"
+    image_quality: tuple[int, int] = (80, 97)
+    metadata: str = "strip"
     photos_dir: str | None = None
     held_out_fraction: float = 0.25
     workers: int = 0
@@ -78,6 +99,10 @@ class SynthConfig:
     def __post_init__(self) -> None:
         if isinstance(self.operation_settings, Mapping):  # from YAML
             self.operation_settings = make_settings(self.operation_settings)
+        given = self.operation_settings.area_ranges
+        self.operation_settings = replace(
+            self.operation_settings, area_ranges={**OperationSettings().area_ranges, **given}
+        )
         self.sizes_hw = tuple((int(height), int(width)) for height, width in self.sizes_hw)
         _require(
             min(self.num_train, self.num_eval, self.num_val) >= 0 and self.num_train + self.num_eval > 0,
@@ -96,6 +121,7 @@ class SynthConfig:
         _require(self.max_points >= 4, "max_points", self.max_points, ">= 4")
         _require(self.language in (*LANGUAGES, "both"), "language", self.language, "zh, en or both")
         _check_settings(self.operation_settings)
+        self._check_records_and_files()
         for name in ("tampered_fraction", "no_degradation", "two_degradations", "monochrome", "held_out_fraction"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a fraction in [0, 1]")
         for name, known in (("operations", OPERATIONS), ("degradations", DEGRADATIONS)):
@@ -104,6 +130,41 @@ class SynthConfig:
             _require(not unknown, name, unknown, f"names of {', '.join(known)}")
             _require(all(weight >= 0 for weight in weights.values()), name, weights, "weights >= 0")
         _require(sum(self.operations.values()) > 0, "operations", self.operations, "at least one weight above 0")
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether records of any kind but `single` are asked for."""
+        return any(share > 0 for kind, share in self.record_kinds.items() if kind != "single")
+
+    def _check_records_and_files(self) -> None:
+        kinds = self.record_kinds
+        unknown = sorted(set(kinds) - set(RECORD_KINDS))
+        _require(not unknown, "record_kinds", unknown, f"names of {', '.join(RECORD_KINDS)}")
+        _require(
+            bool(kinds) and min(kinds.values()) >= 0 and max(kinds.values()) > 0 and kinds.get("single", 0) <= 1,
+            "record_kinds",
+            kinds,
+            "records per image >= 0, not all 0, single at most 1",
+        )
+        for name, known in (
+            ("evidence_detail", EVIDENCE_DETAILS),
+            ("coordinates", COORDINATES),
+            ("image_format", tuple(IMAGE_FORMATS)),
+            ("metadata", METADATA),
+        ):
+            _require(getattr(self, name) in known, name, getattr(self, name), " or ".join(known))
+        least, largest = self.image_quality = (int(self.image_quality[0]), int(self.image_quality[1]))
+        _require(1 <= least <= largest <= 100, "image_quality", self.image_quality, "1 <= least <= largest <= 100")
+
+
+def load_synth_config(path: str | Path, overrides: Sequence[str] = ()) -> SynthConfig:
+    """The configuration of a YAML file whose top-level keys are the fields of `SynthConfig`, e.g.
+    configs/data/synth_default.yaml, with `key.sub=value` overrides.
+
+    Raises:
+        ConfigError: file missing or not YAML, unknown key (with the nearest known one), value that cannot be used.
+    """
+    return load_config(path, overrides, SynthConfig)
 
 
 def _require(good: bool, name: str, found: object, expected: str) -> None:

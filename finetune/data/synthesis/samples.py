@@ -1,0 +1,160 @@
+"""One generated image: which host, size, post-processing and operation its task means, made in memory.
+
+Every sample has its own generator seeded by (seed, split, index), so it depends on nothing made before it. No files are
+written here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import cv2
+import numpy as np
+
+from finetune.data.synthesis.config import SynthConfig
+from finetune.data.synthesis.degradations import apply_plan, canvas_size, draw_plan
+from finetune.data.synthesis.image_files import draw_container
+from finetune.data.synthesis.operations import OPERATIONS, Donor, NoVisibleEditError, tamper
+from finetune.data.synthesis.photos import SPLITS, Photo, PhotoSet, develop
+from finetune.errors import DataFormatError
+
+
+@dataclass(frozen=True)
+class SampleTask:
+    """One image to make.
+
+    Args:
+        split, index: where in the set it stands.
+        operation: how it is tampered, None for an authentic image.
+        pair: index that gives the picture before the operation, shared by the two images of a pair; None: `index`.
+    """
+
+    split: str
+    index: int
+    operation: str | None = None
+    pair: int | None = None
+
+    @property
+    def id(self) -> str:
+        """`train-000123`; says nothing about the label."""
+        return f"{self.split}-{self.index:06d}"
+
+    def seed(self, config: SynthConfig) -> list[int]:
+        """Of host, size, degradations, container and edit."""
+        return [config.seed, SPLITS.index(self.split), self.index if self.pair is None else self.pair]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated image in memory.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, finished.
+        mask: (H, W) bool of the finished image, None when authentic.
+        photo: the host photograph.
+        provenance: JSON values.
+        host, edited, edited_mask: the picture before and after the operation and its mask, all before post-processing
+            and on its canvas; for checks.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray | None
+    photo: Photo
+    provenance: dict[str, Any]
+    host: np.ndarray
+    edited: np.ndarray
+    edited_mask: np.ndarray | None
+
+
+def plan_tasks(config: SynthConfig, split: str) -> list[SampleTask]:
+    """The samples of one split in order: exact counts of both classes and of each operation, in random places.
+
+    With `config.paired` the training split's authentic and tampered images are two by two of the same picture, as far
+    as there are as many of both; either may stand first, and the number of the first is the pair's.
+    """
+    count = {"train": config.num_train, "eval": config.num_eval, "val": config.num_val}[split]
+    tampered = round(config.tampered_fraction * count)
+    names = [name for name in OPERATIONS if config.operations.get(name, 0) > 0]
+    weights = np.array([config.operations[name] for name in names])
+    bounds = np.rint(np.cumsum(weights / weights.sum()) * tampered)
+    which = np.searchsorted(bounds, np.arange(count), side="right")  # len(names) = authentic
+    np.random.default_rng([config.seed, SPLITS.index(split)]).shuffle(which)
+    pairs: dict[int, int] = {}
+    if config.paired and split == "train":
+        is_authentic = which == len(names)
+        for couple in zip(np.flatnonzero(is_authentic), np.flatnonzero(~is_authentic), strict=False):
+            pairs.update(dict.fromkeys(map(int, couple), int(min(couple))))
+    return [SampleTask(split, i, (*names, None)[int(kind)], pairs.get(i)) for i, kind in enumerate(which)]
+
+
+def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Sample:
+    """Make one image in memory.
+
+    Size, degradations, container and host come from streams of their own, drawn before anything depends on the label.
+
+    Raises:
+        DataFormatError: the host is so flat that no operation shows in it.
+    """
+    seed = task.seed(config)
+    streams = np.random.SeedSequence(seed).spawn(4)
+    rng_plan, rng_host, rng_edit, rng_file = (np.random.default_rng(stream) for stream in streams)
+    final_hw = config.sizes_hw[int(rng_plan.integers(len(config.sizes_hw)))]
+    plan = draw_plan(rng_plan, config.degradations, config.no_degradation, config.two_degradations)
+    size_hw = canvas_size(plan, final_hw)
+    pool = photos.of(task.split)
+    photo = _draw_host(pool, rng_host, config.grey_photo_weight)
+    is_grey = photo.is_grey or bool(rng_host.random() < config.monochrome)
+    host, camera = develop(photo, size_hw, rng_host, is_grey)
+    provenance: dict[str, Any] = {
+        "source": camera,
+        "operation": None,
+        "degradations": plan,
+        "container": draw_container(config.image_format, config.image_quality, rng_file),
+        "size_hw": list(final_hw),
+        "seed": [config.seed, task.split, seed[-1]],
+    }
+    if task.pair is not None:
+        provenance["pair"] = f"{task.split}-{config.seed}-{task.pair:06d}"
+    if task.operation is None:
+        return Sample(apply_plan(host, plan, final_hw), None, photo, provenance, host, host, None)
+
+    def draw_donor(rng: np.random.Generator) -> Donor:
+        return develop(_draw_donor_photo(pool, photo, is_grey, rng), size_hw, rng, is_grey)
+
+    try:
+        result = tamper(host, task.operation, rng_edit, config.operation_settings, draw_donor)
+    except NoVisibleEditError as error:
+        raise DataFormatError(
+            str(error), record=task.id, field="photo", found=photo.name, fix="remove photographs that are nearly flat"
+        ) from error
+    provenance["operation"] = {"name": task.operation, **result.parameters}
+    image = apply_plan(result.image, plan, final_hw)
+    mask = result.mask
+    if mask.shape != tuple(final_hw):
+        mask = cv2.resize(mask.astype(np.float32), final_hw[::-1], interpolation=cv2.INTER_LINEAR) >= 0.5
+    return Sample(image, mask, photo, provenance, host, result.image, result.mask)
+
+
+def _draw_host(pool: Sequence[Photo], rng: np.random.Generator, grey_weight: float) -> Photo:
+    """One photograph; every scene counts once however many photographs it has, grey ones count `grey_weight`."""
+    return pool[int(rng.choice(len(pool), p=_host_chances(tuple((p.group, p.is_grey) for p in pool), grey_weight)))]
+
+
+@lru_cache(maxsize=4)
+def _host_chances(pool: tuple[tuple[str, bool], ...], grey_weight: float) -> np.ndarray:
+    scenes = Counter(group for group, _ in pool)
+    p = np.array([(grey_weight if is_grey else 1.0) / scenes[group] for group, is_grey in pool])
+    if p.sum() == 0:
+        p = np.ones(len(pool))
+    return p / p.sum()
+
+
+def _draw_donor_photo(pool: Sequence[Photo], host: Photo, is_grey: bool, rng: np.random.Generator) -> Photo:
+    """A photograph of another scene of the same split, coloured if the host is; the host itself when there is none."""
+    others = [photo for photo in pool if photo.group != host.group and (is_grey or not photo.is_grey)]
+    others = others or [host]
+    return others[int(rng.integers(len(others)))]
