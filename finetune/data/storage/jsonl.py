@@ -63,4 +63,4 @@ def wrong_files(list_path: Path, out_dir: Path, *, use_hashes: bool) -> Iterator
             digest, _, name = line.rstrip("\n").partition("  ")
             path = out_dir / name
             if not path.is_file() or (use_hashes and file_sha256(path) != digest):
-                yield name
+                yield name or list_path.name

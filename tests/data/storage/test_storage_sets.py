@@ -144,9 +144,8 @@ def test_a_jsonl_set_whose_first_lines_know_nothing_opens_by_its_card(tmp_path: 
 
 
 def test_the_schema_is_what_datasets_writes() -> None:
-    from datasets import Features
+    from datasets import Features, Json, List, Value
     from datasets import Image as ImageFeature
-    from datasets import Json, List, Value
 
     features = Features(
         {
