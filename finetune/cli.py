@@ -215,6 +215,9 @@ def _tiny(arguments: argparse.Namespace) -> int:
 def _synth_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for images, masks, train.jsonl, eval.jsonl")
     parser.add_argument(
+        "--config", metavar="YAML", help="e.g. configs/data/synth_instruct.yaml; options given here win"
+    )
+    parser.add_argument(
         "--photos", metavar="DIR", help="your own photographs (default: those shipped with scikit-image etc.)"
     )
     parser.add_argument("--num-train", type=int, metavar="N", help="training images (2000)")
@@ -224,11 +227,14 @@ def _synth_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="same seed, same bytes (default 0)")
     parser.add_argument("--workers", type=int, help="processes; 0 = one per core")
     parser.add_argument("--overwrite", action="store_true", help="replace a non-empty --out")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="e.g. num_train=500 record_kinds.multi_turn=0.3"
+    )
     parser.set_defaults(handler=_synth)
 
 
 def _synth(arguments: argparse.Namespace) -> int:
-    from finetune.data.synthesis.config import SynthConfig
+    from finetune.data.synthesis.config import load_synth_config
     from finetune.data.synthesis.generator import synthesize
 
     given = {
@@ -240,11 +246,16 @@ def _synth(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
         "workers": arguments.workers,
     }
-    config = SynthConfig(**{key: value for key, value in given.items() if value is not None})
+    options = {key: value for key, value in given.items() if value is not None}
+    config = load_synth_config(arguments.config, arguments.overrides, options)
     manifest = synthesize(config, arguments.out, overwrite=arguments.overwrite)
     for split, counts in manifest["counts"].items():
         kinds = ", ".join(f"{count} {name}" for name, count in counts["operations"].items())
         print(f"{split}: {counts['images']} images from {len(counts['groups'])} photographs: {kinds}")
+        if more := {kind: count for kind, count in counts["records"].items() if kind != "single"}:
+            print(f"{split}_instruct.jsonl: {', '.join(f'{count} {kind}' for kind, count in more.items())}")
+    for photo in manifest["rejected_photos"]:
+        print(f"left out {photo['name']}: {photo['reason']}", file=sys.stderr)
     print(f"wrote {arguments.out}")
     return 0
 

@@ -196,15 +196,16 @@ class RunConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[T] = RunConfig) -> T:  # type: ignore[assignment]
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), schema: type[T] = RunConfig) -> T:  # type: ignore[assignment]
     """Read a YAML file and apply `key.sub=value` overrides (values in YAML syntax).
 
     A top-level `extends: other.yaml` (relative to the file) is read first; mappings merge, everything else replaces.
+    Without a file (None) the overrides change the defaults.
 
     Raises:
         ConfigError: file missing or not YAML, unknown key (with the nearest known one), value of another type.
     """
-    tree = _read_tree(Path(path), seen=())
+    tree = {} if path is None else _read_tree(Path(path), seen=())
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
@@ -221,7 +222,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[T]
                 raise ConfigError(f"override {override!r}: '{parent}' is {shorten(child)}, not a section")
             node = child
         node[leaf] = parsed
-    return build(schema, tree, where=str(path))
+    return build(schema, tree, where="defaults" if path is None else str(path))
 
 
 def build(schema: type[T], tree: Mapping[str, Any], where: str = "config") -> T:

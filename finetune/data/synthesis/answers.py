@@ -197,11 +197,16 @@ def finding_text(provenance: dict[str, Any], language: str, rng: np.random.Gener
 
 def detail_text(provenance: dict[str, Any], language: str) -> str:
     """Size, shape and origin of a tampered region as far as the provenance holds them, as a clause to append."""
-    region, operation = provenance["region"], provenance["operation"]
-    parts = [size_words(region, language), _SHAPES[language].get(operation.get("shape", ""), "")]
-    if "source_place" in region:
-        parts.append(_COPIED_FROM[language].format(place=place_words(region["source_place"], language)))
-    return _COMMA[language].join(part for part in parts if part)
+    operation = provenance["operation"]
+    parts = [size_words(provenance["region"], language), _SHAPES[language].get(operation.get("shape", ""), "")]
+    return _COMMA[language].join(part for part in (*parts, origin_text(provenance, language)) if part)
+
+
+def origin_text(provenance: dict[str, Any], language: str) -> str:
+    """Where a copied piece came from, "" where nothing was copied within the picture or the provenance says not."""
+    if "source_place" not in provenance["region"]:
+        return ""
+    return _COPIED_FROM[language].format(place=place_words(provenance["region"]["source_place"], language))
 
 
 def _finding_key(operation: dict[str, Any]) -> str:

@@ -41,8 +41,8 @@ class SynthConfig:
         monochrome: chance that a coloured host is made grey.
         language: of the evidence text and of conversations: `zh`, `en`, or `both` (drawn per record).
         evidence_detail: `short`: what was done, where, how hard to see; `full`: also how large, shape and origin.
-        record_kinds: records of each kind (`conversations.RECORD_KINDS`) per image; `single` at most 1. All kinds but
-            `single` are written to `{split}_instruct.jsonl`.
+        record_kinds: records of each kind (`conversations.RECORD_KINDS`) per image; `single` is 1 where not given, and
+            at most 1. All other kinds are written to `{split}_instruct.jsonl`.
         mix_photos: conversations about several images may take them from different photographs.
         coordinates: in written conversations: `absolute` pixels, only for sizes that Qwen2.5-VL's resizing keeps;
             `relative` thousandths; `words`: none.
@@ -137,11 +137,11 @@ class SynthConfig:
         return any(share > 0 for kind, share in self.record_kinds.items() if kind != "single")
 
     def _check_records_and_files(self) -> None:
-        kinds = self.record_kinds
+        kinds = self.record_kinds = {"single": 1.0, **self.record_kinds}
         unknown = sorted(set(kinds) - set(RECORD_KINDS))
         _require(not unknown, "record_kinds", unknown, f"names of {', '.join(RECORD_KINDS)}")
         _require(
-            bool(kinds) and min(kinds.values()) >= 0 and max(kinds.values()) > 0 and kinds.get("single", 0) <= 1,
+            min(kinds.values()) >= 0 and max(kinds.values()) > 0 and kinds["single"] <= 1,
             "record_kinds",
             kinds,
             "records per image >= 0, not all 0, single at most 1",
@@ -157,14 +157,20 @@ class SynthConfig:
         _require(1 <= least <= largest <= 100, "image_quality", self.image_quality, "1 <= least <= largest <= 100")
 
 
-def load_synth_config(path: str | Path, overrides: Sequence[str] = ()) -> SynthConfig:
-    """The configuration of a YAML file whose top-level keys are the fields of `SynthConfig`, e.g.
-    configs/data/synth_default.yaml, with `key.sub=value` overrides.
+def load_synth_config(
+    path: str | Path | None, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None
+) -> SynthConfig:
+    """A configuration from a YAML file whose top-level keys are the fields of `SynthConfig`.
+
+    Args:
+        path: e.g. configs/data/synth_default.yaml; None for the defaults.
+        overrides: `key.sub=value`, values in YAML syntax.
+        options: fields by name, which win over both.
 
     Raises:
         ConfigError: file missing or not YAML, unknown key (with the nearest known one), value that cannot be used.
     """
-    return load_config(path, overrides, SynthConfig)
+    return replace(load_config(path, overrides, SynthConfig), **(options or {}))
 
 
 def _require(good: bool, name: str, found: object, expected: str) -> None:

@@ -25,7 +25,7 @@ PHRASES: dict[str, Phrases] = {
         "why.ask": ("判断依据是什么？", "为什么这样判断？", "请说明理由。"),
         "why.fake": ("{finding}。", "依据：{finding}。", "因为{finding}。"),
         "why.real": ("{finding}。", "依据：{finding}。"),
-        "sure.ask": ("你有多大把握？", "这个结论可靠吗？", "取证难度如何？"),
+        "sure.ask": ("你有多大把握？", "这个结论可靠吗？", "这个判断有多可靠？"),
         "sure.easy": ("把握很大，痕迹明显，取证难易：易。", "很有把握，改动容易看出；取证难易：易。"),
         "sure.medium": ("把握较大，痕迹不算明显，取证难易：中。", "比较有把握，需要仔细对比；取证难易：中。"),
         "sure.hard": ("把握有限，痕迹细微，取证难易：难。", "不能完全确定，改动很难看出；取证难易：难。"),
@@ -56,11 +56,11 @@ PHRASES: dict[str, Phrases] = {
             "{images}这两张图里有没有经过篡改的？是哪一张？",
         ),
         "comparison.real_fake": (
-            "前一张是真实图像, 后一张图像是伪造图像。{second}。",
+            "前一张是真实图像, 后一张图像是伪造图像。后一张：{second}。",
             "前一张真实，后一张经过篡改：{second}。",
         ),
         "comparison.fake_real": (
-            "前一张是伪造图像, 后一张图像是真实图像。{first}。",
+            "前一张是伪造图像, 后一张图像是真实图像。前一张：{first}。",
             "前一张经过篡改：{first}；后一张真实。",
         ),
         "comparison.same": ("两张是同一画面。", "两张图内容相同，只差一处改动。"),
@@ -114,7 +114,7 @@ PHRASES: dict[str, Phrases] = {
         "why.ask": ("What is the evidence?", "Why do you think so?", "Please give your reasons."),
         "why.fake": ("Evidence: {finding}.", "The reason: {finding}.", "What shows it: {finding}."),
         "why.real": ("Evidence: {finding}.", "The reason: {finding}."),
-        "sure.ask": ("How sure are you?", "Is this conclusion reliable?", "How hard was it to see?"),
+        "sure.ask": ("How sure are you?", "Is this conclusion reliable?", "How reliable is this judgement?"),
         "sure.easy": (
             "Very sure, the traces are plain; difficulty: easy.",
             "Quite certain, the edit is easy to see; difficulty: easy.",

@@ -14,7 +14,7 @@ import numpy as np
 from finetune.config import DataConfig
 from finetune.data.answer_polygons import Coordinates, PolygonFrame
 from finetune.data.chat import load_template, polygon_text, render_answer
-from finetune.data.synthesis.answers import LANGUAGES, detail_text, evidence_text, finding_text, place_words, size_words
+from finetune.data.synthesis.answers import LANGUAGES, evidence_text, finding_text, origin_text, place_words, size_words
 from finetune.data.synthesis.conversation_phrases import PHRASES, STEPS, TYPES
 from finetune.data.synthesis.photos import SPLITS
 from finetune.schema import ImageInput, ImageTarget, Polygon, Record
@@ -74,9 +74,8 @@ def multi_turn(image: JsonRecord, wording: Wording) -> list[Message]:
     turns = [wording.say("verdict.ask"), _verdict("verdict", operation, wording)]
     turns += [wording.say("where.ask"), _where(image, wording)]
     finding = wording.finding(provenance)
-    if operation is not None:
-        comma = "，" if wording.language == "zh" else ", "
-        finding += comma + detail_text(provenance, wording.language)
+    if operation is not None and (origin := origin_text(provenance, wording.language)):
+        finding += ("，" if wording.language == "zh" else ", ") + origin
     turns += [wording.say("why.ask"), wording.say(f"why.{label}", finding=finding)]
     certainty = provenance.get("difficulty") or ("real_processed" if history else "real")
     turns += [wording.say("sure.ask"), wording.say(f"sure.{certainty}", history=history)]

@@ -40,7 +40,7 @@ def write_record_files(config: SynthConfig, partial: PartialSet) -> tuple[dict[s
         if split == "eval":
             records = _annotate(records, annotations)
         name = f"{split}.jsonl"
-        hashes[name] = partial.write_lines(name, tally.records(_share(records, config.record_kinds.get("single", 0.0))))
+        hashes[name] = partial.write_lines(name, tally.records(_share(records, config.record_kinds["single"])))
         hashes[f"{split}/"] = tally.files.hexdigest()
         if config.has_conversations:
             name = f"{split}_instruct.jsonl"
