@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,12 @@ def photo_exif(path: str) -> tuple[bytes, dict[str, Any]]:
         "exposure_time": ..., ...}` with the tags that are there. Damaged EXIF gives b"" and `{"damaged": True}`.
     """
     try:
-        with Image.open(path) as file:
-            exif = file.getexif()
-            found = {tag: exif[tag] for tag in _MAIN_TAGS if tag in exif}
-            camera = {tag: value for tag, value in exif.get_ifd(_EXIF_IFD).items() if tag in _CAMERA_TAGS}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # Pillow warns of corrupt EXIF and gives what it could read
+            with Image.open(path) as file:
+                exif = file.getexif()
+                found = {tag: exif[tag] for tag in _MAIN_TAGS if tag in exif}
+                camera = {tag: value for tag, value in exif.get_ifd(_EXIF_IFD).items() if tag in _CAMERA_TAGS}
         carried = Image.Exif()
         for tag, value in found.items():
             carried[tag] = value
