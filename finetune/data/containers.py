@@ -17,7 +17,7 @@ from finetune.errors import DataFormatError
 
 Kind = Literal["images", "masks"]
 
-_MAX_OPEN_FILES = 8
+_MAX_OPEN_FILES = 4
 _PATH = re.compile(r"(.+\.parquet)#([0-9]+)/(images|masks)/([0-9]+)", re.DOTALL | re.IGNORECASE)
 _local = threading.local()
 

