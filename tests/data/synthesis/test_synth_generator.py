@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from finetune.cli import main
 from finetune.data.masks import rasterize_polygons
 from finetune.data.synthesis import SynthConfig, generator, synthesize
+from finetune.data.synthesis.config import load_synth_config
+from finetune.data.synthesis.conversations import RECORD_KINDS
 from finetune.data.synthesis.photos import find_photos
 from finetune.data.synthesis.samples import SampleTask, make_sample, plan_tasks
 from finetune.errors import ConfigError, DataFormatError, ForensicsError
@@ -191,16 +196,30 @@ def test_pairs_leave_the_other_splits_alone_and_cover_the_smaller_class(tmp_path
     assert len(seeds) == 14  # 6 pairs, 8 images of their own
 
 
-def test_same_bytes_for_one_and_two_workers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+def test_same_bytes_for_one_and_two_workers(image_format: str, tmp_path: Path) -> None:
+    kinds = {"multi_turn": 0.5, "comparison": 0.5, "multi_image": 0.2, "conclusion_only": 0.2, "paraphrase": 0.5}
+    config = SynthConfig(
+        num_val=0, num_train=40, num_eval=8, seed=2, language="both", record_kinds=kinds, image_format=image_format
+    )
     for workers in (1, 2):
-        synthesize(
-            SynthConfig(num_val=0, num_train=40, num_eval=8, seed=2, workers=workers),
-            tmp_path / str(workers),
-            progress=False,
-        )
+        synthesize(replace(config, workers=workers), tmp_path / str(workers), progress=False)
     assert digests(tmp_path / "1") == digests(tmp_path / "2")
-    synthesize(SynthConfig(num_val=0, num_train=40, num_eval=8, seed=4, workers=1), tmp_path / "other", progress=False)
-    assert digests(tmp_path / "1")["train.jsonl"] != digests(tmp_path / "other")["train.jsonl"]
+    synthesize(replace(config, seed=4, workers=1), tmp_path / "other", progress=False)
+    for name in ("train.jsonl", "train_instruct.jsonl"):
+        assert digests(tmp_path / "1")[name] != digests(tmp_path / "other")[name]
+
+
+def test_the_manifest_holds_the_hashes_of_what_is_there(data_set: Path) -> None:
+    manifest = json.loads((data_set / "manifest.json").read_text(encoding="utf-8"))
+    found = digests(data_set)
+    for split in ("train", "eval", "val"):
+        assert manifest["sha256"][f"{split}.jsonl"] == found[f"{split}.jsonl"]
+        listed = hashlib.sha256()
+        for record in read(data_set, split):
+            for name in (record["images"][0], record["masks"][0]):
+                listed.update(f"{name} {found[name]}\n".encode() if name in found else b"")
+        assert manifest["sha256"][f"{split}/"] == listed.hexdigest()
 
 
 def test_a_longer_set_keeps_its_hosts(tmp_path: Path) -> None:
@@ -261,6 +280,62 @@ def test_a_flat_user_photo_is_named(tmp_path: Path) -> None:
         synthesize(config, tmp_path / "set", progress=False)
 
 
+def test_refused_photographs_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for photo in find_photos().of("eval")[:3]:
+        Image.open(photo.path).save(tmp_path / f"{photo.group}.png")
+    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    arguments = ["--photos", str(tmp_path), "--num-train", "2", "--num-val", "0", "--num-eval", "1", "--workers", "1"]
+    assert main(["synth", "--out", str(tmp_path / "out" / "set"), *arguments]) == 0
+    assert "left out broken.jpg: " in capsys.readouterr().err
+    manifest = json.loads((tmp_path / "out" / "set" / "manifest.json").read_text(encoding="utf-8"))
+    assert [item["name"] for item in manifest["rejected_photos"]] == ["broken.jpg"]
+
+
+def test_ready_configurations_load(repo_root: Path) -> None:
+    folder = repo_root / "configs" / "data"
+    default = load_synth_config(folder / "synth_default.yaml")
+    assert default == SynthConfig()
+    listed = set(yaml.safe_load((folder / "synth_default.yaml").read_text(encoding="utf-8")))
+    assert listed == {item.name for item in fields(SynthConfig)} - {"operation_settings"}
+    instruct = load_synth_config(folder / "synth_instruct.yaml")
+    assert set(instruct.record_kinds) == set(RECORD_KINDS)
+    assert min(instruct.record_kinds.values()) > 0
+    assert replace(instruct, record_kinds={}, language="zh", evidence_detail="short") == default
+
+
+def test_options_win_over_overrides_and_overrides_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "synth.yaml"
+    path.write_text("seed: 3\nnum_train: 5\noperation_settings: {area_ranges: {splice: [0.1, 0.2]}}\n")
+    config = load_synth_config(path, ["num_train=6", "record_kinds.comparison=0.5"], {"num_train": 7, "num_eval": 1})
+    assert (config.seed, config.num_train, config.num_eval) == (3, 7, 1)
+    assert config.record_kinds == {"single": 1.0, "comparison": 0.5}
+    ranges = config.operation_settings.area_ranges
+    assert ranges["splice"] == (0.1, 0.2)
+    assert ranges["erase"] == SynthConfig().operation_settings.area_ranges["erase"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_trian: 5", r"unknown key 'num_trian'.*did you mean 'num_train'\?"),
+        ("operation_settings: {max_fether: 1}", r"unknown key 'operation_settings.max_fether'.*'max_feather'"),
+        ("num_train: many", "'num_train' is 'many'.*expected int"),
+        ("sizes_hw: [[224]]", r"'sizes_hw\[0\]' is \[224\]; expected a list of 2"),
+        ("record_kinds: {dialogue: 1}", "record_kinds.*expected names of single"),
+        ("image_format: tiff", "image_format is 'tiff', expected png or jpeg or webp"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "synth.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert main(["synth", "--out", str(tmp_path / "set"), "--config", str(path)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert re.search(message, lines[0])
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -271,6 +346,13 @@ def test_a_flat_user_photo_is_named(tmp_path: Path) -> None:
         {"degradations": {"jpg": 1.0}},
         {"sizes_hw": ()},
         {"language": "fr"},
+        {"record_kinds": {"single": 2.0}},
+        {"record_kinds": {"single": 0.0}},
+        {"record_kinds": {"comparison": -1.0}},
+        {"metadata": "keep"},
+        {"coordinates": "pixels"},
+        {"image_quality": (95, 80)},
+        {"evidence_detail": "long"},
         {"operation_settings": {"mask_convention": "source"}},
         {"operation_settings": {"area_ranges": {"splice": (0.3, 0.1)}}},
         {"operation_settings": {"feather": 1}},
