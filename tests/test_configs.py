@@ -104,7 +104,12 @@ def check_verb(arguments: list[str]) -> None:
     parsed = build_parser().parse_args(arguments)
     if getattr(parsed, "config", None):
         path = ROOT / parsed.config
-        load_config(path, parsed.overrides)
+        if arguments[0] == "synth":
+            from finetune.data.synthesis.config import load_synth_config
+
+            load_synth_config(path, parsed.overrides)
+        else:
+            load_config(path, parsed.overrides)
 
 
 @pytest.mark.parametrize(("document", "line"), commands(), ids=lambda value: value[:60])
@@ -123,6 +128,7 @@ def test_both_readmes_have_commands() -> None:
     [
         "forensics trian --config configs/train/quickstart.yaml",
         "forensics predict --modle x a.jpg",
+        "forensics synth --config configs/data/synth_default.yaml --out x num_trian=3",
         "bash script/sft_llm.sh configs/train/nothing.yaml",
         "bash script/sft_llm.sh configs/train/quickstart.yaml train.max_step=3",
         "bash script/quickstart.sh --secnods 3",
