@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("predict", "verdict, mask and text for images", _predict_arguments),
         ("evaluate", "metrics, predictions and an HTML report on a labelled data set", _evaluate_arguments),
         ("doctor", "check environment, data and configuration, all problems at once", _doctor_arguments),
+        ("preview", "show records as training sees them: supervised tokens, images with masks", _preview_arguments),
         ("tiny", "build the tiny Qwen2.5-VL that everything runs on offline", _tiny_arguments),
         ("synth", "make tampered and authentic images from photographs", _synth_arguments),
     ):
@@ -186,6 +187,41 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from finetune.training.doctor import doctor_command
 
     return doctor_command(arguments)
+
+
+# ---- preview ----
+
+
+def _preview_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", help="data file or folder of any format in data/README.md")
+    how = parser.add_argument_group("how records are rendered (default: no tokenizer, the default template)")
+    how.add_argument("--config", metavar="YAML", help="as this training configuration does")
+    how.add_argument("--model", metavar="DIR", help="as this trained folder was taught; no weights are read")
+    how.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="changes to --config or the defaults, e.g. data.template=en tokens.num_cls=32",
+    )
+    which = parser.add_argument_group("which records")
+    which.add_argument("--num", type=_positive, default=3, metavar="N", help="draw N records at random (default 3)")
+    which.add_argument("--id", nargs="+", metavar="ID", help="these records instead")
+    which.add_argument("--seed", type=int, default=0, help="same seed, same records (default 0)")
+    which.add_argument("--split", metavar="NAME", help="a split of the folder DATA, e.g. train")
+    which.add_argument("--data-root", metavar="DIR", help="image paths are relative to it")
+    which.add_argument("--format", default="auto", help="reader to use (default: recognised from the records)")
+    where = parser.add_argument_group("where to")
+    where.add_argument("--html", metavar="FILE", help="also write a page with larger pictures and the id of each token")
+    where.add_argument("--width", type=_positive, metavar="N", help="columns (default: the terminal's)")
+    where.add_argument("--no-color", action="store_true", help="marks instead of colours, as where output is piped")
+    parser.set_defaults(handler=_preview)
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    from finetune.inference.preview import preview_command
+
+    return preview_command(arguments)
 
 
 # ---- tiny ----

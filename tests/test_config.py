@@ -52,6 +52,13 @@ def test_empty_file_is_the_defaults(write: Any) -> None:
     assert load_config(write("﻿seed: 0\n")) == RunConfig()
 
 
+def test_overrides_alone_change_the_defaults() -> None:
+    assert load_config(None) == RunConfig()
+    assert load_config(None, ["data.template=en"]).data.template == "en"
+    with pytest.raises(ConfigError, match=r"defaults: unknown key 'data.templat' .*did you mean 'template'"):
+        load_config(None, ["data.templat=en"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

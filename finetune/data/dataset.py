@@ -91,6 +91,17 @@ class ForensicDataset(Dataset):
         Raises:
             DataFormatError: unreadable image or mask, or more than `max_length` tokens.
         """
+        sample, pieces, processed = self.rendered(index)
+        sample.input_ids, sample.labels = self._render(self.records[index], pieces, processed)
+        return sample
+
+    def rendered(self, index: int) -> tuple[Sample, list[Segment], list[tuple[int, int]]]:
+        """One record just before it becomes ids: the sample without them, the chat text, and each image's processed
+        (H, W).
+
+        Raises:
+            DataFormatError: unreadable image or mask.
+        """
         record = self.records[index]
         images = [load_image(image, record.id, record.source) for image in record.images]
         sizes = [(image.height, image.width) for image in images]
@@ -100,17 +111,17 @@ class ForensicDataset(Dataset):
             for target, size in zip(record.targets, sizes, strict=True)
         ]
         turns = self._turns(record, sizes, processed, masks)
-        input_ids, labels = self._encode(record, turns, processed)
         mask_sizes = processed if self.config.mask_resolution == "processed" else sizes
-        return Sample(
+        sample = Sample(
             record_id=record.id,
             images=images,
-            input_ids=input_ids,
-            labels=labels,
+            input_ids=[],
+            labels=[],
             cls_labels=[IGNORE_INDEX if t.label is None else t.label for t in record.targets],
             masks=[m if m is None else resize_mask(m, s) for m, s in zip(masks, mask_sizes, strict=True)],
             mask_sizes_hw=mask_sizes,
         )
+        return sample, segments(turns, self.template.system), processed
 
     @property
     def heads_may_read_answers(self) -> bool:
@@ -152,7 +163,7 @@ class ForensicDataset(Dataset):
         if any(self._needs_tracing(record, sizes, processed)):
             masks = [load_mask(t, s, record.id, record.source) for t, s in zip(record.targets, sizes, strict=True)]
         turns = self._turns(record, sizes, processed, masks)
-        return len(self._encode(record, turns, processed)[0])
+        return len(self._render(record, segments(turns, self.template.system), processed)[0])
 
     def check_lengths(self) -> list[DataFormatError]:
         """An error for every record that is too long, all at once, without decoding images."""
@@ -226,11 +237,6 @@ class ForensicDataset(Dataset):
                 expected="width and height within a factor of 200",
                 fix="crop the image, or remove the record",
             ) from error
-
-    def _encode(
-        self, record: Record, turns: Sequence[Turn], processed: Sequence[tuple[int, int]]
-    ) -> tuple[list[int], list[int]]:
-        return self._render(record, segments(turns, self.template.system), processed)
 
     def _render(
         self, record: Record, pieces: Sequence[Segment], processed: Sequence[tuple[int, int]]

@@ -17,8 +17,8 @@ class PredictionWriter:
 
     A line: `{id, image_path, label, score, mask_path, polygons, text, parse_ok, text_polygons, size_hw}`; `label` is
     the verdict (0 real, 1 tampered), `mask_path` is relative to the folder and null without a mask, its pixels are
-    scores times 255. Polygons are `[[[x, y], ...], ...]` in pixels of the original image; `text_polygons` are those the text
-    states, null where it could not be read.
+    scores times 255. Polygons are `[[[x, y], ...], ...]` in pixels of the original image; `text_polygons` are those
+    the text states, null where it could not be read.
     """
 
     def __init__(self, out_dir: str | Path) -> None:

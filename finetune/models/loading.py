@@ -96,11 +96,7 @@ def load_bundle(
     source = adapter or config.path
     _check_folder(source)
     saved = _saved_config(source)
-    processor = load_processor(source, min_pixels, max_pixels)
-    if saved is not None and saved.cls_token_ids:
-        tokens = SpecialTokens(saved.num_cls, saved.num_mask)
-    tokens = tokens or SpecialTokens()
-    new_ids = add_forensic_tokens(processor.tokenizer, tokens)
+    processor, tokens, new_ids = load_vocabulary(source, tokens, min_pixels, max_pixels)
     base_path = _base_model_path(adapter) if adapter and adapter == config.path else config.path
     _check_folder(base_path)
     if adapter and _saved_config(base_path) is None:  # a plain base lacks rows for the tokens the adapter brings
@@ -108,11 +104,37 @@ def load_bundle(
     model = _load_model(base_path, config, _model_settings(saved, heads, processor, tokens), device_map)
     _check_tokenizer(source, processor, model)
     grow_embeddings(model, len(processor.tokenizer), new_ids)
-    settings_file = Path(source) / SETTINGS
-    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+    settings = saved_settings(source)
     if adapter:
         return Bundle(load_adapter(model, adapter), processor, tokens, settings)
     return Bundle(model, processor, tokens, settings, has_new_heads=model.has_heads and saved is None)
+
+
+def load_vocabulary(
+    source: str | Path,
+    tokens: SpecialTokens | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> tuple[Any, SpecialTokens, list[int]]:
+    """What turns records into ids, without any weights: processor, forensic tokens, and their ids that are new.
+
+    A folder saved by this project has its own tokens; any other gets `tokens` or the default ones.
+
+    Raises:
+        ModelLoadError: as `load_processor` and `add_forensic_tokens`.
+    """
+    processor = load_processor(source, min_pixels, max_pixels)
+    saved = _saved_config(str(source))
+    if saved is not None and saved.cls_token_ids:
+        tokens = SpecialTokens(saved.num_cls, saved.num_mask)
+    tokens = tokens or SpecialTokens()
+    return processor, tokens, add_forensic_tokens(processor.tokenizer, tokens)
+
+
+def saved_settings(source: str | Path) -> dict[str, Any]:
+    """What other layers wrote beside a model (`Bundle.settings`); {} where there is nothing."""
+    file = Path(source) / SETTINGS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
