@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 from finetune.errors import ForensicsError
@@ -59,7 +62,7 @@ def ordered_map(
         yield from map(function, items)
         return
     source = iter(items)
-    executor = ProcessPoolExecutor(count, get_context("spawn"), initializer, initargs)
+    executor = ProcessPoolExecutor(count, get_context("spawn"), _start, (initializer, initargs))
     in_flight: deque[Future[list[R]]] = deque()
     try:
         while True:
@@ -72,6 +75,21 @@ def ordered_map(
         raise ForensicsError("a worker process was killed, perhaps for want of memory; use fewer --workers") from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)
+
+
+def _end_with(sentinel: int) -> None:
+    """A killed parent cannot end its workers, which would wait for items, or write files, for ever."""
+    wait([sentinel])
+    os._exit(1)
 
 
 def _apply(function: Callable[[T], R], items: list[T]) -> list[R]:

@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import multiprocessing
 import os
 import platform
-import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +67,7 @@ def synthesize(
     """
     out_dir = Path(os.path.abspath(out_dir))
     _check_target(out_dir, overwrite)
-    photos = find_photos(config.photos_dir, config.held_out_fraction)
+    photos = find_photos(config.photos_dir, config.held_out_fraction, config.workers, progress)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with locked(out_dir):
         partial = PartialSet(out_dir, {**_content(config, photos), "code": _code_hash()})
@@ -141,16 +137,6 @@ _context: dict[str, Any] = {}
 def _start_worker(config: SynthConfig, photos: PhotoSet, root: Path) -> None:
     cv2.setNumThreads(1)
     _context.update(config=config, photos=photos, root=root)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    """A killed parent cannot end its workers, which would wait for tasks, or write, for ever."""
-    wait([sentinel])
-    os._exit(1)
 
 
 def _make_one(task: SampleTask) -> Entry:
