@@ -17,7 +17,9 @@ from typing import Any
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
+from finetune.data.parallel import num_workers, ordered_map
 from finetune.data.synthesis.degradations import jpeg_round_trip, resize, to_uint8
 from finetune.errors import ForensicsError
 
@@ -28,6 +30,8 @@ MIN_PHOTO_SIDE = 128
 """Photographs with a shorter side are refused: they would have to be enlarged beyond recognition."""
 MAX_PHOTO_SIDE = 2048
 """Larger photographs are shrunk to this longer side when opened, to bound the memory of the cache."""
+MANY_PHOTOS = 32
+"""From twice this number on photographs are checked by several processes, each given at least this many."""
 
 _SKIMAGE, _SKLEARN, _MATPLOTLIB = ("skimage", "data"), ("sklearn", "datasets", "images"), ("matplotlib", "mpl-data")
 DEFAULT_PHOTOS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
@@ -85,13 +89,17 @@ class PhotoSet:
         return tuple(photo for photo in self.photos if photo.split == side)
 
 
-def find_photos(photos_dir: str | Path | None = None, held_out_fraction: float = 0.25) -> PhotoSet:
+def find_photos(
+    photos_dir: str | Path | None = None, held_out_fraction: float = 0.25, workers: int = 1, progress: bool = False
+) -> PhotoSet:
     """Find the photographs to work from, and decide which are held out.
 
     Args:
         photos_dir: folder searched recursively, or None for the packaged photographs.
         held_out_fraction: share of a user's photographs for `eval`, at least one and not all. The choice follows the
             hash of each file's content, not names or order. The packaged ones have a fixed assignment.
+        workers: processes that decode a user's photographs to check them; 0 means one per core.
+        progress: show a bar on stderr where there are many.
 
     Raises:
         ForensicsError: no such folder, or fewer than two usable photographs; names the refused files.
@@ -105,12 +113,13 @@ def find_photos(photos_dir: str | Path | None = None, held_out_fraction: float =
     found: list[tuple[str, str, str, bool]] = []
     rejected: list[dict[str, str]] = []
     seen: dict[str, str] = {}
-    for path in paths:
+    processes = max(1, min(num_workers(workers), len(paths) // MANY_PHOTOS))
+    outcomes = ordered_map(_inspect_or_refuse, paths, processes)
+    bar = tqdm(outcomes, total=len(paths), desc="photos", unit="file", disable=not progress or processes == 1)
+    for path, (digest, is_grey, reason) in zip(paths, bar, strict=True):
         name = path.relative_to(root).as_posix()
-        try:
-            digest, is_grey = _inspect(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            rejected.append({"name": name, "reason": str(error).replace(str(root), "").strip() or type(error).__name__})
+        if reason:
+            rejected.append({"name": name, "reason": reason.replace(str(root), "").strip()})
             continue
         if digest in seen:
             rejected.append({"name": name, "reason": f"same content as {seen[digest]}"})
@@ -151,6 +160,14 @@ def _default_photos() -> PhotoSet:
             " matplotlib, or give your own folder with --photos"
         )
     return found
+
+
+def _inspect_or_refuse(path: Path) -> tuple[str, bool, str]:
+    """`_inspect`, and "" or the reason why the photograph cannot be used."""
+    try:
+        return *_inspect(path), ""
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return "", False, str(error) or type(error).__name__
 
 
 def _inspect(path: Path) -> tuple[str, bool]:

@@ -53,6 +53,19 @@ def test_bad_files_are_reported_by_name_and_duplicates_dropped(tmp_path: Path) -
     assert not any(str(tmp_path) in item["reason"] for item in photos.rejected)
 
 
+def test_many_photos_are_checked_by_several_processes_with_the_same_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finetune.data.synthesis.photos.MANY_PHOTOS", 3)
+    for seed in range(6):
+        save_texture(tmp_path / f"{seed}.png", seed)
+    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    alone, together = (find_photos(tmp_path, workers=workers, progress=True) for workers in (1, 2))
+    assert alone == together
+    assert [item["name"] for item in together.rejected] == ["broken.jpg"]
+    assert "photos: 100%" in capsys.readouterr().err
+
+
 def test_too_few_photos_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ForensicsError, match="does not exist"):
         find_photos(tmp_path / "nowhere")
