@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import RunConfig, SourceConfig, config_hash, to_dict
+from finetune.data.storage import is_stored, stored_hash
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "trl", "datasets", "numpy", "pillow")
 
@@ -58,8 +59,10 @@ def commit() -> str | None:
 
 
 def file_hash(path: str) -> str | None:
-    """First twelve hex digits of a file's SHA-256, None if there is no such file."""
+    """First twelve hex digits of the SHA-256 of a data file, or of the hashes of a stored split's files; else None."""
     file = Path(path)
+    if is_stored(path):
+        return stored_hash(path)[:12]
     if not file.is_file():
         return None
     digest = hashlib.sha256()

@@ -5,7 +5,7 @@ Without torch; pyarrow is imported when the first Parquet file is opened.
 
 from finetune.data.storage.encoding import EncodedRecord, ImageOptions, prepare_payload
 from finetune.data.storage.manifest import SetInfo, read_manifest
-from finetune.data.storage.reading import is_stored, iter_stored, stored_files, stored_splits
+from finetune.data.storage.reading import is_stored, iter_stored, stored_files, stored_hash, stored_splits
 from finetune.data.storage.serialization import json_text, record_to_json
 from finetune.data.storage.writer import SplitWriter, open_writer
 
@@ -22,5 +22,6 @@ __all__ = [
     "read_manifest",
     "record_to_json",
     "stored_files",
+    "stored_hash",
     "stored_splits",
 ]

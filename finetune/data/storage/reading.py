@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.data.storage.atomic import file_sha256
 from finetune.data.storage.manifest import read_manifest
 from finetune.data.storage.parquet import iter_rows
 from finetune.errors import DataFormatError
@@ -78,6 +80,24 @@ def stored_files(path: str | os.PathLike[str]) -> list[Path]:
     if files is None:
         raise DataFormatError("data file not found", source=path.name, found=str(path), fix="check the path")
     return files
+
+
+def stored_hash(path: str | os.PathLike[str]) -> str:
+    """One SHA-256 of the files a path stands for; that of Parquet shards is taken from the manifest.
+
+    Raises:
+        DataFormatError: as `stored_files`.
+    """
+    digest = hashlib.sha256()
+    for file in stored_files(path):
+        manifest = read_manifest(file.parent) or {"splits": {}}
+        shards = [shard for entry in manifest["splits"].values() for shard in entry["shards"]]
+        known = {(shard["file"], shard["bytes"]): str(shard["sha256"]) for shard in shards}
+        found = (
+            known.get((file.name, file.stat().st_size)) if file.suffix == ".parquet" else None
+        )  # JSONL may be edited
+        digest.update((found or file_sha256(file)).encode())
+    return digest.hexdigest()
 
 
 def iter_stored(path: str | os.PathLike[str]) -> Iterator[tuple[str, str, Record | DataFormatError]]:

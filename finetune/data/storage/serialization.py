@@ -40,8 +40,16 @@ def record_to_json(record: Record, root: str | os.PathLike[str]) -> dict[str, An
         root: the folder the object will be read from; paths below it are written relative, with forward slashes.
 
     Raises:
-        DataFormatError: a path that no reader could read back, or provenance that is not JSON.
+        DataFormatError: a path or text that no reader could read back.
     """
+    texts = (record.id, record.group, *(t.content for t in record.turns), *(t.evidence or "" for t in record.targets))
+    if not _is_utf8("".join(texts)):
+        raise DataFormatError(
+            "text holds half a character (a lone surrogate)",
+            record=record.id,
+            source=record.source or None,
+            fix="write the text again as UTF-8",
+        )
     return {
         "id": record.id,
         "group": record.group,
@@ -142,8 +150,12 @@ def _path_text(path: str, record: Record, root: str | os.PathLike[str], field: s
 
 
 def _is_utf8(text: str) -> bool:
-    """Whether no byte of a file name was left undecoded (Python keeps such bytes as lone surrogates)."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    """Whether text has no lone surrogate (an undecoded byte of a file name, half a character from broken JSON)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _polygon_points(polygon: Polygon) -> list[list[float]]:

@@ -77,3 +77,11 @@ def test_lone_surrogates_in_provenance_survive() -> None:
     record = Record("r", (), (), (Turn("user", "真"),), provenance={"a": "\ud800"})
     line = json_text(record_to_json(record, "."), record)
     assert json.loads(line)["provenance"] == {"a": "\ud800"}
+
+
+@pytest.mark.parametrize("field", ["group", "turns", "targets"])
+def test_half_a_character_is_refused_in_text(field: str) -> None:
+    broken = {"group": "\ud800", "turns": (Turn("user", "\ud800"),), "targets": (ImageTarget(evidence="\ud800"),)}
+    record = Record("r", (ImageInput(path="a.jpg"),), (ImageTarget(),))
+    with pytest.raises(DataFormatError, match="record 'r': text holds half a character"):
+        record_to_json(replace(record, **{field: broken[field]}), ".")

@@ -20,7 +20,15 @@ from finetune.data.containers import is_embedded, read_embedded
 from finetune.data.images import load_image
 from finetune.data.masks import load_mask
 from finetune.data.readers import read_records
-from finetune.data.storage import ImageOptions, SetInfo, iter_stored, open_writer, read_manifest, stored_files
+from finetune.data.storage import (
+    ImageOptions,
+    SetInfo,
+    iter_stored,
+    open_writer,
+    read_manifest,
+    stored_files,
+    stored_hash,
+)
 from finetune.data.storage.parquet import FEATURES
 from finetune.data.storage.serialization import COLUMNS
 from finetune.errors import ConfigError, DataFormatError
@@ -228,6 +236,16 @@ def test_the_manifest_counts_and_names_what_is_there(tmp_path: Path, make_record
         done = subprocess.run(["sha256sum", file], capture_output=True, text=True, check=True)
         assert done.stdout.split()[0] == shard["sha256"]
     assert sum(shard["rows"] for shard in train["shards"]) == 8
+
+
+def test_a_set_is_hashed_without_reading_it(tmp_path: Path, make_records: Any) -> None:
+    records = make_records(8)
+    first, second = (write(tmp_path / n, records, storage="parquet", shard_bytes=7000) for n in ("first", "second"))
+    other = write(tmp_path / "other", records[:-1], storage="parquet", shard_bytes=7000)
+    assert stored_hash(first) == stored_hash(second / "train") == stored_hash(second / "train-*.parquet")
+    assert stored_hash(first) != stored_hash(other)
+    (second / "manifest.json").unlink()
+    assert stored_hash(second / "train-*.parquet") == stored_hash(first)
 
 
 def test_an_empty_split_is_entered_without_files(tmp_path: Path, make_records: Any) -> None:
