@@ -29,7 +29,7 @@ LEVELS = ("easy", "medium", "hard")
 
 _PLACES = {
     "zh": (("左上", "上方", "右上"), ("左侧", "中央", "右侧"), ("左下", "下方", "右下")),
-    "en": PLACES,
+    "en": (PLACES[0], ("left side", "centre", "right side"), PLACES[2]),
 }
 _LEVELS = {"zh": ("易", "中", "难"), "en": LEVELS}
 _FINDINGS: dict[str, dict[str, tuple[str, ...]]] = {

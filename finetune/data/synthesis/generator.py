@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -65,11 +64,12 @@ def synthesize(
     Raises:
         ForensicsError: unusable photographs, an `out_dir` that is not empty, or another process at work there.
     """
-    out_dir = Path(os.path.abspath(out_dir))
+    out_dir = Path(out_dir).resolve()
     _check_target(out_dir, overwrite)
     photos = find_photos(config.photos_dir, config.held_out_fraction, config.workers, progress)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with locked(out_dir):
+        _check_target(out_dir, overwrite)  # another process may have finished meanwhile
         partial = PartialSet(out_dir, {**_content(config, photos), "code": _code_hash()})
         try:
             manifest = _write_set(config, photos, partial, progress)
