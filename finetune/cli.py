@@ -199,6 +199,7 @@ def _preview_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--model", metavar="DIR", help="as this trained folder was taught; no weights are read")
     how.add_argument(
         "--set",
+        dest="overrides",
         nargs="+",
         default=[],
         metavar="KEY=VALUE",

@@ -75,7 +75,7 @@ def rendering(
     """
     if arguments.config and arguments.model:
         raise ConfigError("--config and --model both say how records are rendered; give one of them")
-    config: RunConfig = load_config(arguments.config, arguments.set)
+    config: RunConfig = load_config(arguments.config, arguments.overrides)
     tokens = SpecialTokens(config.tokens.num_cls, config.tokens.num_mask)
     data = config.data
     template = None
