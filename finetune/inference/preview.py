@@ -53,7 +53,7 @@ def preview_command(arguments: argparse.Namespace) -> int:
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     if num_errors:
-        print(f"{num_errors} rows cannot be read; forensics doctor --data lists them all", file=sys.stderr)
+        print(f"rows that cannot be read: {num_errors}; forensics doctor --data lists them all", file=sys.stderr)
     if arguments.html:
         Path(arguments.html).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.html).write_text(preview_page(Path(arguments.data).name, cards), encoding="utf-8")

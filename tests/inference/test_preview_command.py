@@ -252,4 +252,4 @@ def test_unreadable_rows_and_records_show_in_the_status(
     assert status == 1
     assert "record 'gone' (bad.jsonl:1): image file not found" in out
     assert "bad.jsonl:2" in err
-    assert "1 rows cannot be read" in err
+    assert "rows that cannot be read: 1;" in err
