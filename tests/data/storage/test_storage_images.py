@@ -196,3 +196,39 @@ def test_an_image_too_long_for_its_format_is_named(tmp_path: Path) -> None:
 def test_unusable_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ImageOptions(**options)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("storage", ["jsonl", "parquet"])
+@pytest.mark.parametrize("max_hw", [None, (200, 200)])
+def test_photographs_of_cracks_and_their_masks_come_back(
+    tmp_path: Path, shared_data: Path, storage: Any, max_hw: Any
+) -> None:
+    """The same bytes when kept; resized, the mask covers the share of the image it covered before."""
+    images = sorted((shared_data / "deepcrack" / "images").iterdir())[:6]
+    records = [
+        Record(
+            path.stem,
+            (ImageInput(path=str(path)),),
+            (ImageTarget(label=1, mask_path=str(path.parents[1] / "masks" / path.name)),),
+        )
+        for path in images
+    ]
+    options = ImageOptions("keep" if max_hw is None else "reencode", "png", max_size_hw=max_hw)
+    with open_writer(tmp_path / "set", "train", storage, options) as writer:
+        for record in records:
+            writer.write(record)
+    stored = [value for _, _, value in iter_stored(tmp_path / "set")]
+    assert len(stored) == 6
+    for record, again in zip(records, stored, strict=True):
+        assert isinstance(again, Record)
+        before, after = load_image(record.images[0]), load_image(again.images[0])
+        masks = [load_mask(r.targets[0], p.size[::-1]) for r, p in ((record, before), (again, after))]
+        assert masks[0] is not None
+        assert masks[1] is not None
+        if max_hw is None:
+            assert np.array_equal(before, after)
+            assert np.array_equal(*masks)
+        else:
+            assert max(after.size) == 200
+            assert masks[1].mean() == pytest.approx(masks[0].mean(), rel=0.25)
