@@ -37,6 +37,10 @@ _FINDINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "splice": ("{place}区域的噪声与压缩痕迹和周围不一致，疑似由另一张照片拼接而来",
                    "{place}有一块内容来自其他图像，边界处颜色与清晰度突变",
                    "{place}的颗粒和锐度与画面其余部分不同，判断为拼接"),
+        "splice.blended": ("{place}的内容来自另一张照片，边界经过无缝融合，但内部纹理与周围不是同一来源",
+                           "{place}由另一张照片拼接而来，边缘做过梯度域融合，属于拼接"),
+        "splice.matched": ("{place}的内容取自另一张照片，颜色与噪声被调整得接近周围，属于拼接",
+                           "{place}由另一张照片拼接而来，色调和噪点经过匹配，痕迹较浅"),
         "copy_move": ("{place}的内容与画面别处重复，判断为复制-移动",
                       "{place}区域由本图其他位置复制而来，纹理重复出现",
                       "{place}出现与另一处相同的图案，属于同图复制粘贴"),
@@ -61,6 +65,10 @@ _FINDINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "splice": ("noise and compression in the {place} differ from the surroundings: spliced from another photo",
                    "a piece in the {place} comes from another image, colour and sharpness jump at its border",
                    "grain and sharpness of the {place} do not fit the rest of the picture, which points to a splice"),
+        "splice.blended": ("content of the {place} is from another photo, its border was blended seamlessly: a splice",
+                           "the {place} was spliced from another photo and blended in the gradient domain"),
+        "splice.matched": ("content of the {place} is from another photo, its colour and noise were fitted: a splice",
+                           "the {place} was spliced from another photo, tone and grain matched to the surroundings"),
         "copy_move": ("the {place} repeats content from elsewhere in the picture: copy-move",
                       "the {place} was copied from another part of this image, its texture appears twice",
                       "the same pattern appears in the {place} and elsewhere, a copy within the image"),
@@ -90,12 +98,19 @@ _SIZES = {
 }
 _SHARE = {"zh": "{size}，约占画面{percent}%", "en": "{size}, about {percent}% of the picture"}
 _SEMICOLON, _COMMA = {"zh": "；", "en": "; "}, {"zh": "，", "en": ", "}
+_SEGMENT_SHAPES = ("segment", "superpixels", "felzenszwalb")
 _SHAPES = {
-    "zh": {"ellipse": "形状接近椭圆", "polygon": "边界为直线段", "segment": "边界沿着画面内容"},
+    "zh": {
+        "ellipse": "形状接近椭圆",
+        "polygon": "边界为直线段",
+        "text": "形状为文字行",
+        **dict.fromkeys(_SEGMENT_SHAPES, "轮廓近似物体"),
+    },
     "en": {
         "ellipse": "of elliptical shape",
         "polygon": "with straight edges",
-        "segment": "its edge follows the content",
+        "text": "shaped like lines of text",
+        **dict.fromkeys(_SEGMENT_SHAPES, "with an object-like outline"),
     },
 }
 _COPIED_FROM = {"zh": "内容来自画面{place}", "en": "copied from the {place}"}
@@ -160,7 +175,7 @@ def difficulty(operation: dict[str, Any], degradations: list[dict[str, Any]]) ->
     points += operation["mean_abs_change"] < 20
     points += operation["mean_abs_change"] < 8
     points += operation["area"] < 0.06
-    points += bool(operation.get("colour_match", 0) > 0.5)
+    points += bool(operation.get("colour_match", 0) > 0.5 or operation.get("blend") == "poisson")
     points += operation["name"] in ("copy_move", "remove", "inpaint_diffusion")  # texture of the picture's own kind
     points += any(
         step["name"] in ("double_jpeg", "noise", "blur", "resize_back") or step.get("quality", 100) < 80
@@ -210,7 +225,14 @@ def origin_text(provenance: dict[str, Any], language: str) -> str:
 
 
 def _finding_key(operation: dict[str, Any]) -> str:
-    return f"retouch.{operation['kind']}" if operation["name"] == "retouch" else str(operation["name"])
+    name = str(operation["name"])
+    if name == "retouch":
+        return f"retouch.{operation['kind']}"
+    if name == "splice" and operation.get("donor_match"):
+        return "splice.matched"
+    if name == "splice" and operation.get("blend") == "poisson":
+        return "splice.blended"
+    return name
 
 
 def answer_polygons(mask: np.ndarray, max_points: int) -> list[IntPolygon]:

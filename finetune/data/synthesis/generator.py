@@ -192,6 +192,9 @@ def _content(config: SynthConfig, photos: PhotoSet) -> dict[str, Any]:
     """All that decides the bytes of a set, as the manifest lists it; no machine path and no number of processes."""
     values = asdict(replace(config, photos_dir=None if config.photos_dir is None else Path(config.photos_dir).name))
     del values["workers"]
+    settings = values["operation_settings"]
+    if settings.get("diffusion_model"):
+        settings["diffusion_model"] = Path(settings["diffusion_model"]).name
     return {
         "photos": [{key: value for key, value in asdict(photo).items() if key != "path"} for photo in photos.photos],
         "rejected_photos": list(photos.rejected),
@@ -207,5 +210,5 @@ def _content(config: SynthConfig, photos: PhotoSet) -> dict[str, Any]:
 
 def _code_hash() -> str:
     """Of the source that makes images: samples of an older version are not continued."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(masks.__file__)]
+    files = [*sorted(Path(__file__).parent.rglob("*.py")), Path(masks.__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -23,6 +23,7 @@ from finetune.data.synthesis.answers import (
     source_place,
 )
 from finetune.data.synthesis.operations import OPERATIONS
+from finetune.data.synthesis.regions import SHAPES
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
@@ -139,6 +140,30 @@ def test_every_operation_has_several_phrasings(name: str, language: str) -> None
         place = place_words("upper left", language)
         assert all(place in text and "{" not in text for text in texts)
         assert not texts & {evidence_text(AUTHENTIC, language, np.random.default_rng(seed)) for seed in range(30)}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_splice_that_was_made_to_fit_is_not_said_to_differ(language: str) -> None:
+    def texts(**parameters: Any) -> set[str]:
+        known = provenance("splice", **parameters)
+        return {evidence_text(known, language, np.random.default_rng(seed)) for seed in range(20)}
+
+    plain = texts(donor_match=False, blend="alpha")
+    matched = texts(donor_match=True, blend="alpha", noise_match={"before": 2.0})
+    blended = texts(donor_match=False, blend="poisson")
+    assert not plain & matched
+    assert not plain & blended
+    assert not matched & blended
+    word = {"zh": "不一致", "en": "differ"}[language]
+    assert any(word in text for text in plain)
+    assert not any(word in text for text in matched | blended)
+
+
+def test_every_shape_is_worded_in_both_languages_or_in_none() -> None:
+    for shape in SHAPES:
+        known = provenance("erase", shape=shape)
+        parts = [detail_text(known, language).count(comma) for language, comma in (("zh", "，"), ("en", ", "))]
+        assert parts[0] == parts[1] == (1 if shape == "blob" else 2), shape
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
