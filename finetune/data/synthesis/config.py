@@ -15,6 +15,7 @@ from finetune.data.synthesis.conversations import COORDINATES, RECORD_KINDS
 from finetune.data.synthesis.degradations import DEGRADATIONS
 from finetune.data.synthesis.image_files import IMAGE_FORMATS, METADATA
 from finetune.data.synthesis.operations import MASK_CONVENTIONS, OPERATIONS, OperationSettings
+from finetune.data.synthesis.operations.diffusion import check_diffusion
 from finetune.data.synthesis.regions import SHAPES
 from finetune.errors import ConfigError
 
@@ -33,8 +34,10 @@ class SynthConfig:
         paired: the training split holds every picture twice, authentic and tampered, with the same camera, size and
             post-processing and the same `provenance.pair`, so that only the edit tells the classes apart. `val` and
             `eval` are never paired. Needs half the pictures, and trained slightly better on as many images.
-        operations: relative weight of each tampering operation.
-        operation_settings: area ranges, shapes, edges, mask convention.
+        operations: relative weight of each tampering operation. By default splices lead, as in the public sets, and
+            `remove`, the slowest and the hardest to see, is least; `inpaint_diffusion` needs a local pipeline
+            (`operation_settings.diffusion_model`) and is 0.
+        operation_settings: area ranges, shapes, edges and blending, donors, mask convention, diffusion pipeline.
         degradations: relative weight of each post-processing step, the same for both classes.
         no_degradation, two_degradations: chance of none; chance of two where there is any.
         grey_photo_weight: how often a grey photograph is the host, relative to a coloured scene.
@@ -64,7 +67,7 @@ class SynthConfig:
     tampered_fraction: float = 0.5
     paired: bool = True
     operations: dict[str, float] = field(
-        default_factory=lambda: {"splice": 0.4, "copy_move": 0.15, "erase": 0.2, "retouch": 0.25}
+        default_factory=lambda: {"splice": 0.35, "copy_move": 0.15, "erase": 0.15, "remove": 0.1, "retouch": 0.25}
     )
     operation_settings: OperationSettings = field(default_factory=OperationSettings)
     degradations: dict[str, float] = field(
@@ -130,6 +133,8 @@ class SynthConfig:
             _require(not unknown, name, unknown, f"names of {', '.join(known)}")
             _require(all(weight >= 0 for weight in weights.values()), name, weights, "weights >= 0")
         _require(sum(self.operations.values()) > 0, "operations", self.operations, "at least one weight above 0")
+        if self.operations.get("inpaint_diffusion", 0) > 0:
+            check_diffusion(self.operation_settings)
 
     @property
     def has_conversations(self) -> bool:
@@ -212,4 +217,8 @@ def _check_settings(settings: OperationSettings) -> None:
         f"weights >= 0 of {', '.join(SHAPES)}, at least one above 0",
     )
     _require(0 <= settings.max_feather <= 20, "max_feather", settings.max_feather, "0..20 px")
+    for name in ("poisson", "donor_match"):
+        _require(0 <= getattr(settings, name) <= 1, name, getattr(settings, name), "a fraction in [0, 1]")
+    _require(1 <= settings.diffusion_steps <= 1000, "diffusion_steps", settings.diffusion_steps, "1..1000")
+    _require(settings.diffusion_guidance >= 0, "diffusion_guidance", settings.diffusion_guidance, ">= 0")
     _require(0 <= settings.min_change < 30, "min_change", settings.min_change, "0..30 levels")

@@ -54,7 +54,10 @@ def _draw_parameters(name: str, rng: np.random.Generator) -> dict[str, Any]:
             return {"name": name, "quality": int(rng.integers(70, 101)), "subsampling": _subsampling(rng)}
         case "double_jpeg":
             qualities = [int(q) for q in rng.integers(70, 101, size=2)]
-            return {"name": name, "qualities": qualities, "subsampling": _subsampling(rng)}
+            # Half the pictures were cropped between the two codings, so that the 8 x 8 grids do not coincide.
+            is_cropped = bool(rng.random() < 0.5)
+            shift = [int(step) for step in rng.integers(0, 8, size=2)] if is_cropped else [0, 0]
+            return {"name": name, "qualities": qualities, "subsampling": _subsampling(rng), "grid_shift_xy": shift}
         case "webp":
             return {"name": name, "quality": int(rng.integers(70, 101))}
         case "resize":
@@ -71,13 +74,19 @@ def _draw_parameters(name: str, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _subsampling(rng: np.random.Generator) -> str:
-    return "4:2:0" if rng.random() < 0.7 else "4:4:4"
+    return list(SUBSAMPLINGS)[int(rng.choice(3, p=[0.6, 0.15, 0.25]))]
 
 
 def _interpolation(rng: np.random.Generator) -> str:
     return ("linear", "cubic", "area")[int(rng.integers(3))]
 
 
+SUBSAMPLINGS = {
+    "4:2:0": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
+    "4:2:2": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422,
+    "4:4:4": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+}
+"""Chroma subsampling of JPEG: most cameras and programs, some cameras, high-quality exports."""
 INTERPOLATIONS = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}
 
 
@@ -110,9 +119,9 @@ def _apply(image: np.ndarray, step: dict[str, Any], final_hw: tuple[int, int]) -
         case "jpeg":
             return jpeg_round_trip(image, step["quality"], step["subsampling"])
         case "double_jpeg":
-            for quality in step["qualities"]:
-                image = jpeg_round_trip(image, quality, step["subsampling"])
-            return image
+            first, second = step["qualities"]
+            image = _shifted_jpeg(image, first, step["subsampling"], step.get("grid_shift_xy", [0, 0]))
+            return jpeg_round_trip(image, second, step["subsampling"])
         case "webp":
             return _round_trip(image, ".webp", [cv2.IMWRITE_WEBP_QUALITY, step["quality"]])
         case "resize":
@@ -142,9 +151,18 @@ def resize(image: np.ndarray, size_hw: tuple[int, int], interpolation: str) -> n
     return cv2.resize(image, (size_hw[1], size_hw[0]), interpolation=INTERPOLATIONS[interpolation])
 
 
+def _shifted_jpeg(image: np.ndarray, quality: int, subsampling: str, shift_xy: list[int]) -> np.ndarray:
+    """JPEG coding whose block grid starts `shift_xy` (0..7) pixels outside the picture, as before a crop: the picture
+    is coded with a mirrored margin, which is cut off again."""
+    left, top = shift_xy
+    height, width = image.shape[:2]
+    larger = cv2.copyMakeBorder(image, top, 0, left, 0, cv2.BORDER_REFLECT_101)
+    return np.ascontiguousarray(jpeg_round_trip(larger, quality, subsampling)[top : top + height, left : left + width])
+
+
 def jpeg_round_trip(image: np.ndarray, quality: int, subsampling: str = "4:2:0") -> np.ndarray:
-    """Encode and decode (H, W, 3) uint8 RGB as JPEG, quality 1..100, chroma subsampling `4:2:0` or `4:4:4`."""
-    factor = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444 if subsampling == "4:4:4" else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420
+    """Encode and decode (H, W, 3) uint8 RGB as JPEG, quality 1..100, chroma subsampling a name of `SUBSAMPLINGS`."""
+    factor = SUBSAMPLINGS[subsampling]
     parameters = [cv2.IMWRITE_JPEG_QUALITY, int(quality), cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factor]
     return _round_trip(image, ".jpg", parameters)
 
