@@ -1,0 +1,182 @@
+"""Asserts that splits are disjoint: by group, by file bytes and by perceptual hash; finds copies inside a split too.
+
+Holds numbers only, about 350 bytes an image. Tampered and authentic twins of one photograph may stand in one split as
+often as they like: what counts is that nothing is on both sides.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from finetune.data.fingerprints import MAX_DISTANCE, Fingerprint, are_alike, near_pairs
+from finetune.errors import DataFormatError
+
+Kind = Literal["group", "bytes", "picture"]
+_WHAT = {"group": "records of one group", "bytes": "the same image file", "picture": "pictures that look the same"}
+_PICTURE = 256
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """One thing that is in several splits.
+
+    Args:
+        kind: the same group, the same file content, or pictures that look the same though the files differ.
+        numbers: its images of all splits, as numbered by `ImageIndex.add`, ascending.
+    """
+
+    kind: Kind
+    numbers: np.ndarray
+
+
+class ImageIndex:
+    """Fingerprints of many images with their split and group, in columns."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.split_names: list[str] = []
+        self.group_names: list[str] = []
+        self._number: dict[tuple[str, str], int] = {}
+        self._split, self._group = array("q"), array("q")
+        self._phash, self._has_phash = array("Q"), array("b")
+        self._sha256, self._thumbnail = bytearray(), bytearray()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def add(self, name: str, split: str, group: str, fingerprint: Fingerprint) -> int:
+        """One image: its record's name for messages, its split, its group ("" for none); returns its number."""
+        self.names.append(name)
+        self._split.append(self._intern("split", split, self.split_names))
+        self._group.append(self._intern("group", group, self.group_names) if group else -1)
+        self._phash.append(fingerprint.phash or 0)
+        self._has_phash.append(fingerprint.phash is not None)
+        self._sha256 += fingerprint.sha256
+        self._thumbnail += fingerprint.thumbnail
+        return len(self) - 1
+
+    def split_of(self, number: int) -> str:
+        """Name of an image's split."""
+        return self.split_names[self._split[number]]
+
+    @property
+    def splits(self) -> np.ndarray:
+        """(N,) int64, place of each image's split in `split_names`."""
+        return np.array(self._split, dtype=np.int64)
+
+    @property
+    def num_flat(self) -> int:
+        """Images without a perceptual hash."""
+        return len(self) - sum(self._has_phash)
+
+    def same_bytes(self) -> list[np.ndarray]:
+        """Numbers of the images of each file content that occurs more than once, ascending."""
+        content = np.frombuffer(bytes(self._sha256), dtype="V32")  # (N,)
+        return _classes(np.unique(content, return_inverse=True)[1]) if len(self) else []
+
+    def alike(self, max_distance: int = MAX_DISTANCE) -> list[np.ndarray]:
+        """Numbers of the images of each set of pictures that look the same, directly or over others of the set."""
+        if not len(self):
+            return []
+        pairs = [np.stack([same[:-1], same[1:]], axis=1) for same in self.same_bytes()]
+        pairs += self._alike_pairs(max_distance)
+        if not pairs:
+            return []
+        edges = np.concatenate(pairs)  # (M, 2)
+        graph = coo_array((np.ones(len(edges), np.int8), (edges[:, 0], edges[:, 1])), shape=(len(self), len(self)))
+        return _classes(connected_components(graph, directed=False)[1])
+
+    def overlaps(self, max_distance: int = MAX_DISTANCE) -> list[Overlap]:
+        """Everything that is in several splits: groups first, then bytes, then pictures."""
+        splits = self.splits
+        found: list[Overlap] = []
+        groups = np.array(self._group, dtype=np.int64)
+        named = np.flatnonzero(groups >= 0)
+        kinds: list[tuple[Kind, list[np.ndarray]]] = [
+            ("group", [named[same] for same in _classes(groups[named])]),
+            ("bytes", self.same_bytes()),
+            ("picture", self.alike(max_distance)),
+        ]
+        in_bytes: set[int] = set()
+        for kind, classes in kinds:
+            for numbers in classes:
+                if len(np.unique(splits[numbers])) < 2 or (kind == "picture" and in_bytes.issuperset(numbers.tolist())):
+                    continue
+                found.append(Overlap(kind, numbers))
+                if kind == "bytes":
+                    in_bytes.update(numbers.tolist())
+        return found
+
+    def _alike_pairs(self, max_distance: int) -> Iterator[np.ndarray]:
+        """(M, 2) pairs of like pictures, confirmed by their thumbnails.
+
+        One image stands for all of the same hash in comparisons with other hashes; those of one hash are compared in a
+        row (1st with 2nd, 2nd with 3rd ...), so that a thousand copies are not a million pairs.
+        """
+        numbers = np.flatnonzero(np.array(self._has_phash, dtype=bool))
+        hashes = np.array(self._phash, dtype=np.uint64)[numbers]
+        distinct, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+        pictures = np.frombuffer(bytes(self._thumbnail), np.uint8).reshape(-1, _PICTURE)
+        order = np.argsort(inverse, kind="stable")
+        is_same = inverse[order][1:] == inverse[order][:-1]
+        rows = numbers[order]
+        yield self._confirmed(np.stack([rows[:-1][is_same], rows[1:][is_same]], axis=1), pictures)
+        for pairs in near_pairs(distinct, max_distance):
+            yield self._confirmed(numbers[first[pairs]], pictures)
+
+    @staticmethod
+    def _confirmed(pairs: np.ndarray, pictures: np.ndarray, block: int = 100_000) -> np.ndarray:
+        pieces = [pairs[start : start + block] for start in range(0, len(pairs), block)]
+        kept = [piece[are_alike(pictures[piece[:, 0]], pictures[piece[:, 1]])] for piece in pieces]
+        return np.concatenate(kept) if kept else pairs
+
+    def _intern(self, kind: str, name: str, names: list[str]) -> int:
+        number = self._number.setdefault((kind, name), len(names))
+        if number == len(names):
+            names.append(name)
+        return number
+
+
+def assert_disjoint(index: ImageIndex, max_distance: int = MAX_DISTANCE) -> None:
+    """No group, no file and no picture is in two splits.
+
+    Raises:
+        DataFormatError: one is; says how many and names the first of each kind with its records and splits.
+    """
+    overlaps = index.overlaps(max_distance)
+    if not overlaps:
+        return
+    kinds = list(dict.fromkeys(overlap.kind for overlap in overlaps))
+    count = {kind: sum(overlap.kind == kind for overlap in overlaps) for kind in kinds}
+    first = next(overlap for overlap in overlaps if overlap.kind == kinds[0])
+    raise DataFormatError(
+        "splits are not disjoint: " + ", ".join(f"{count[kind]} x {_WHAT[kind]}" for kind in kinds),
+        found=describe(index, first),
+        expected="each group and each picture in one split only",
+        fix="group the records by what they share (splits.group_by), or remove the copies",
+    )
+
+
+def describe(index: ImageIndex, overlap: Overlap) -> str:
+    """`train: a, b | test: c` with the records of an overlap, at most two per split."""
+    by_split: dict[str, list[str]] = {}
+    for number in overlap.numbers.tolist():
+        by_split.setdefault(index.split_of(number), []).append(index.names[number])
+    return " | ".join(
+        f"{split}: {', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}"
+        for split, names in by_split.items()
+    )
+
+
+def _classes(codes: np.ndarray) -> list[np.ndarray]:
+    """Positions of every code that occurs more than once, ascending, by first position."""
+    order = np.argsort(codes, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
+    return sorted((part for part in parts if len(part) > 1), key=lambda part: int(part[0]))
