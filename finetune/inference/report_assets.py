@@ -4,45 +4,13 @@ The style follows the system's light or dark scheme, folds to one column on a ph
 script does four things: language switch, filter, sort, enlarge a picture. The report is readable without it.
 """
 
-CSS = """
-:root{--bg:#f4f6f8;--card:#fff;--ink:#1b2430;--soft:#566273;--line:#dfe4ea;--accent:#1f63d0;--ok:#17703f;--okbg:#e2f4e9;
---bad:#b3261e;--badbg:#fce8e6;--warn:#8a5200;--c1:#1f63d0;--c2:#d2481c;--c3:#7a3fc4;--c4:#14866d;--tile:#f8fafc}
-@media (prefers-color-scheme:dark){:root{--bg:#0f1319;--card:#181e27;--ink:#e7ecf2;--soft:#a2aebd;--line:#2b3442;
---accent:#7db0ff;--ok:#7fd8a4;--okbg:#123524;--bad:#ff9d94;--badbg:#43191a;--warn:#f0b860;--c1:#7db0ff;--c2:#ff9466;
---c3:#c39bff;--c4:#5fd3b8;--tile:#1d2530}}
-*{box-sizing:border-box}
-html{scroll-behavior:smooth;scroll-padding-top:64px;-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
-"PingFang SC","Hiragino Sans GB","Microsoft YaHei","Noto Sans CJK SC","WenQuanYi Zen Hei",sans-serif}
-i{font-style:normal}
-.lang-zh .en,.lang-en .zh,.lang-zh .sep,.lang-en .sep{display:none}
-header.page{background:var(--card);border-bottom:1px solid var(--line)}
-.bar{max-width:1240px;margin:auto;padding:14px 20px 6px;display:flex;flex-wrap:wrap;gap:8px 22px;align-items:center}
-h1{font-size:1.4rem;line-height:1.25;margin:0;flex:1 1 280px;overflow-wrap:anywhere}
-nav{display:flex;gap:14px}nav a{color:var(--accent);text-decoration:none}nav a:hover{text-decoration:underline}
-button,select{font:inherit;color:var(--ink);background:var(--card);border:1px solid var(--line);border-radius:8px;
-padding:5px 11px;cursor:pointer}
-button:hover,select:hover{border-color:var(--accent)}
-button[aria-pressed=true]{background:var(--accent);border-color:var(--accent);color:var(--card)}
-:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
-.languages{display:flex}.languages button{padding:3px 10px;border-radius:0}
-.languages button:first-child{border-radius:8px 0 0 8px}
-.languages button:last-child{border-radius:0 8px 8px 0;border-left:0}
-dl{margin:0}
-dl.run{max-width:1240px;margin:auto;padding:4px 20px 16px;display:grid;gap:8px 26px;
-grid-template-columns:repeat(auto-fill,minmax(190px,1fr))}
-dl.run .wide{grid-column:1/-1}
-dt{color:var(--soft);font-size:.8rem}dd{margin:0;overflow-wrap:anywhere}dl.run b{font-weight:600}
-main{max-width:1240px;margin:auto;padding:6px 20px 60px}
-section{margin-top:26px}h2{font-size:1.12rem;margin:0 0 12px}
-.note,.empty{color:var(--soft);font-size:.87rem;margin:8px 2px}
-.tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(215px,1fr));margin-bottom:14px}
-.tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:12px 16px}
-.tile>span{color:var(--soft);font-size:.87rem}
-.tile b{display:block;font-size:2rem;line-height:1.2;font-weight:650;letter-spacing:-.01em;
-font-variant-numeric:tabular-nums}
-.tile small{display:block;color:var(--soft);font-variant-numeric:tabular-nums}
-.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:12px}
+from __future__ import annotations
+
+from finetune.markup import BASE_CSS, LANGUAGE_SCRIPT
+
+CSS = (
+    BASE_CSS
+    + """
 table.metrics{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 .metrics th,.metrics td{padding:6px 14px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
 .metrics thead th{border-top:0;color:var(--soft);font-weight:500;font-size:.85rem}
@@ -119,15 +87,14 @@ main,.bar,dl.run{max-width:none;padding-left:0;padding-right:0}pre{max-height:no
 .charts{grid-template-columns:repeat(3,1fr)}#cards{grid-template-columns:1fr 1fr}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
 """
+)
 
-SCRIPT = """
+SCRIPT = (
+    """
 (function(){
-var root=document.documentElement,all=function(q){return Array.prototype.slice.call(document.querySelectorAll(q))};
-function speak(lang){root.className='lang-'+lang;root.lang=lang;
- all('[data-lang]').forEach(function(b){b.setAttribute('aria-pressed',b.dataset.lang===lang)})}
-all('[data-lang]').forEach(function(b){b.onclick=function(){speak(b.dataset.lang)}});
-speak(/^zh/i.test(navigator.language||'zh')?'zh':'en');
-var cards=all('.card'),box=document.getElementById('cards'),none=document.getElementById('none');
+"""
+    + LANGUAGE_SCRIPT
+    + """var cards=all('.card'),box=document.getElementById('cards'),none=document.getElementById('none');
 function matches(card,f){var o=card.dataset.outcome;
  return f==='all'||(f==='wrong'?o==='fp'||o==='fn':o===f||card.dataset.op===f)}
 function filter(f){var n=0;cards.forEach(function(c){c.hidden=!matches(c,f);n+=c.hidden?0:1});
@@ -147,3 +114,4 @@ if(box){all('[data-filter]').forEach(function(b){b.onclick=function(){filter(b.d
  zoom.onclick=function(){zoom.close()}}
 })();
 """
+)
