@@ -80,11 +80,12 @@ class HeadsConfig:
 
 @dataclass
 class SourceConfig:
-    """One data file: any format of data/README.md."""
+    """One data file or folder: any format of data/README.md."""
 
     path: str = ""
     format: str = "auto"
     root: str | None = None  # image paths are relative to it; default: the file's own folder
+    options: dict[str, Any] = field(default_factory=dict)  # of the format's reader, see data/README.md
     weight: float = 1.0  # relative share in the mixture; 2.0 draws its samples twice as often
 
 

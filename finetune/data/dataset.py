@@ -288,7 +288,7 @@ def read_sources(sources: Sequence[SourceConfig], what: str) -> list[Record]:
         )
     records: list[Record] = []
     for source in sources:
-        own = read_records(source.path, source.format, source.root)
+        own = read_records(source.path, source.format, source.root, source.options)
         if source.weight <= 0:
             raise ConfigError(f"data.{what}: weight of {source.path} is {source.weight}; expected a number above 0")
         count = max(1, round(len(own) * source.weight))

@@ -64,6 +64,15 @@ def is_sideways(image: ImageInput, record_id: str | None = None, source: str | N
         return orientation(opened) in _SIDEWAYS
 
 
+def exif_orientation(image: ImageInput, record_id: str | None = None, source: str | None = None) -> int:
+    """EXIF orientation 1..8 between the pixels as stored and the upright image, TIFF included."""
+    with _open(image, record_id, source, "images") as opened:
+        if opened.format == "TIFF":
+            value = opened.tag_v2.get(ExifTags.Base.Orientation, 1)  # type: ignore[attr-defined]
+            return value if value in _TRANSPOSE else 1
+        return orientation(opened)
+
+
 def decode(
     image: ImageInput, record_id: str | None = None, source: str | None = None, field: str = "images"
 ) -> Image.Image:

@@ -252,9 +252,9 @@ def test_files_and_containers(tmp_path: Path) -> None:
     assert len(read_records(write(tmp_path, {"image_path": "a", "polygons": []}))) == 1
     assert "several lists" in error_of(tmp_path, {"a": [{"image_path": "a"}], "b": [{"image_path": "b"}]})
     assert "id used twice" in error_of(tmp_path, [{"id": "a", "image": "a"}, {"id": "a", "image": "b"}])
-    assert "unknown format" in error_of(tmp_path, [{"image": "a"}], format="coco")
+    assert "unknown format" in error_of(tmp_path, [{"image": "a"}], format="coca")
     assert "format 'annotation' needs 'image_path'" in error_of(tmp_path, [{"image": "a"}], format="annotation")
-    assert "unknown kind" in error_of(tmp_path, "", "a.csv")
+    assert "unknown kind" in error_of(tmp_path, "", "a.txt")
     for missing in (tmp_path / "none.json", tmp_path):
         with pytest.raises(DataFormatError):
             read_records(missing)

@@ -1,4 +1,7 @@
-"""Splits a .json or .jsonl file into raw objects with their place; knows nothing about what the objects mean."""
+"""Splits a .json or .jsonl file into raw objects with their place; knows nothing about what the objects mean.
+
+Lines and lists are read entry by entry; only a .json file that is one object at its top is loaded whole.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.data.readers.json_stream import TextStream, iter_list, not_utf8
 from finetune.errors import DataFormatError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -19,23 +23,56 @@ def iter_objects(path: Path) -> Iterator[tuple[str, str, Any]]:
     its error, so that the lines after it are read too.
 
     Raises:
-        DataFormatError: the file cannot be opened, or a .json file cannot be parsed.
+        DataFormatError: the file cannot be opened, or (after the entries before it) a .json file is damaged.
     """
     if path.suffix.lower() not in JSON_SUFFIXES:
         raise DataFormatError(
             "unknown kind of data file", source=path.name, found=str(path), expected=" or ".join(JSON_SUFFIXES)
         )
-    if not path.is_file():
-        raise DataFormatError("data file not found", source=path.name, found=str(path), fix="check the path")
+    _check_is_file(path)
     try:
         if path.suffix.lower() == ".json":
             yield from _from_json(path)
         else:
             yield from _from_lines(path)
     except OSError as error:
-        raise DataFormatError(
-            f"data file cannot be read ({error.strerror})", source=path.name, found=str(path)
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def load_json(path: Path) -> Any:
+    """The one value of a .json file.
+
+    Raises:
+        DataFormatError: the file cannot be read or parsed.
+    """
+    _check_is_file(path)
+    try:
+        return _parse(_decode(path.read_bytes(), path.name), path.name)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def top_level(path: Path) -> str:
+    """First character of a JSON file that is no white space, "" if there is none.
+
+    Raises:
+        DataFormatError: the file cannot be read.
+    """
+    _check_is_file(path)
+    try:
+        with path.open("rb") as stream:
+            return TextStream(stream, path.name).skip_space()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _check_is_file(path: Path) -> None:
+    if not path.is_file():
+        raise DataFormatError("data file not found", source=path.name, found=str(path), fix="check the path")
+
+
+def _unreadable(path: Path, error: OSError) -> DataFormatError:
+    return DataFormatError(f"data file cannot be read ({error.strerror})", source=path.name, found=str(path))
 
 
 def _from_lines(path: Path) -> Iterator[tuple[str, str, Any]]:
@@ -53,16 +90,19 @@ def _from_lines(path: Path) -> Iterator[tuple[str, str, Any]]:
 
 
 def _from_json(path: Path) -> Iterator[tuple[str, str, Any]]:
-    text = _decode(path.read_bytes(), path.name)
-    value = _parse(text, path.name) if text.strip() else []
-    for index, entry in enumerate(_entries(value, path.name)):
-        yield str(index), f"{path.name}[{index}]", entry
+    with path.open("rb") as file:
+        stream = TextStream(file, path.name)
+        first = stream.skip_space()
+        entries = iter_list(stream) if first == "[" else iter(())
+        for index, entry in enumerate(entries):
+            yield str(index), f"{path.name}[{index}]", entry
+    if first and first != "[":
+        for index, entry in enumerate(_entries(load_json(path), path.name)):
+            yield str(index), f"{path.name}[{index}]", entry
 
 
 def _entries(value: Any, source: str) -> list[Any]:
-    """The list of a .json file: the value itself, the one list of objects inside it, or a single record."""
-    if isinstance(value, list):
-        return value
+    """The list in a .json file that is an object: the one list of objects inside it, or the object as one record."""
     if not isinstance(value, dict):
         raise DataFormatError("no list of records", source=source, found=value, expected="[{...}, {...}]")
     if "conversations" in value or "messages" in value:
@@ -87,12 +127,7 @@ def _decode(data: bytes, source: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataFormatError(
-            f"not UTF-8 at byte {error.start + 1}",
-            source=source,
-            found=data[error.start : error.start + 8],
-            fix="save the file as UTF-8 (it may be GBK)",
-        ) from error
+        raise not_utf8(error, 0, source) from error
 
 
 def _parse(text: str, source: str) -> Any:

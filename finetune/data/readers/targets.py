@@ -37,11 +37,11 @@ def read_targets(item: Item, num_images: int) -> tuple[ImageTarget, ...]:
     evidence = _per_image(item, EVIDENCE_FIELDS, num_images)
     targets = []
     for index in range(num_images):
-        mask_path, mask_size_hw = _read_mask(item, *masks[index])
+        mask_path, mask_size_hw = read_mask(item, *masks[index])
         field, text = evidence[index]
         targets.append(
             ImageTarget(
-                label=_read_label(item, *labels[index]),
+                label=read_label(item, *labels[index]),
                 mask_path=mask_path,
                 mask_size_hw=mask_size_hw,
                 polygons=_read_polygons(item, *polygons[index]),
@@ -77,7 +77,7 @@ def _per_image(item: Item, names: tuple[str, ...], num_images: int) -> list[tupl
     return [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
 
 
-def _read_label(item: Item, field: str, value: Any) -> int | None:
+def read_label(item: Item, field: str, value: Any) -> int | None:
     if value is None:
         return None
     if type(value) is int and value in (0, 1):  # True == 1, so the type is asked for
@@ -90,7 +90,7 @@ def _read_label(item: Item, field: str, value: Any) -> int | None:
     raise item.error("label is neither 0 nor 1", field=field, found=value, expected="0 (real) or 1 (tampered)", fix=fix)
 
 
-def _read_mask(item: Item, field: str, value: Any) -> tuple[str | None, tuple[int, int] | None]:
+def read_mask(item: Item, field: str, value: Any) -> tuple[str | None, tuple[int, int] | None]:
     if value is None:
         return None, None
     text = item.text(value, field)
@@ -131,16 +131,16 @@ def _read_polygons(item: Item, field: str, value: Any) -> tuple[Polygon, ...] | 
         return ()
     depth = _depth(value)
     if depth == 3:
-        return tuple(_read_region(item, f"{field}[{index}]", region) for index, region in enumerate(value))
+        return tuple(read_region(item, f"{field}[{index}]", region) for index, region in enumerate(value))
     if depth == 2 and all(isinstance(row, list) for row in value):
         if all(len(row) == 2 for row in value):
-            return (_read_region(item, field, value),)
+            return (read_region(item, field, value),)
         if len(value) % 2 == 0:
-            return tuple(_read_region(item, field, value[i : i + 2]) for i in range(0, len(value), 2))
+            return tuple(read_region(item, field, value[i : i + 2]) for i in range(0, len(value), 2))
     raise item.error("polygons cannot be read", field=field, found=value, expected=_POLYGON_FORM)
 
 
-def _read_region(item: Item, field: str, region: Any) -> Polygon:
+def read_region(item: Item, field: str, region: Any) -> Polygon:
     """One closed region: two equally long rows are x and y, rows of two are points; 2x2 is too short either way."""
 
     def refuse(problem: str) -> Exception:
