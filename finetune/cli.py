@@ -260,7 +260,7 @@ def _synth_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-train", type=int, metavar="N", help="training images (2000)")
     parser.add_argument("--num-val", type=int, metavar="N", help="further images of the training photographs (120)")
     parser.add_argument("--num-eval", type=int, metavar="N", help="held-out images, from other photographs (300)")
-    parser.add_argument("--language", choices=("zh", "en"), help="of the evidence texts (default zh)")
+    parser.add_argument("--language", choices=("zh", "en", "both"), help="of the answers (default zh)")
     parser.add_argument("--seed", type=int, help="same seed, same bytes (default 0)")
     parser.add_argument("--workers", type=int, help="processes; 0 = one per core")
     parser.add_argument("--overwrite", action="store_true", help="replace a non-empty --out")
