@@ -212,6 +212,9 @@ def _preview_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--split", metavar="NAME", help="a split of the folder DATA, e.g. train")
     which.add_argument("--data-root", metavar="DIR", help="image paths are relative to it")
     which.add_argument("--format", default="auto", help="reader to use (default: recognised from the records)")
+    which.add_argument(
+        "--option", nargs="+", default=[], metavar="KEY=VALUE", help="of the reader, as `options` of a source"
+    )
     where = parser.add_argument_group("where to")
     where.add_argument("--html", metavar="FILE", help="also write a page with larger pictures and the id of each token")
     where.add_argument("--width", type=_positive, metavar="N", help="columns (default: the terminal's)")

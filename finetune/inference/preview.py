@@ -11,21 +11,23 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from finetune.config import DataConfig, RunConfig, load_config
 from finetune.data.chat import Template, template_problem
 from finetune.data.dataset import ForensicDataset
 from finetune.data.preview import RecordView, choose, view_record, without_tokenizer
 from finetune.data.preview_text import Depth, Style, legend, record_text
-from finetune.data.readers import scan_records
-from finetune.errors import ConfigError, DataFormatError
+from finetune.data.readers import iter_records
+from finetune.errors import ConfigError
 from finetune.inference.answers import read_answers
 from finetune.inference.preview_page import PreviewCard, card_html, preview_page
 from finetune.models.loading import load_vocabulary, saved_settings
-from finetune.schema import Polygon, Record
+from finetune.schema import Polygon
 from finetune.special_tokens import SpecialTokens
 
 _DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv")
@@ -35,8 +37,11 @@ def preview_command(arguments: argparse.Namespace) -> int:
     """Handler of `forensics preview`; exit status 1 where a shown record, or a row of the file, cannot be used."""
     logging.getLogger("finetune").setLevel(logging.ERROR)  # its warnings stand below the records they are about
     config, processor, tokens, template, notes = rendering(arguments)
-    found = _items(data_path(arguments.data, arguments.split), arguments.format, arguments.data_root)
+    path = data_path(arguments.data, arguments.split)
+    found = iter_records(path, arguments.format, arguments.data_root, reader_options(arguments.option))
     records, errors, num_errors = choose(found, arguments.num, arguments.id or (), arguments.seed)
+    if not records and num_errors == 1:  # no such file, not one of its formats, ...
+        raise errors[0]
     dataset = ForensicDataset(records, processor, tokens, config)
     if template is not None:
         dataset.template = template
@@ -112,6 +117,24 @@ def data_path(path: str, split: str | None) -> str:
     return str(next((file for file in files if file.is_file()), folder / split))
 
 
+def reader_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` (values in YAML syntax) as the options of a reader.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    options = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--option {pair!r} is not of the form KEY=VALUE, e.g. encoding=gb18030")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--option {pair!r}: the value is not YAML; put it in quotes") from error
+    return options
+
+
 def written_regions(view: RecordView, dataset: ForensicDataset) -> list[tuple[Polygon, ...] | None]:
     """The regions a rendered answer writes, read back into each original image; None for a conversation of the user's.
 
@@ -150,14 +173,6 @@ class Printer:
             print(text, flush=True)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _items(path: str, format: str, root: str | None) -> Iterator[Record | DataFormatError]:
-    records, errors = scan_records(path, format, root)
-    if not records and errors:
-        raise errors[0]
-    yield from errors
-    yield from records
 
 
 def _can_write(stream: Any, text: str) -> bool:

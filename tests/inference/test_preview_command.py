@@ -16,6 +16,7 @@ from finetune.config import DataConfig
 from finetune.data.dataset import ForensicDataset
 from finetune.data.preview import view_record
 from finetune.data.readers import read_records
+from finetune.data.storage import open_writer
 from finetune.inference.preview import data_path, rendering, style_of, written_regions
 from finetune.inference.preview_page import PreviewCard, card_html, preview_page
 from finetune.models.loading import SETTINGS, load_vocabulary
@@ -227,6 +228,9 @@ def test_splits_of_a_folder(tmp_path: Path, photo_records: Path) -> None:
         (["--split", "train"], ["--split train needs a folder"]),
         (["--id", "nobody"], ["no record with this id", "nobody"]),
         (["--model", "nowhere"], ["nowhere"]),
+        (["--format", "nothing"], ["nothing"]),
+        (["--option", "mask_convention"], ["--option 'mask_convention'", "KEY=VALUE"]),
+        (["--option", "mask_convension=target"], ["unknown option", "write 'mask_convention'"]),
         (["--set", "data.templat=en"], ["unknown key 'data.templat'", "did you mean 'template'"]),
         (["--set", "data.max_polygon_tokens=80"], ["counts tokens of a model"]),
     ],
@@ -240,6 +244,50 @@ def test_mistakes_are_one_line(
     assert err.count("\n") == 1
     for word in words:
         assert word in err
+
+
+def test_options_reach_the_reader(photo_records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "list.csv"
+    table.write_text(f"bild;wahr\n{photo_records.parent / 'b.png'};nein\n", encoding="utf-8")
+    options = ["columns={image_path: bild, label: wahr}", "label_map={nein: 0}"]
+    status, out, err = run(capsys, table, "--option", *options, "--width", "200")
+    assert (status, err) == (0, "")
+    assert "image 1: 112x252" in out
+    assert '"result": "real"' in out
+
+
+@pytest.mark.parametrize("storage", ["jsonl", "parquet"])
+def test_a_split_of_a_stored_set(
+    photo_records: Path, tmp_path: Path, storage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the images are inside a Parquet file."""
+    for split in ("train", "test"):
+        with open_writer(tmp_path / "set", split, storage) as writer:
+            for record in read_records(photo_records):
+                writer.write(record)
+    status, out, err = run(
+        capsys, tmp_path / "set", "--split", "test", "--id", "tampered_224x196", "--html", tmp_path / "p.html"
+    )
+    assert (status, err) == (0, f"wrote {tmp_path / 'p.html'}\n")
+    assert "image 1: 224x196, seen at 224x196; label 1 tampered; mask 12.7" in out
+    assert (tmp_path / "p.html").read_text(encoding="utf-8").count("<img src=") == 2
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, tmp_path / "no.jsonl")
+    assert (status, out) == (2, "")
+    assert "not found" in err
+    assert err.count("\n") == 1
+
+
+def test_rows_are_read_one_by_one_until_the_named_record(
+    photo_records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A set of a million records is not held in memory to look at one."""
+    rows = iter(read_records(photo_records))
+    monkeypatch.setattr("finetune.inference.preview.iter_records", lambda *_: rows)
+    assert run(capsys, photo_records, "--id", "real_112x252")[0] == 0
+    assert next(rows).id == "tampered_150x211"
 
 
 def test_unreadable_rows_and_records_show_in_the_status(
