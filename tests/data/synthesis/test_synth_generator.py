@@ -21,6 +21,7 @@ from finetune.data.masks import rasterize_polygons
 from finetune.data.synthesis import SynthConfig, generator, synthesize
 from finetune.data.synthesis.config import load_synth_config
 from finetune.data.synthesis.conversations import RECORD_KINDS
+from finetune.data.synthesis.operations import OperationSettings
 from finetune.data.synthesis.photos import find_photos
 from finetune.data.synthesis.samples import SampleTask, make_sample, plan_tasks
 from finetune.errors import ConfigError, DataFormatError, ForensicsError
@@ -295,8 +296,9 @@ def test_ready_configurations_load(repo_root: Path) -> None:
     folder = repo_root / "configs" / "data"
     default = load_synth_config(folder / "synth_default.yaml")
     assert default == SynthConfig()
-    listed = set(yaml.safe_load((folder / "synth_default.yaml").read_text(encoding="utf-8")))
-    assert listed == {item.name for item in fields(SynthConfig)} - {"operation_settings"}
+    listed = yaml.safe_load((folder / "synth_default.yaml").read_text(encoding="utf-8"))
+    assert set(listed) == {item.name for item in fields(SynthConfig)}
+    assert set(listed["operation_settings"]) == {item.name for item in fields(OperationSettings)}
     instruct = load_synth_config(folder / "synth_instruct.yaml")
     assert set(instruct.record_kinds) == set(RECORD_KINDS)
     assert min(instruct.record_kinds.values()) > 0
