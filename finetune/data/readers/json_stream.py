@@ -98,7 +98,7 @@ class TextStream:
                 message = f"damaged JSON: {str(error)[:100]}"
                 raise DataFormatError(message, source=self.source, fix="repair or remove it") from error
             else:
-                if end < len(self.text) or self.is_complete:  # "12" may go on as "123"
+                if end + _TAIL <= len(self.text) or self.is_complete:  # "12" may go on as "123", and "1e+" as "1e+3"
                     self.drop(end)
                     return value
             self.grow()

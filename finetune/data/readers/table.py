@@ -185,10 +185,10 @@ def _read_header(header: Sequence[str], name: str, options: Options) -> _Table:
             expected="a header with image_path, and mask_path, label, id, group as known",
             fix="set options.columns: {image_path: NAME}",
         )
-    known = [each for names in _COLUMNS.values() for each in names if each.isascii()]
-    for index, cell in enumerate(cells):
-        near = difflib.get_close_matches(cell.lower(), known, n=1, cutoff=0.83)
-        if index not in columns.values() and near and not named and cell.lower() not in known:
+    missing = [each for field, names in _COLUMNS.items() if field not in columns for each in names if each.isascii()]
+    for index, cell in enumerate(cells):  # other columns are the user's own, but `lable` would lose the labels
+        near = difflib.get_close_matches(cell.lower(), missing, n=1, cutoff=0.79)
+        if index not in columns.values() and near and not named:
             raise DataFormatError(
                 "unknown column", source=name, field=cell, fix=f"rename it to '{near[0]}', or set options.columns"
             )
