@@ -119,13 +119,14 @@ def load_pipeline(folder: str, device: str) -> Any:
     Raises:
         ConfigError: the folder is no inpainting pipeline, holds no safetensors, or the device does not exist.
     """
+    importlib.import_module("finetune.torchvision_compat").ensure_torchvision()  # its text encoder's module imports it
     diffusers, torch = importlib.import_module("diffusers"), importlib.import_module("torch")
     try:
         pipeline = diffusers.AutoPipelineForInpainting.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
-            torch_dtype=torch.float32 if device == "cpu" else torch.float16,
+            dtype=torch.float32 if device == "cpu" else torch.float16,
         ).to(device)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, AssertionError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
