@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import AutoProcessor, Qwen2VLImageProcessorPil, logging  # noq
 
 from finetune.config import HeadsConfig, ModelConfig, to_dict  # noqa: E402
 from finetune.errors import MissingDependencyError, ModelLoadError  # noqa: E402
+from finetune.models.plain import SECTION, attach_heads, saved_heads  # noqa: E402
 from finetune.models.qwen_forensics_model import (  # noqa: E402
     HEAD_MODULES,
     QwenForensicsConfig,
@@ -34,6 +36,8 @@ from finetune.special_tokens import SpecialTokens  # noqa: E402
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 ADAPTER_CONFIG = "adapter_config.json"
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+"""Beginnings of the names of pickles that a checkpoint has beside its weights; the Trainer reads tensors only."""
 SETTINGS = "forensics.json"
 
 
@@ -82,12 +86,17 @@ def load_bundle(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     device_map: Any = None,
+    build_base: Callable[[dict[str, Any]], QwenForensicsForConditionalGeneration] | None = None,
 ) -> Bundle:
     """Load a checkpoint of any kind with its processor.
 
     A plain Qwen2.5-VL checkpoint gets `tokens` and `heads` (or their defaults); a folder saved by this project keeps
     its own, and `heads`, when given, must have the same shapes. A folder with `adapter_config.json` is loaded on its
-    base model.
+    base model, a plain folder exported by `forensics merge --plain` with the heads beside it.
+
+    Args:
+        build_base: makes the base model from the fields of `QwenForensicsConfig` instead of reading `config.path`
+            (`finetune.models.shared_base` puts several adapters on one base with it).
 
     Raises:
         ModelLoadError: folder missing or incomplete, weights that do not fit, an adapter that matches nothing.
@@ -97,16 +106,22 @@ def load_bundle(
     _check_folder(source)
     saved = _saved_config(source)
     processor, tokens, new_ids = load_vocabulary(source, tokens, min_pixels, max_pixels)
-    base_path = _base_model_path(adapter) if adapter and adapter == config.path else config.path
+    base_path = base_model_path(adapter) if adapter and adapter == config.path else config.path
     _check_folder(base_path)
     if adapter and _saved_config(base_path) is None:  # a plain base lacks rows for the tokens the adapter brings
         new_ids = processor.tokenizer.convert_tokens_to_ids(list(tokens.all))
-    model = _load_model(base_path, config, _model_settings(saved, heads, processor, tokens), device_map)
+    settings_of_model = _model_settings(saved, heads, processor, tokens)
+    if build_base is not None:
+        model = build_base(settings_of_model)
+    else:
+        model = load_model(base_path, config, settings_of_model, device_map)
     _check_tokenizer(source, processor, model)
     grow_embeddings(model, len(processor.tokenizer), new_ids)
     settings = saved_settings(source)
     if adapter:
-        return Bundle(load_adapter(model, adapter), processor, tokens, settings)
+        wrapped = load_adapter(model, adapter)
+        is_new = model.has_heads and _saved_config(base_path) is None and not _brings_heads(wrapped)
+        return Bundle(wrapped, processor, tokens, settings, has_new_heads=is_new)
     return Bundle(model, processor, tokens, settings, has_new_heads=model.has_heads and saved is None)
 
 
@@ -134,7 +149,9 @@ def load_vocabulary(
 def saved_settings(source: str | Path) -> dict[str, Any]:
     """What other layers wrote beside a model (`Bundle.settings`); {} where there is nothing."""
     file = Path(source) / SETTINGS
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings.pop(SECTION, None)  # describes the folder's files, not the model
+    return settings
 
 
 def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
@@ -215,6 +232,7 @@ def load_adapter(model: QwenForensicsForConditionalGeneration, path: str | Path,
     from safetensors import safe_open
 
     weights_path = Path(path) / "adapter_model.safetensors"
+    refuse_pickle(path)
     if not weights_path.is_file():
         raise ModelLoadError(f"{path}: no adapter_model.safetensors; this is not a complete adapter folder")
     try:
@@ -237,11 +255,20 @@ def load_adapter(model: QwenForensicsForConditionalGeneration, path: str | Path,
     return wrapped
 
 
-def save_bundle(bundle: Bundle, out_dir: str | Path, state_dict: dict[str, Any] | None = None) -> None:
+def _brings_heads(wrapped: Any) -> bool:
+    """Whether an adapter holds trained heads; without them a plain base's heads are random."""
+    return "cls_head" in (wrapped.peft_config[wrapped.active_adapter].modules_to_save or ())
+
+
+def save_bundle(
+    bundle: Bundle, out_dir: str | Path, state_dict: dict[str, Any] | None = None, max_shard_size: str | None = None
+) -> None:
     """Write a folder that `load_bundle` opens: weights or adapter, our config, tokenizer, processor."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     arguments: dict[str, Any] = {} if bundle.model is bundle.base else {"save_embedding_layers": False}
+    if max_shard_size is not None:
+        arguments["max_shard_size"] = max_shard_size
     bundle.model.save_pretrained(out_dir, state_dict=state_dict, **arguments)
     if bundle.model is not bundle.base:
         bundle.base.config.save_pretrained(out_dir)
@@ -259,9 +286,14 @@ def save_processor(processor: Any, out_dir: str | Path) -> None:
     processor.save_pretrained(out_dir)
 
 
-def _load_model(
-    path: str, config: ModelConfig, settings: dict[str, Any], device_map: Any
+def load_model(
+    path: str, config: ModelConfig, settings: dict[str, Any], device_map: Any = None
 ) -> QwenForensicsForConditionalGeneration:
+    """The model of a plain folder or one of ours, with the configuration fields of `settings`; no adapter.
+
+    Raises:
+        ModelLoadError: folder incomplete, pickled, or weights that do not fit.
+    """
     arguments: dict[str, Any] = {
         "dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype),
         "attn_implementation": _attention(config.attn_implementation),
@@ -271,6 +303,7 @@ def _load_model(
     if config.quantization == "nf4":
         arguments["quantization_config"] = _nf4()
     _check_config(path)
+    refuse_pickle(path)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # new heads are expected; anything else missing is an error below
     try:
@@ -297,7 +330,27 @@ def _load_model(
             f"{path}: the folder holds head weights that this configuration has no place for, e.g. '{unexpected[0]}'; "
             "leave `heads` as they were saved"
         )
+    if model.has_heads and Path(path).is_dir() and saved_heads(path) is not None:
+        attach_heads(model, path)
     return model
+
+
+def refuse_pickle(path: str | Path) -> None:
+    """Weights are read from safetensors only: a pickle can run any code while it is loaded.
+
+    Raises:
+        ModelLoadError: the folder's only weights are pickles (`*.bin`, `*.pt`, `*.pth`, `*.ckpt`).
+    """
+    folder = Path(path)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(kind))
+    weights = [name for name in pickles if not name.startswith(_NO_WEIGHTS)]
+    if weights:
+        raise ModelLoadError(
+            f"{path}: its only weights are a pickle ({', '.join(weights[:3])}), which can run any code when it is "
+            "loaded; expected .safetensors: save the model again with safetensors, or download that version"
+        )
 
 
 def _model_settings(
@@ -328,7 +381,9 @@ def _saved_config(path: str) -> QwenForensicsConfig | None:
         raise ModelLoadError(
             f"{path}: config.json is not valid JSON ({_first_line(error)}); copy the folder again"
         ) from error
-    return QwenForensicsConfig.from_pretrained(path) if model_type == QwenForensicsConfig.model_type else None
+    return (
+        QwenForensicsConfig.from_pretrained(path) if model_type == QwenForensicsConfig.model_type else saved_heads(path)
+    )
 
 
 def _check_config(path: str) -> None:
@@ -350,7 +405,18 @@ def _check_tokenizer(path: str, processor: Any, model: QwenForensicsForCondition
             )
 
 
-def _base_model_path(adapter: str) -> str:
+def is_plain(path: str) -> bool:
+    """Whether a base folder or hub name is a released Qwen2.5-VL: without trained heads, without forensic tokens."""
+    _check_folder(path)
+    return _saved_config(path) is None
+
+
+def base_model_path(adapter: str) -> str:
+    """The base model that an adapter folder names.
+
+    Raises:
+        ModelLoadError: it names none.
+    """
     base = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
     if not base:
         raise ModelLoadError(
@@ -388,7 +454,7 @@ def _nf4() -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["visual", "lm_head", "embed_tokens", *HEAD_MODULES],
+        llm_int8_skip_modules=["model.visual", "lm_head", "embed_tokens", *HEAD_MODULES],
     )
 
 
