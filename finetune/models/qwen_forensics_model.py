@@ -7,7 +7,7 @@ and no losses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,10 +126,29 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
     def __init__(self, config: QwenForensicsConfig) -> None:
         super().__init__(config)
-        heads = config.heads_config
+        self._set_heads()
+
+    def replace_heads(self, settings: Mapping[str, Any]) -> None:
+        """Drop the heads and build those that `settings` describe, new from their seed; nothing else changes.
+
+        Args:
+            settings: fields of `QwenForensicsConfig`, such as `heads`, `cls_token_ids` and `mask_token_ids`.
+        """
+        for name in HEAD_MODULES:
+            if hasattr(self, name):
+                delattr(self, name)
+        for key, value in settings.items():
+            setattr(self.config, key, value)
+        for ids, count in (("cls_token_ids", "num_cls"), ("mask_token_ids", "num_mask")):
+            if getattr(self.config, ids):
+                setattr(self.config, count, len(getattr(self.config, ids)))
+        self._set_heads()
+
+    def _set_heads(self) -> None:
+        heads = self.config.heads_config
         self.heads_config = heads
         self.has_heads = heads.enabled
-        _check_layers(heads, config.text_config.num_hidden_layers, config.vision_config.depth)
+        _check_layers(heads, self.config.text_config.num_hidden_layers, self.config.vision_config.depth)
         if heads.enabled:
             self._build_heads(heads)
             if self.lm_head.weight.device.type != "meta":
