@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 from finetune.errors import ModelLoadError
-from finetune.models.loading import Bundle
+from finetune.models.loading import Bundle, refuse_pickle
 
 
 def load_weights(bundle: Bundle, folder: str | Path) -> None:
@@ -22,6 +22,7 @@ def load_weights(bundle: Bundle, folder: str | Path) -> None:
     Raises:
         ModelLoadError: the folder is incomplete or belongs to another model or another choice of trained groups.
     """
+    refuse_pickle(folder)
     if bundle.model is bundle.base:
         _load_whole(bundle, Path(folder))
     else:
