@@ -160,13 +160,18 @@ class Predictor:
         kept = {key: batch[key] for key in MODEL_KEYS if key in batch and key != "logits_to_keep"}
         return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in kept.items()}
 
-    def _generate_ids(self, inputs: dict[str, Any]) -> list[list[int]]:
-        """New token ids of each row, without end and padding tokens."""
+    def _generate_ids(self, inputs: dict[str, Any], **hooks: Any) -> list[list[int]]:
+        """New token ids of each row, without end and padding tokens; `hooks` such as a streamer go to `generate`."""
         settings = self.generation
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.do_sample else {}
         tokenizer = self.bundle.tokenizer
         sequences = self.model.generate(
-            **inputs, max_new_tokens=settings.max_new_tokens, do_sample=settings.do_sample, num_beams=1, **sampling
+            **inputs,
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=settings.do_sample,
+            num_beams=1,
+            **sampling,
+            **hooks,
         )
         ends = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
         rows = []
