@@ -30,6 +30,7 @@ from PIL import Image
 from finetune.data.containers import container_path, read_embedded
 from finetune.data.images import load_image
 from finetune.data.masks import load_mask
+from finetune.data.readers import iter_records
 from finetune.data.storage import iter_stored, open_writer
 from finetune.schema import ImageInput, ImageTarget, Record, Turn
 
@@ -79,7 +80,7 @@ def write(folder: Path, count: int, side: int, storage: Any) -> None:
 def read(folder: Path, count: int, storage: str) -> None:
     """Read every record of a set, decode its images and masks."""
     seen = 0
-    for _, _, record in iter_stored(folder / f"{storage}-{count}" / "train"):
+    for record in iter_records(folder / f"{storage}-{count}" / "train"):
         assert isinstance(record, Record), record
         for image, target in zip(record.images, record.targets, strict=True):
             picture = load_image(image, record.id)
@@ -181,7 +182,7 @@ def main() -> None:
         report = {
             "command": "python bench/memory.py",
             "options": values,
-            "hardware": f"{os.cpu_count()} CPU cores, no GPU",
+            "hardware": f"{os.cpu_count()} CPU cores, no GPU; load average {os.getloadavg()[0]:.1f}",
             "versions": {"python": platform.python_version(), **versions},
             "results": results,
         }

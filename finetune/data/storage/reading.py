@@ -103,7 +103,8 @@ def stored_hash(path: str | os.PathLike[str]) -> str:
 def iter_stored(path: str | os.PathLike[str]) -> Iterator[tuple[str, str, Record | DataFormatError]]:
     """(position, source, record or the error of that row) of everything `stored_files(path)` names, in order.
 
-    Memory does not grow with the number of records. Images of Parquet files are container paths (containers.py).
+    The position, like the source, is FILE#ROW or FILE:LINE, since the shards of a set have the same row numbers. Memory
+    does not grow with the number of records. Images of Parquet files are container paths (containers.py).
 
     Raises:
         DataFormatError: a file is missing, damaged as a whole, or has other columns.
@@ -114,17 +115,17 @@ def iter_stored(path: str | os.PathLike[str]) -> Iterator[tuple[str, str, Record
         if file.suffix.lower() == ".parquet":
             values = _rows(file)
         else:
-            values = iter_objects(file)
-        for position, source, value in values:
-            yield position, source, _record(value, f"{file.stem}:{position}", source, str(file.parent))
+            values = ((source, value) for _, source, value in iter_objects(file))
+        for source, value in values:
+            yield source, source, _record(value, source, str(file.parent))
 
 
-def _rows(file: Path) -> Iterator[tuple[str, str, Any]]:
+def _rows(file: Path) -> Iterator[tuple[str, Any]]:
     for number, row in iter_rows(file):
-        yield str(number), f"{file.name}#{number}", row
+        yield f"{file.name}#{number}", row
 
 
-def _record(value: Any, default_id: str, source: str, root: str) -> Record | DataFormatError:
+def _record(value: Any, source: str, root: str) -> Record | DataFormatError:
     """A native object by the rules of the `messages` reader, so that both storages are held to the same."""
     from finetune.data.readers.common import Item
     from finetune.data.readers.messages import MESSAGES
@@ -135,7 +136,7 @@ def _record(value: Any, default_id: str, source: str, root: str) -> Record | Dat
         return DataFormatError("record is not an object", source=source, found=value, expected="{...}")
     record_id = value.get("id")
     if not isinstance(record_id, str) or not record_id.strip():
-        return DataFormatError("stored record without an id", record=default_id, source=source, found=record_id)
+        return DataFormatError("stored record without an id", source=source, found=record_id)
     try:
         return MESSAGES.read(Item(value, record_id, source, root))
     except DataFormatError as error:

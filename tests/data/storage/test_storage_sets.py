@@ -218,6 +218,20 @@ def test_splits_patterns_and_folders_name_their_files(tmp_path: Path, make_recor
             stored_files(missing)
 
 
+def test_the_common_reader_reads_stored_sets(tmp_path: Path, make_records: Any) -> None:
+    """By file, pattern and split; an id in two shards is found."""
+    records = make_records(8)
+    out = write(tmp_path / "set", records, storage="parquet", shard_bytes=7000)
+    lines = write(tmp_path / "lines", records)
+    expected = [content(record) for record in records]
+    for path in (out / "train-*.parquet", out / "train", out, lines / "train", lines / "*.jsonl", lines):
+        assert [content(record) for record in read_records(path)] == expected, path
+    assert len(read_records(out / "train-00000.parquet")) < 8
+    twice = write(tmp_path / "twice", [records[0], records[1], records[0]], storage="parquet", shard_bytes=1)
+    with pytest.raises(DataFormatError, match=r"train-00002.parquet#0\): id used twice.*also at train-00000.parquet#0"):
+        read_records(twice)
+
+
 def test_the_manifest_counts_and_names_what_is_there(tmp_path: Path, make_records: Any) -> None:
     info = SetInfo(seed=3, config_hash="abc", sources=({"name": "casia"},))
     out = write(tmp_path / "set", make_records(8), storage="parquet", info=info, shard_bytes=7000)
