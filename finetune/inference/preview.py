@@ -35,7 +35,16 @@ _DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv")
 
 def preview_command(arguments: argparse.Namespace) -> int:
     """Handler of `forensics preview`; exit status 1 where a shown record, or a row of the file, cannot be used."""
-    logging.getLogger("finetune").setLevel(logging.ERROR)  # its warnings stand below the records they are about
+    logger = logging.getLogger("finetune")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # warnings stand below the records they are about
+    try:
+        return _preview(arguments)
+    finally:
+        logger.setLevel(level)
+
+
+def _preview(arguments: argparse.Namespace) -> int:
     config, processor, tokens, template, notes = rendering(arguments)
     path = data_path(arguments.data, arguments.split)
     found = iter_records(path, arguments.format, arguments.data_root, reader_options(arguments.option))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -209,6 +210,21 @@ def test_colour_only_on_a_terminal_that_wants_it(monkeypatch: pytest.MonkeyPatch
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert style_of(Terminal(True), None, False).depth == "none"
+
+
+def test_warnings_are_said_once_and_the_log_is_left_as_it_was(
+    photo_records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    line = {"id": "r", "image": str(photo_records.parent / "b.png"), "label": 0}
+    answer = {"role": "assistant", "content": "fake <cls><mask_1> - <mask_32>"}
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({**line, "messages": [{"role": "user", "content": "<image>"}, answer]})
+    )
+    before = logging.getLogger("finetune").level
+    _, out, _ = run(capsys, tmp_path / "a.jsonl", "--width", "200")
+    assert out.count("gives its target away") == 1
+    assert caplog.text == ""
+    assert logging.getLogger("finetune").level == before
 
 
 # ---- mistakes ----
