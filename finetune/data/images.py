@@ -189,6 +189,10 @@ def _open(image: ImageInput, record_id: str | None, source: str | None, field: s
     if opened.width * opened.height > MAX_PIXELS:  # Pillow's own check may have been switched off
         opened.close()
         raise refuse(f"image is too large ({opened.width}x{opened.height} pixels)", "resize it, or remove the record")
+    if opened.format == "TIFF":
+        # Without a name Pillow (13.0) does not map the file into memory; where it does (uncompressed grey, palette,
+        # CMYK), a sideways orientation makes it read the rows at the turned width and scrambles the pixels.
+        opened.filename = ""
     return opened
 
 

@@ -57,6 +57,38 @@ def test_jpeg_orientation_and_damaged_exif() -> None:
     assert (image_size_hw(image), load_image(image).size) == ((4, 6), (6, 4))
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "P", "RGBA", "CMYK", "1", "RGB"])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
+def test_a_turned_tiff_file_reads_as_its_bytes_do(tmp_path: Path, mode: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    values = np.random.default_rng(0).integers(0, 2, (4, 6), np.uint8) * 255
+    picture = Image.fromarray(values.astype(np.uint16)) if mode == "I;16" else Image.fromarray(values).convert(mode)
+    picture.save(tmp_path / "a.tif", exif=exif)
+    from_path = load_image(ImageInput(path=str(tmp_path / "a.tif")))
+    upright = load_image(encode(picture, "PNG" if mode not in ("CMYK",) else "TIFF"))
+    turns = {1: 0, 3: 2, 6: -1, 8: 1}
+    expected = np.asarray(upright)
+    expected = expected.swapaxes(0, 1) if orientation == 5 else np.rot90(expected, turns[orientation])
+    assert np.array_equal(np.asarray(from_path), expected)
+    assert image_size_hw(ImageInput(path=str(tmp_path / "a.tif"))) == expected.shape[:2]
+
+
+def test_grey_with_alpha_palette_with_transparency_and_animations() -> None:
+    grey = np.array([[[200, 0], [200, 255]]], np.uint8)
+    loaded = np.asarray(load_image(encode(Image.fromarray(grey, "LA"), "PNG")))
+    assert loaded[0].tolist() == [[255] * 3, [200] * 3]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([9, 9, 9, 200, 0, 0])
+    palette.putpixel((1, 0), 1)
+    loaded = np.asarray(load_image(encode(palette, "PNG", transparency=0)))
+    assert loaded[0].tolist() == [[255, 255, 255], [200, 0, 0]]
+    frames = [Image.new("RGB", (5, 4), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    for format, options in (("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
+        moving = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
+        assert (image_size_hw(moving), load_image(moving).getpixel((0, 0))) == ((4, 5), (255, 0, 0))
+
+
 def test_16_bit_grey_is_scaled_not_clipped() -> None:
     values = np.array([[0, 257, 32896, 65535]], np.uint16)
     loaded = np.asarray(load_image(encode(Image.fromarray(values), "PNG")))
