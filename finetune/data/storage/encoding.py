@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from finetune.data.storage.serialization import UNKNOWN_SUFFIX, image_suffix
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import ImageInput, ImageTarget, Record
 
+OnPicture = Callable[[ImageInput, Image.Image], object]
 MIN_SIDE = 28
 """Smallest bound on an image's side, in pixels: one merge group of Qwen2.5-VL's patches."""
 
@@ -91,8 +93,12 @@ class EncodedRecord:
         return sum(len(blob.data) for blob in (*self.images, *self.masks) if blob is not None)
 
 
-def prepare_payload(record: Record, options: ImageOptions) -> EncodedRecord:
+def prepare_payload(record: Record, options: ImageOptions, on_picture: OnPicture | None = None) -> EncodedRecord:
     """Read, check and encode the images and masks of one record.
+
+    Args:
+        on_picture: called with each image and its decoded RGB picture, for whoever would otherwise decode it again;
+            not called for images that are copied unchecked.
 
     Raises:
         DataFormatError: an unreadable image or mask, or, when checked, one that does not fit its target.
@@ -101,7 +107,7 @@ def prepare_payload(record: Record, options: ImageOptions) -> EncodedRecord:
     masks: list[Blob | None] = []
     targets: list[ImageTarget] = []
     for image, target in zip(record.images, record.targets, strict=True):
-        blob, mask, target = _encode_one(image, target, record, options)
+        blob, mask, target = _encode_one(image, target, record, options, on_picture)
         images.append(blob)
         masks.append(mask)
         targets.append(target)
@@ -109,11 +115,13 @@ def prepare_payload(record: Record, options: ImageOptions) -> EncodedRecord:
 
 
 def _encode_one(
-    image: ImageInput, target: ImageTarget, record: Record, options: ImageOptions
+    image: ImageInput, target: ImageTarget, record: Record, options: ImageOptions, on_picture: OnPicture | None
 ) -> tuple[Blob | None, Blob | None, ImageTarget]:
     source = record.source or None
     if options.mode == "reencode":
         picture = load_image(image, record.id, source)
+        if on_picture is not None:
+            on_picture(image, picture)
         size_hw = (picture.height, picture.width)
         if options.is_checked:
             load_mask(target, size_hw, record.id, source)
@@ -124,6 +132,8 @@ def _encode_one(
     else:
         if options.is_checked:
             picture = load_image(image, record.id, source)
+            if on_picture is not None:
+                on_picture(image, picture)
             load_mask(target, (picture.height, picture.width), record.id, source)
         else:
             image_size_hw(image, record.id, source)  # at least the header is that of an image
