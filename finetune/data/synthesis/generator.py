@@ -12,6 +12,7 @@ import logging
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,7 @@ def _content(config: SynthConfig, photos: PhotoSet) -> dict[str, Any]:
     }
 
 
+@cache
 def _code_hash() -> str:
     """Of the source that makes images: samples of an older version are not continued."""
     files = [*sorted(Path(__file__).parent.rglob("*.py")), Path(masks.__file__)]

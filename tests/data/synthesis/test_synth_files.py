@@ -99,7 +99,7 @@ def test_stripped_files_hold_no_metadata_but_the_provenance_keeps_the_camera(
 
 @pytest.mark.parametrize("image_format", ["jpeg", "webp"])
 def test_parameters_of_the_container_tell_no_label(image_format: str, tmp_path: Path) -> None:
-    config = replace(CONFIG, num_train=200, image_format=image_format, image_quality=(85, 95))
+    config = replace(CONFIG, num_train=120, image_format=image_format, image_quality=(85, 95))
     synthesize(config, tmp_path / "set", progress=False)
     records = read(tmp_path / "set")
     labels = [record["labels"][0] for record in records]
