@@ -67,7 +67,7 @@ def content(record: Record) -> Any:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(record=records())
 def test_any_record_comes_back_from_both_storages(tmp_path_factory: pytest.TempPathFactory, record: Record) -> None:
     """Whatever is in its fields; the images are one small picture."""
