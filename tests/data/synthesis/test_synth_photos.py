@@ -110,3 +110,10 @@ def test_monochrome_pictures_have_equal_channels_like_grey_photos() -> None:
         spread = picture.max(axis=2).astype(int) - picture.min(axis=2)
         assert spread.max() <= 2
         assert camera["monochrome"]
+
+
+def test_the_held_out_packaged_photographs_never_change() -> None:
+    """Published figures were measured on pictures of these four; documents help training alone."""
+    photos = find_photos()
+    assert {photo.group for photo in photos.of("eval")} == {"coffee", "china", "grace_hopper", "gravel"}
+    assert {"page", "text", "retina", "moon"} <= {photo.group for photo in photos.of("train")}

@@ -60,7 +60,7 @@ class OperationSettings:
             "segment": 0.05,
             "superpixels": 0.2,
             "felzenszwalb": 0.2,
-            "text": 0.1,
+            "text": 0.3,
         }
     )
     max_feather: float = 3.0

@@ -38,7 +38,7 @@ def segment_region(
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     parameters: dict[str, Any]
     if method == "superpixels":
-        parameters = {"segments": int(rng.integers(30, 90)), "compactness": round(float(rng.uniform(6, 20)), 2)}
+        parameters = {"segments": int(rng.integers(30, 90)), "compactness": round(float(rng.uniform(3, 14)), 2)}
         labels = slic(
             small, parameters["segments"], parameters["compactness"], max_num_iter=5, start_label=0, channel_axis=2
         )
