@@ -19,6 +19,7 @@ from typing import Any
 import cv2
 import numpy as np
 import PIL
+import skimage
 from tqdm import tqdm
 
 from finetune.data import masks
@@ -205,6 +206,7 @@ def _content(config: SynthConfig, photos: PhotoSet) -> dict[str, Any]:
             "numpy": np.__version__,
             "opencv": cv2.__version__,
             "pillow": PIL.__version__,
+            "scikit-image": skimage.__version__,
         },
     }
 
