@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 
 from finetune.data.readers import READERS, read_records, scan_records
+from finetune.data.readers.coco import is_coco
+from finetune.data.readers.labelme import is_labelme
 from finetune.errors import DataFormatError
 from finetune.schema import Record
 
 README = Path(__file__).parents[2] / "data" / "README.md"
+BLOCKS = re.findall(r"```json\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+OBJECT_BLOCKS = [block for block in BLOCKS if not is_coco(json.loads(block)) and not is_labelme(json.loads(block))]
 SPEC_CONVERSATIONS = (
     '{"conversations": [{"role": "user", "content": "<image> 这张证件照是否存在PS痕迹？"},'
     '{"role": "assistant", "content": "伪造区域: <mask_1> - <mask_32>；取证判断依据: 发际线羽化异常；取证难易判断: 易；'
@@ -42,13 +46,27 @@ def error_of(folder: Path, content: Any, name: str = "train.json", **options: An
     return message
 
 
-@pytest.mark.parametrize("block", re.findall(r"```json\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL))
+@pytest.mark.parametrize("block", BLOCKS)
 def test_every_example_of_the_data_readme_loads(tmp_path: Path, block: str) -> None:
     assert read_records(write(tmp_path, block))
+
+
+@pytest.mark.parametrize("block", OBJECT_BLOCKS)
+def test_every_example_of_one_record_per_object_loads_line_by_line(tmp_path: Path, block: str) -> None:
     value = json.loads(block)
     lines = "\n".join(json.dumps(entry) for entry in (value if isinstance(value, list) else [value]))
     as_lines = read_records(write(tmp_path, lines, "train.jsonl"))
     assert [r.images for r in as_lines] == [r.images for r in read_records(write(tmp_path, block))]
+
+
+def test_the_table_and_the_folder_of_the_data_readme_load(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```csv\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert [record.label for record in read_records(write(tmp_path, block, "t.csv"))] == [1, 0]
+    (block,) = re.findall(r"```\n(set/.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    for name in block.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [record.label for record in read_records(tmp_path / "set")] == [0, 1]
 
 
 def test_the_conversations_example_of_the_spec_loads_without_images(tmp_path: Path) -> None:
@@ -262,7 +280,7 @@ def test_files_and_containers(tmp_path: Path) -> None:
 
 def test_records_in_any_format_or_noise_give_records_or_a_data_format_error(tmp_path: Path) -> None:
     rng = random.Random(0)
-    blocks = re.findall(r"```json\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = OBJECT_BLOCKS
     values: list[Any] = [
         None,
         True,
