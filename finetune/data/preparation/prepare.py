@@ -13,19 +13,18 @@ from functools import partial
 from pathlib import Path
 
 import cv2
-from PIL import Image
 from tqdm import tqdm
 
 from finetune.data.duplicates import ImageIndex, assert_disjoint, describe
-from finetune.data.fingerprints import Fingerprint, fingerprint
 from finetune.data.parallel import ordered_map
 from finetune.data.preparation.config import PrepareConfig, PrepareSource, check
 from finetune.data.preparation.ledger import Entry, Ledger, read_ledger, write_rejected
-from finetune.data.preparation.sources import Item, Survey, iter_items, survey, with_synthesis
+from finetune.data.preparation.sources import Survey, iter_items, survey, with_synthesis
+from finetune.data.preparation.work import work_on
 from finetune.data.splits import SplitReport
-from finetune.data.storage import EncodedRecord, ImageOptions, SplitWriter, open_writer, prepare_payload
-from finetune.errors import ConfigError, DataFormatError
-from finetune.schema import ImageInput, Record
+from finetune.data.storage import SplitWriter, open_writer
+from finetune.errors import ConfigError
+from finetune.schema import Record
 
 _LEDGER_NAME = "ledger.jsonl"
 
@@ -65,16 +64,6 @@ class Prepared:
         before = f", {self.num_done_before} of them by the interrupted run" if self.num_done_before else ""
         told.append(f"{sum(self.written.values())} records in {self.out_dir}{before}; {self.seconds:.1f} s")
         return told
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """An item after the work: what to write, or why not."""
-
-    item: Item
-    payload: EncodedRecord | None = None
-    prints: tuple[Fingerprint, ...] = ()
-    error: DataFormatError | None = None
 
 
 def prepare(config: PrepareConfig, *, overwrite: bool = False, progress: bool = True) -> Prepared:
@@ -154,21 +143,6 @@ def _write_all(
         assert isinstance(item.record, Record)
         ledger.add(Entry(item.index, item.split, item.id, item.record.group, prints=outcome.prints))
         writers[item.split].write(item.record, outcome.payload, item.index)
-
-
-def work_on(item: Item, options: ImageOptions) -> Outcome:
-    """Check and encode one record and take its images' fingerprints; a pure function, for any process."""
-    if isinstance(item.record, DataFormatError):
-        return Outcome(item, error=item.record)
-    prints: list[Fingerprint] = []
-
-    def look(image: ImageInput, picture: Image.Image) -> None:
-        prints.append(fingerprint(image, picture))
-
-    try:
-        return Outcome(item, prepare_payload(item.record, options, look), tuple(prints))
-    except DataFormatError as error:
-        return Outcome(item, error=error)
 
 
 def _is_done(index: int, split: str, writers: dict[str, SplitWriter]) -> bool:

@@ -18,32 +18,13 @@ from tqdm import tqdm
 
 from finetune.config import build, to_dict
 from finetune.data.preparation.config import PrepareConfig, PrepareSource
+from finetune.data.preparation.work import Item
 from finetune.data.readers import iter_records
 from finetune.data.splits import GroupBy, HoldOut, SplitReport, Splitter
 from finetune.data.storage import SetInfo
 from finetune.data.storage.atomic import file_sha256
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Record
-
-
-@dataclass(frozen=True)
-class Item:
-    """One entry of the sources.
-
-    Args:
-        index: its number over all sources, from 0.
-        split: where it goes; "" for an error.
-        record: with its final id and group, or what is wrong with it.
-    """
-
-    index: int
-    split: str
-    record: Record | DataFormatError
-
-    @property
-    def id(self) -> str:
-        """Of the record, "" where even that could not be read."""
-        return self.record.id if isinstance(self.record, Record) else self.record.record or ""
 
 
 @dataclass(frozen=True)

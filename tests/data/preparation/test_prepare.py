@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from finetune.config import load_config
-from finetune.data.preparation import PrepareConfig, prepare
-from finetune.data.preparation.config import PrepareSource
+from finetune.data.preparation.config import PrepareConfig, PrepareSource
+from finetune.data.preparation.prepare import prepare
 from finetune.data.readers import scan_records
 from finetune.errors import ConfigError, DataFormatError
 
@@ -25,7 +25,8 @@ MakeSource = Callable[..., Path]
 RUN = """
 import sys
 from finetune.config import load_config
-from finetune.data.preparation import PrepareConfig, prepare
+from finetune.data.preparation.config import PrepareConfig
+from finetune.data.preparation.prepare import prepare
 if __name__ == "__main__":
     prepare(load_config(sys.argv[1], [], PrepareConfig), progress=False)
 """
