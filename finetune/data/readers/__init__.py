@@ -215,7 +215,10 @@ def _open(
         expected = f"auto, {', '.join((*READERS, *FORMATS))}"
         raise DataFormatError("unknown format", source=path.name, found=format, expected=expected)
     root_dir = _root_dir(path, root)
-    kind = _kind(path, options) if format == "auto" else format
+    value = None  # of a .json file that had to be parsed to know what it is
+    kind = format
+    if format == "auto":
+        kind, value = _kind(path, options)
     own = FORMATS[kind].options if kind in FORMATS else ()
     options.check_names((*COMMON_OPTIONS, *own), kind if kind in FORMATS else "JSON objects")
     masks = read_mask_options(options)
@@ -224,31 +227,35 @@ def _open(
         masks = replace(masks, convention=masks.convention or layout.mask_convention)
         if "mask_pixels" not in options.values:
             masks = replace(masks, pixels=layout.mask_pixels)
+    if value is not None and kind in ("coco", "labelme"):
+        read = read_coco if kind == "coco" else read_labelme
+        return read(value, path, root_dir, options), masks
     if kind in FORMATS:
         return FORMATS[kind].read(path, root_dir, options), masks
     return _read_objects(path, root_dir, kind), masks
 
 
-def _kind(path: Path, options: Options) -> str:
-    """The key of `FORMATS` a path calls for, or "auto" where each JSON object tells its own format."""
+def _kind(path: Path, options: Options) -> tuple[str, Any]:
+    """The key of `FORMATS` a path calls for, or "auto" where each JSON object tells its own format; the file's value
+    if it had to be parsed."""
     suffix = path.suffix.lower()
     if "preset" in options.values:
-        return "folder"
+        return "folder", None
     if suffix in TABLE_SUFFIXES:
-        return "table"
+        return "table", None
     if path.is_file() and suffix in JSON_SUFFIXES:
         if suffix == ".json" and top_level(path) == "{":
             value = load_json(path)
-            return "coco" if is_coco(value) else "labelme" if is_labelme(value) else "auto"
-        return "auto"
+            return "coco" if is_coco(value) else "labelme" if is_labelme(value) else "auto", value
+        return "auto", None
     from finetune.data.storage import is_stored  # imports the readers
 
     if is_stored(path):
-        return "stored"
+        return "stored", None
     if not path.is_dir():
-        return "auto"
+        return "auto", None
     first_json = next(iter_files(path, (".json",)), None)
-    return "labelme" if first_json and _is_labelme_file(path / first_json) else "folder"
+    return "labelme" if first_json and _is_labelme_file(path / first_json) else "folder", None
 
 
 def _is_labelme_file(path: Path) -> bool:
