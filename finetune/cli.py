@@ -60,6 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
         ("evaluate", "metrics, predictions and an HTML report on a labelled data set", _evaluate_arguments),
         ("doctor", "check environment, data and configuration, all problems at once", _doctor_arguments),
         ("preview", "show records as training sees them: supervised tokens, images with masks", _preview_arguments),
+        (
+            "audit",
+            "find what gives labels away, copies across splits and bad files in data sets",
+            _audit_arguments,
+        ),
         ("tiny", "build the tiny Qwen2.5-VL that everything runs on offline", _tiny_arguments),
         ("synth", "make tampered and authentic images from photographs", _synth_arguments),
     ):
@@ -228,6 +233,61 @@ def _preview(arguments: argparse.Namespace) -> int:
     return preview_command(arguments)
 
 
+# ---- audit ----
+
+
+def _audit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", nargs="*", metavar="DATA", help="data file or folder; each is a split of its own")
+    parser.add_argument(
+        "--split", action="append", default=[], metavar="NAME=FILE", help="data of a named split; may be repeated"
+    )
+    parser.add_argument("--out", metavar="DIR", help="write audit.json and audit.html here")
+    parser.add_argument("--data-root", metavar="DIR", help="image paths are relative to it")
+    parser.add_argument("--format", default="auto", help="reader to use (default: recognised from the records)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the reader; may be repeated"
+    )
+    parser.add_argument(
+        "--group-by", default="group", metavar="RULE", help="group, parent, path:REGEX or provenance.KEY (group)"
+    )
+    parser.add_argument("--config", metavar="YAML", help="training configuration: token lengths against its limit")
+    parser.add_argument("--model", metavar="DIR", help="model folder whose tokenizer and tokens are meant")
+    parser.add_argument("--max-length", type=_positive, metavar="N", help="limit in tokens (default: the config's)")
+    parser.add_argument("--num-cls", type=_positive, default=1, metavar="N", help="cls tokens without a model (1)")
+    parser.add_argument("--num-mask", type=_positive, default=32, metavar="N", help="mask tokens without a model (32)")
+    parser.add_argument(
+        "--leak-threshold",
+        type=_probability,
+        default=0.65,
+        metavar="P",
+        help="report a clue when the lower bound of its AUROC is above (0.65)",
+    )
+    parser.add_argument(
+        "--hash-distance", type=_hash_distance, default=4, metavar="BITS", help="pictures this near look the same (4)"
+    )
+    parser.add_argument("--workers", type=_non_negative_int, default=0, metavar="N", help="processes; 0 = one per core")
+    parser.set_defaults(handler=_audit)
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from finetune.data.audit.command import audit_command
+
+    arguments.options = {}
+    if arguments.option:
+        from finetune.inference.preview import reader_options
+
+        arguments.options = reader_options(arguments.option)
+    if not arguments.config and not arguments.model:
+        if arguments.max_length is not None:
+            raise ConfigError("--max-length needs --config YAML or --model DIR, whose tokenizer counts")
+        return audit_command(arguments)
+    from finetune.inference.token_lengths import token_counter
+
+    count, limit, tokens = token_counter(arguments.config, arguments.model, arguments.max_length)
+    arguments.num_cls, arguments.num_mask = tokens.num_cls, tokens.num_mask
+    return audit_command(arguments, count, limit)
+
+
 # ---- tiny ----
 
 
@@ -298,6 +358,18 @@ def _synth(arguments: argparse.Namespace) -> int:
         print(f"left out {photo['name']}: {photo['reason']}", file=sys.stderr)
     print(f"wrote {arguments.out}")
     return 0
+
+
+def _non_negative_int(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
+def _hash_distance(text: str) -> int:
+    if not text.isdecimal() or int(text) > 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of bits from 0 to 16")
+    return int(text)
 
 
 def _positive(text: str) -> int:
