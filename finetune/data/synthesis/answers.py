@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from finetune.data.answer_polygons import PolygonFrame
 from finetune.data.masks import polygons_from_mask
 
 LANGUAGES = ("zh", "en")
@@ -239,15 +240,21 @@ def answer_polygons(mask: np.ndarray, max_points: int) -> list[IntPolygon]:
     """Outlines of a mask, simplified until all of them together have at most `max_points` points.
 
     Pieces and holes under 0.2 % of the image are left out, unless that leaves nothing. `masks.rasterize_polygons` gives
-    the mask back.
+    the mask back but for the simplification and for rounding to whole pixels.
 
     Args:
         mask: (H, W) bool.
         max_points: >= 4.
     """
-    outlines = polygons_from_mask(mask, max_points, max(16.0, 0.002 * mask.size))
-    outlines = outlines or polygons_from_mask(mask, max_points, 0)
-    return [[[round(x), round(y)] for x, y in points] for points in outlines]  # they run on whole pixel edges
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    # Only the piece around the region is traced, which is several times faster; the rim keeps bays open to the outside.
+    piece = np.pad(mask[top : top + height, left : left + width], 1)
+    outlines = polygons_from_mask(piece, max_points, max(16.0, 0.002 * mask.size))
+    outlines = outlines or polygons_from_mask(piece, max_points, 0)
+    placed = [tuple((x + left - 1, y + top - 1) for x, y in points) for points in outlines]
+    size_hw = (mask.shape[0], mask.shape[1])
+    whole = PolygonFrame("absolute", size_hw, size_hw).write(placed)
+    return [[[int(x), int(y)] for x, y in points] for points in whole]
 
 
 def phrases(language: str) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.data.masks import rasterize_polygons
+from finetune.data.answer_polygons import PolygonFrame
+from finetune.data.masks import polygons_from_mask, rasterize_polygons
 from finetune.data.synthesis.answers import (
     LANGUAGES,
     LEVELS,
@@ -70,7 +71,28 @@ def test_budget_holds_large_pieces_come_first_and_holes_stay_empty() -> None:
     ring = np.zeros((120, 120), dtype=bool)
     ring[20:100, 20:100] = True
     ring[50:70, 50:70] = False
-    assert np.array_equal(rasterize_polygons(answer_polygons(ring, 24), ring.shape), ring)
+    assert iou(rasterize_polygons(answer_polygons(ring, 24), ring.shape), ring) > 0.99
+
+
+def test_a_bay_at_the_edge_of_the_image_is_no_hole() -> None:
+    mask = np.zeros((60, 60), dtype=bool)
+    mask[:30, 10:50] = True
+    mask[:3, 28:31] = False  # too small for a hole, but open to the outside
+    drawn = rasterize_polygons(answer_polygons(mask, 24), mask.shape)
+    assert not drawn[0, 28:31].any()
+    assert iou(drawn, mask) > 0.99
+
+
+def test_tracing_a_piece_is_tracing_the_image() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        mask = np.zeros((90, 120), dtype=bool)
+        for _ in range(3):
+            top, left = rng.integers(0, 60, size=2)
+            mask[top : top + rng.integers(8, 40), left : left + rng.integers(8, 40)] = True
+        whole = polygons_from_mask(mask, 24, max(16.0, 0.002 * mask.size))
+        expected = PolygonFrame("absolute", mask.shape, mask.shape).write(whole)
+        assert answer_polygons(mask, 24) == [[[int(x), int(y)] for x, y in points] for points in expected]
 
 
 def test_coordinates_are_whole_numbers() -> None:
