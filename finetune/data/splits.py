@@ -172,9 +172,13 @@ class HoldOut:
 
 @dataclass
 class SplitCounts:
-    """What fell into one split; `labels` counts records by label (1 if any of the images is tampered)."""
+    """What fell into one split; `labels` counts records by label (1 if any of the images is tampered).
+
+    `forced` records were put there by their source, not by the ratios.
+    """
 
     records: int = 0
+    forced: int = 0
     images: int = 0
     groups: int = 0
     labels: Counter[int | None] = field(default_factory=Counter)
@@ -247,9 +251,11 @@ class Splitter:
             raise ValueError("a hold-out list needs scan() over all records first")
         key = self.group_by.key(record)
         self._num_ungrouped += not self.group_by.named(record)
+        is_forced = forced is not None
         if forced is None:
             forced = self.hold_out_split if key in self._held else assign_split(key, self.ratios, self.seed)
         counts = self._counts[forced]
+        counts.forced += is_forced
         counts.records += 1
         counts.images += len(record.images)
         counts.labels[record.label] += 1
@@ -280,18 +286,19 @@ class Splitter:
                 f"{self._num_ungrouped} of {num_records} records have no group by '{self.group_by.rule}'; each image "
                 "is its own group, so pictures of one scene may fall on both sides"
             )
+        num_free = num_records - sum(counts.forced for counts in self._counts.values())
         present = {label for counts in self._counts.values() for label, n in counts.labels.items() if n} - {None}
         for name, share in self.ratios.items():
             counts = self._counts[name]
-            if share > 0 and not counts.records:
+            if share > 0 and num_free and not counts.records:
                 yield f"split '{name}' is empty; it was to have {share:.0%} (few groups, or large ones)"
             elif counts.records:
                 for label in sorted(present - set(counts.labels), key=str):
                     yield f"split '{name}' has no {'tampered' if label else 'real'} record"
-                realised = counts.records / num_records
-                if abs(realised - share) > _MAX_DEVIATION:
+                realised = (counts.records - counts.forced) / max(num_free, 1)
+                if num_free and abs(realised - share) > _MAX_DEVIATION:
                     yield (
-                        f"split '{name}' has {realised:.1%} of the records, {share:.1%} were asked for "
+                        f"split '{name}' got {realised:.1%} of the records to be divided, {share:.1%} were asked for "
                         "(groups differ in size)"
                     )
         for line in self.hold_out.unused() if self.hold_out is not None else ():

@@ -128,19 +128,32 @@ def test_hold_out_needs_a_scan_and_a_known_split(tmp_path: Path) -> None:
 
 
 def test_the_report_counts_and_warns() -> None:
-    splitter = Splitter({"train": 0.5, "val": 0.5, "test": 0.0}, 0)
-    for k in range(12):
-        splitter.split_of(record(f"r{k}", group=f"g{k}", label=k % 2), forced="train" if k < 9 else "val")
-    splitter.split_of(record("u", group="g0", label=None), forced="train")
+    ratios = {"train": 0.5, "val": 0.5, "test": 0.0}
+    in_train = [name for name in map(str, range(100)) if assign_split(name, ratios, 0) == "train"]
+    in_val = next(name for name in map(str, range(100)) if assign_split(name, ratios, 0) == "val")
+    splitter = Splitter(ratios, 0)
+    for k in range(9):
+        splitter.split_of(record(f"r{k}", group=in_train[k], label=k % 2))
+    for k in range(9, 12):
+        splitter.split_of(record(f"r{k}", group=in_val, label=k % 2))
+    splitter.split_of(record("u", group=in_train[0], label=None))
     report = splitter.report()
     train = report.counts["train"]
     assert (train.records, train.groups, train.images) == (10, 9, 10)
     assert train.labels == {0: 5, 1: 4, None: 1}
     assert report.lines()[0] == ("train: 10 records (76.9%) in 9 groups, 10 images; 5 real, 4 tampered, 1 unlabelled")
-    assert any("'train' has 76.9% of the records" in line for line in report.warnings)
+    assert any("'train' got 76.9% of the records to be divided" in line for line in report.warnings)
     lonely = Splitter({"train": 0.5, "val": 0.5}, 0)
-    lonely.split_of(record("a", group="a", label=0), forced="train")
-    lonely.split_of(record("b", group="b", label=1), forced="train")
+    lonely.split_of(record("a", group=in_train[0], label=0))
+    lonely.split_of(record("b", group=in_train[1], label=1))
     assert "split 'val' is empty; it was to have 50% (few groups, or large ones)" in lonely.report().warnings
-    lonely.split_of(record("c", group="c", label=1), forced="val")
+    lonely.split_of(record("c", group=in_val, label=1))
     assert "split 'val' has no real record" in lonely.report().warnings
+
+
+def test_records_with_a_split_of_their_own_are_not_held_against_the_ratios() -> None:
+    splitter = Splitter({"train": 1.0, "test": 0.0}, 0)
+    for k in range(4):
+        splitter.split_of(record(f"r{k}", group=f"g{k}", label=k % 2))
+        splitter.split_of(record(f"t{k}", group=f"h{k}", label=k % 2), forced="test")
+    assert splitter.report().warnings == ()
