@@ -1,0 +1,180 @@
+"""Every key of a run's YAML, as dataclasses with defaults and a comment each. No torch, no transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class ModelConfig:
+    """Which checkpoint is trained and how it is held in memory."""
+
+    path: str = (
+        "Qwen/Qwen2.5-VL-3B-Instruct"  # a plain Qwen2.5-VL folder or hub name, or a folder saved by this project
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the checkpoint was saved
+    attn_implementation: str = "auto"  # auto: flash_attention_2 where importable on CUDA, else sdpa
+    quantization: Literal["none", "nf4"] = "none"  # nf4: QLoRA, needs bitsandbytes
+    adapter: str | None = None  # a PEFT folder to start from
+
+
+@dataclass
+class TokensConfig:
+    """How many forensic tokens the tokenizer gains; several cls tokens are spelled `<cls_1>`..`<cls_n>`."""
+
+    num_cls: int = 1
+    num_mask: int = 32
+
+
+@dataclass
+class NoiseResidualConfig:
+    """The noise-residual expert: a convolutional stream computed from the pixels the vision tower sees."""
+
+    enabled: bool = False
+    channels: int = 48  # width of the stream, at 1/4 of the processed image
+    widths: list[int] = field(default_factory=lambda: [32, 64, 96])  # of its U-Net at 1/4, 1/8 and 1/16 of the image
+    global_blocks: int = 2  # attention blocks over a whole image, at 1/16
+    to_language: bool = False  # also add the stream, pooled per merged patch, to the image tokens the LLM reads
+
+
+@dataclass
+class HeadsConfig:
+    """Classification and mask head on the hidden states at the forensic tokens."""
+
+    enabled: bool = True
+    mask: Literal["query", "grid"] = (
+        "query"  # query: token-query decoder over vision patches; grid: tokens -> grid -> mask
+    )
+    layer: str | int = (
+        "last"  # "last", "weighted" (learned weighted sum of all layers) or a layer index (0 = embeddings)
+    )
+    hidden_size: int = 256  # width of the decoder
+    num_layers: int = 2  # cross-attention layers of the query decoder
+    num_heads: int = 8
+    dropout: float = 0.0
+    vision_layers: list[int] = field(default_factory=lambda: [-1])  # tower blocks whose pre-merger patches are decoded
+    grid_size: int = 16  # side of the coarse grid of the `grid` head
+    cls_uses_mask: bool = True  # the image score also reads pooled evidence of the mask branch
+    mask_sigmoid: bool = False  # the head itself returns scores in (0, 1) instead of logits
+    seed: int = 0  # initialises new heads, independent of the global RNG
+    noise_residual: NoiseResidualConfig = field(default_factory=NoiseResidualConfig)
+
+
+@dataclass
+class SourceConfig:
+    """One data file or folder: any format of data/README.md."""
+
+    path: str = ""
+    format: str = "auto"
+    root: str | None = None  # image paths are relative to it; default: the file's own folder
+    options: dict[str, Any] = field(default_factory=dict)  # of the format's reader, see data/README.md
+    weight: float = 1.0  # relative share in the mixture; 2.0 draws its samples twice as often
+
+
+@dataclass
+class DataConfig:
+    """What is trained and evaluated on, and how a record becomes a token sequence."""
+
+    train: list[SourceConfig] = field(default_factory=list)
+    eval: list[SourceConfig] = field(default_factory=list)
+    template: str = "zh"  # zh, en, or the path of a YAML like finetune/data/templates/zh.yaml
+    layout: Literal["tokens_first", "text_first"] = "tokens_first"
+    max_length: int = 4096  # tokens; a longer record is an error that names it, image tokens are never cut
+    min_pixels: int = 3136  # bounds of the processed image, Qwen2.5-VL's smart resize
+    max_pixels: int = 1003520
+    mask_resolution: Literal["processed", "original"] = "processed"  # at which size mask losses are computed
+    max_polygon_points: int = 48  # budget of a record's polygons in the answer
+    max_polygon_tokens: int | None = None  # their budget in tokens of the model's tokenizer, in place of points
+    polygon_coordinates: Literal["absolute", "relative"] = (
+        "absolute"  # absolute: pixels of the resized image, as Qwen2.5-VL; relative: 0..1000 of its sides, as Qwen2-VL
+    )
+    max_eval_samples: int | None = None
+    num_workers: int = 0
+    class_balanced: bool = True  # draw real and tampered equally often
+
+
+@dataclass
+class LossConfig:
+    """Weights of the loss terms (0 switches one off) and their parameters."""
+
+    text: float = 1.0
+    focal: float = 1.0
+    dice: float = 1.0
+    boundary: float = 0.2
+    authentic: float = 1.0
+    bce: float = 0.0
+    contrast_region: float = 0.1
+    contrast_image: float = 0.0
+    focal_gamma: float = 2.0
+    focal_alpha: float | None = None
+    temperature: float = 0.1
+    bce_pos_weight: float = 1.0
+
+
+@dataclass
+class LoraConfig:
+    """LoRA on the language model; `target_modules` is a regular expression over full module names."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: str = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+
+
+@dataclass
+class TrainConfig:
+    """What trains, how long and how fast. `trainer_args` passes any further `transformers.TrainingArguments` on."""
+
+    trainable: list[str] = field(default_factory=lambda: ["new_tokens", "cls_head", "mask_head", "noise_residual"])
+    batch_size: int = 1  # per device
+    eval_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    epochs: float = 1.0
+    max_steps: int = -1  # > 0 overrides epochs
+    max_seconds: float | None = None  # wall-clock budget: the schedule is compressed and training stops in time
+    learning_rate: float = 1e-4
+    group_learning_rates: dict[str, float] = field(default_factory=dict)  # trainable group -> its own rate
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA that has it, else fp32
+    gradient_checkpointing: bool = False
+    eval_steps: int = 200
+    early_stopping_patience: int | None = None  # evaluations without improvement
+    metric_for_best: str = "eval_score"
+    save_total_limit: int = 2
+    logging_steps: int = 10
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    resume: str | None = None  # a checkpoint folder, or "auto" for the last one of output_dir
+    trainer_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class GenerationConfig:
+    """How the predictor decides and writes."""
+
+    score_threshold: float = 0.5
+    mask_threshold: float = 0.5
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 8
+
+
+@dataclass
+class RunConfig:
+    """One training run: everything `sft_llm.py` reads."""
+
+    output_dir: str = "runs/run"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
