@@ -14,6 +14,7 @@ from finetune.errors import ForensicsError
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_CONFIGS = sorted((ROOT / "configs" / "train").glob("*.yaml"))
+DATA_CONFIGS = sorted((ROOT / "configs" / "data").glob("*.yaml"))
 ACCELERATE_CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "README_zh.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 OTHER_PROGRAMS = {"cd", "git", "ls", "pip", "pre-commit", "source", "tensorboard"}
@@ -37,6 +38,19 @@ def test_train_config_loads_and_is_sound(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"(?<![\w.])/(home|root|work|data|mnt|Users)/", text), "a path of one machine"
     assert to_dict(config) != to_dict(RunConfig())
+
+
+@pytest.mark.parametrize("path", DATA_CONFIGS, ids=lambda path: path.stem)
+def test_data_config_loads_and_is_sound(path: Path) -> None:
+    from finetune.data.preparation.config import PrepareConfig, check
+    from finetune.data.synthesis.config import load_synth_config
+
+    kind = path.stem.split("_")[0]
+    if kind == "prepare":
+        check(load_config(path, [], PrepareConfig))
+    else:
+        assert kind == "synth", "configs/data holds prepare_*.yaml and synth_*.yaml"
+        load_synth_config(path)
 
 
 @pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.stem)
@@ -108,6 +122,10 @@ def check_verb(arguments: list[str]) -> None:
             from finetune.data.synthesis.config import load_synth_config
 
             load_synth_config(path, parsed.overrides)
+        elif arguments[0] == "prepare":
+            from finetune.data.preparation.config import PrepareConfig
+
+            load_config(path, parsed.overrides, PrepareConfig)
         else:
             load_config(path, parsed.overrides)
 

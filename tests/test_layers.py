@@ -19,6 +19,11 @@ LIGHT = (
     "finetune.config",
     "finetune.data.readers",
     "finetune.data.synthesis",
+    "finetune.data.storage",
+    "finetune.data.splits",
+    "finetune.data.duplicates",
+    "finetune.data.preparation",
+    "finetune.data.audit",
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from finetune.config import build
 from finetune.data.splits import check_ratios
 from finetune.data.storage import ImageOptions
 from finetune.errors import ConfigError
@@ -68,6 +69,10 @@ def check(config: PrepareConfig) -> None:
         if source.split is not None and source.split not in config.splits.ratios:
             known = ", ".join(config.splits.ratios)
             raise ConfigError(f"prepare: sources[{index}].split is '{source.split}'; splits.ratios has {known}")
+    if config.synth is not None:
+        from finetune.data.synthesis.config import SynthConfig
+
+        build(SynthConfig, config.synth, where="prepare: synth")
     ratios = config.splits.ratios
     check_ratios(ratios)
     if config.splits.holdout_list and config.splits.holdout_split not in ratios:
