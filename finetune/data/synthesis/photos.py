@@ -300,6 +300,9 @@ def _draw_camera(rng: np.random.Generator) -> dict[str, Any]:
 def _tone(image: np.ndarray, camera: dict[str, Any], is_grey: bool) -> np.ndarray:
     """Exposure, white balance, gamma and saturation on float levels 0..255; grey keeps three equal channels."""
     gains = np.array([1, 1, 1] if is_grey else camera["white_balance"], dtype=np.float32) * camera["exposure"]
-    image = np.clip(image * gains / 255, 0, 1) ** np.float32(camera["gamma"]) * np.float32(255)
-    luma = (image @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[..., None]  # (H, W, 1)
-    return luma.repeat(3, axis=2) if is_grey else luma + (image - luma) * np.float32(camera["saturation"])
+    # Whole rows and merged channels, not broadcasting over a last axis of 3: the same numbers several times as fast.
+    rows = image.reshape(image.shape[0], -1) * np.tile(gains, image.shape[1])
+    image = np.clip(rows / 255, 0, 1).reshape(image.shape) ** np.float32(camera["gamma"]) * np.float32(255)
+    luma = image @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    luma = cv2.merge([luma, luma, luma])  # (H, W, 3)
+    return luma if is_grey else luma + (image - luma) * np.float32(camera["saturation"])
