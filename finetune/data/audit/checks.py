@@ -97,7 +97,8 @@ def mask_findings(table: Table) -> Iterator[Finding]:
         if numbers:
             examples = _images(table, numbers, lambda n: f"{table.mask_shares[n]:.3%}")
             yield Finding(check, "warning", len(numbers), examples=examples)
-    without = np.flatnonzero(fakes & np.isnan(shares)).tolist()
+    faulty = {number for number, check, _ in table.faults if check in ("mask", "mask_size")}  # told already
+    without = [n for n in np.flatnonzero(fakes & np.isnan(shares)).tolist() if table.records[n] not in faulty]
     if without:
         yield Finding("mask_missing", "info", len(without), examples=_images(table, without))
 

@@ -46,6 +46,7 @@ FEATURES: dict[str, tuple[Family, Kind]] = {
     "exif_software": ("container", "category"),
     "exif_orientation": ("container", "category"),
     "name_prefix": ("name", "category"),
+    "name_words": ("name", "category"),
     "name_shape": ("name", "category"),
     "name_length": ("name", "number"),
     "name_digits": ("name", "number"),
@@ -92,13 +93,14 @@ def container_features(image: ImageInput, size_hw: tuple[int, int]) -> dict[str,
 
 
 def name_features(name: str) -> dict[str, float | str]:
-    """Of a file name: extension, letters at its start, its pattern with digits as 9 and letters as a, its length."""
+    """Of a file name: extension, first letters, all words, length, and its pattern (9 for digits, a for letters)."""
     stem, extension = os.path.splitext(name)
     shape = re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "9", stem))
     prefix = re.match(r"[^\W\d_]*", stem)
     return {
         "extension": extension.lower(),
         "name_prefix": prefix[0].lower() if prefix else "",
+        "name_words": " ".join(re.findall(r"[^\W\d_]+", stem.lower())),
         "name_shape": shape,
         "name_length": len(stem),
         "name_digits": sum(character.isdigit() for character in stem),

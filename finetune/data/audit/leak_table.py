@@ -131,9 +131,15 @@ class _Rows:
         )
 
 
+def format_value(value: float) -> str:
+    """`158,200`, `0.2558`: four digits, whole above a thousand."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def _number_note(values: np.ndarray, labels: np.ndarray) -> str:
     return " | ".join(
-        f"{word}: median {np.median(values[labels == label]):.4g}" for word, label in (("real", 0), ("tampered", 1))
+        f"{word}: median {format_value(float(np.median(values[labels == label])))}"
+        for word, label in (("real", 0), ("tampered", 1))
     )
 
 
@@ -158,7 +164,7 @@ def _examples(table: Table, feature: str) -> tuple[Example, ...]:
             record = table.records[number]
             note = ""
             if feature in table.numbers:
-                note = f"{table.numbers[feature][number]:.4g}"
+                note = format_value(table.numbers[feature][number])
             elif feature in table.categories:
                 strings = table.categories[feature]
                 note = strings.texts[strings.codes[number]] or "–"

@@ -258,7 +258,7 @@ def test_balance_of_classes(make_set: MakeSet) -> None:
 
     assert title(of(*reals)["one_class"]) == "only one class: all 12 labelled images are real"
     rare = of(*reals, *fakes[:1])
-    assert title(rare["imbalance"]) == "1 images (7.7%) are tampered, the rest are not"
+    assert title(rare["imbalance"]) == "rare class: 7.7% of the images (1) are tampered"
     assert rare["leaks_not_judged"].severity == "info"
     assert "no_labels" in of(*[{**row, "labels": [None], "masks": [None]} | question("?") for row in rows])
     train = make_set("train2", first=30)
@@ -322,7 +322,7 @@ def test_too_long_records_need_a_model(
     capsys.readouterr()
     assert main([*command, str(tokens["max"] - 1)]) == 1
     out = capsys.readouterr().out
-    assert f"error: 2 records have more than {tokens['max'] - 1} tokens (longest {tokens['max']})" in out
+    assert f"error: records of more than {tokens['max'] - 1} tokens: 2 (longest {tokens['max']})" in out
     assert main(["audit", str(path), "--max-length", "9"]) == 2
     assert "--max-length needs --config" in capsys.readouterr().err
 
@@ -337,12 +337,15 @@ def test_our_own_synthetic_set_passes(tmp_path: Path) -> None:
 
 
 def test_the_page_and_the_json(make_set: MakeSet, tmp_path: Path) -> None:
-    path = make_set(save=by_class(None, as_jpeg(90)), record=lambda f, *_: f | {"id": f"<b>{f['id']}"})
+    folder = make_set(save=by_class(None, as_jpeg(90))).parent
+    Image.new("L", (10, 10), 255).save(folder / "small.png")
+    wrong = {"id": "size", "images": ["00000.png"], "labels": [1], "masks": ["small.png"]}
+    path = make_set(save=by_class(None, as_jpeg(90)), record=lambda f, *_: f | {"id": f"<b>{f['id']}"}, extra=[wrong])
     sources = find_sources([str(path)])
     result = run_audit(sources, AuditSettings(workers=1), progress=False)
     write_audit(result, sources, tmp_path / "out")
     page = (tmp_path / "out" / "audit.html").read_text(encoding="utf-8")
-    assert page.count("data:image/jpeg;base64,") >= 4
+    assert page.count("data:image/jpeg;base64,") >= 2
     assert "&lt;b&gt;train-00000" in page
     assert "<b>train" not in page
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", page)
@@ -387,7 +390,7 @@ def test_a_users_mistake_is_one_line(arguments: list[str], words: str, capsys: p
 
 def test_a_missing_file_is_a_finding_and_exit_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["audit", str(tmp_path / "none.jsonl")]) == 1
-    assert "1 rows are no records" in capsys.readouterr().out
+    assert "rows that are no records: 1" in capsys.readouterr().out
 
 
 def test_names_of_splits(make_set: MakeSet, tmp_path: Path) -> None:
@@ -411,7 +414,12 @@ def test_features_of_embedded_bytes_and_of_names(tmp_path: Path) -> None:
     assert (features["file_bytes"], features["size"], features["aspect"]) == (len(data), "64x32", 2.0)
     assert "extension" not in features
     assert name_features("Tp_D_0012-3.JPG") == {
-        "extension": ".jpg", "name_prefix": "tp", "name_shape": "a_a_9-9", "name_length": 11, "name_digits": 5,
-    }  # fmt: skip
+        "extension": ".jpg",
+        "name_prefix": "tp",
+        "name_words": "tp d",
+        "name_shape": "a_a_9-9",
+        "name_length": 11,
+        "name_digits": 5,
+    }
     content = content_features(Image.new("RGB", (640, 32), (10, 20, 40)))
     assert (content["mean_blue"], content["std_red"], content["saturation"]) == (40.0, 0.0, 30.0)
