@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 from finetune.errors import ConfigError, ForensicsError
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 Handler = Callable[[argparse.Namespace], int]
 
 
@@ -57,7 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
     for name, summary, add_arguments in (
         ("train", "train from a YAML configuration", _train_arguments),
         ("predict", "verdict, mask and text for images", _predict_arguments),
+        (
+            "chat",
+            "talk about images in the terminal, or put the answers of several models side by side",
+            _chat_arguments,
+        ),
         ("evaluate", "metrics, predictions and an HTML report on a labelled data set", _evaluate_arguments),
+        ("merge", "turn an adapter into a standalone model folder, verified by reloading it", _merge_arguments),
         ("doctor", "check environment, data and configuration, all problems at once", _doctor_arguments),
         ("preview", "show records as training sees them: supervised tokens, images with masks", _preview_arguments),
         (
@@ -138,6 +146,83 @@ def _predict(arguments: argparse.Namespace) -> int:
     from finetune.inference.commands import predict_files
 
     return predict_files(arguments)
+
+
+# ---- chat ----
+
+
+def _chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="[NAME=]DIR", help="base model, whole model, or an adapter naming its base")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter on --model; may be repeated"
+    )
+    parser.add_argument(
+        "--merged", action="append", default=[], metavar="[NAME=]DIR", help="further whole model; may be repeated"
+    )
+    parser.add_argument("--script", metavar="FILE", help="ask every dialogue of a data file instead of a terminal")
+    parser.add_argument("--out", metavar="FILE", help="answers of --script, one JSON line per dialogue")
+    parser.add_argument("--html", metavar="FILE", help="page that shows the answers of --script side by side")
+    parser.add_argument("--data-root", metavar="DIR", help="image paths of --script are relative to it")
+    parser.add_argument("--format", default="auto", help="reader for --script (default: recognised from the records)")
+    parser.add_argument("--max-samples", type=_positive, metavar="N", help="ask the first N dialogues of --script")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (default: as they were saved)")
+    parser.add_argument("--quantization", choices=("none", "nf4"), default="none", help="nf4: 4-bit base")
+    parser.add_argument(
+        "--batch-size", type=_positive, default=4, metavar="N", help="dialogues of --script at once (4)"
+    )
+    parser.add_argument("--max-new-tokens", type=_positive, default=512, metavar="N", help="limit of an answer (512)")
+    parser.add_argument(
+        "--temperature", type=_non_negative, default=0.0, metavar="T", help="0 always takes the likeliest token (0)"
+    )
+    parser.add_argument("--top-p", type=_probability, default=1.0, metavar="P", help="with --temperature (1)")
+    parser.add_argument(
+        "--threshold", type=_probability, default=0.5, metavar="P", help="image score of tampering (0.5)"
+    )
+    parser.add_argument(
+        "--mask-threshold", type=_probability, default=0.5, metavar="P", help="the same of a pixel (0.5)"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system prompt (default: as each model was trained)")
+    parser.add_argument("--template", help="zh, en or a template YAML (default: as each model was trained)")
+    parser.add_argument("--language", choices=("zh", "en"), help="of the messages (default: the system's)")
+    parser.set_defaults(handler=_chat)
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    if arguments.script is None:
+        for option in ("out", "html", "data_root", "max_samples"):
+            if getattr(arguments, option) is not None:
+                raise ConfigError(f"--{option.replace('_', '-')} goes with --script FILE")
+        from finetune.inference.chat import chat_command
+
+        return chat_command(arguments)
+    if arguments.out is None:
+        raise ConfigError("--script needs --out FILE, where the answers are written")
+    from finetune.inference.chat_script import script_command
+
+    return script_command(arguments)
+
+
+# ---- merge ----
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="base model, or an adapter naming its base")
+    parser.add_argument("--adapter", metavar="DIR", help="adapter to merge into --model")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; merge_report.json is in it")
+    parser.add_argument(
+        "--plain", action="store_true", help="plain Qwen2.5-VL (vLLM, transformers) with the heads beside it"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the stored weights (default: the base's)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model folder at --out once done")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weights file (default 5GB)")
+    parser.set_defaults(handler=_merge)
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from finetune.models.export import merge_command
+
+    return merge_command(arguments)
 
 
 # ---- evaluate ----
@@ -376,6 +461,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def _non_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
+    return value
 
 
 def _probability(text: str) -> float:
