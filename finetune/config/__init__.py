@@ -17,6 +17,8 @@ from finetune.config.sections import (
     SourceConfig,
     TokensConfig,
     TrainConfig,
+    VisionLoraConfig,
+    VisionTopConfig,
 )
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "SourceConfig",
     "TokensConfig",
     "TrainConfig",
+    "VisionLoraConfig",
+    "VisionTopConfig",
     "build",
     "config_hash",
     "load_config",

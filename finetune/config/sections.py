@@ -123,6 +123,24 @@ class LoraConfig:
 
 
 @dataclass
+class VisionLoraConfig:
+    """LoRA on blocks of the vision tower (group `vision_lora`); `target_modules` matches names inside a block."""
+
+    blocks: list[int] = field(default_factory=lambda: [-1])  # negative ones count from the end
+    r: int = 16
+    alpha: int = 32
+    target_modules: str = r"attn\.(qkv|proj)|mlp\.(gate|up|down)_proj"
+
+
+@dataclass
+class VisionTopConfig:
+    """How much of the vision tower the group `vision_top` unfreezes."""
+
+    blocks: int = 1  # the last n
+    merger: bool = False  # and the projector behind them
+
+
+@dataclass
 class TrainConfig:
     """What trains, how long and how fast. `trainer_args` passes any further `transformers.TrainingArguments` on."""
 
@@ -176,5 +194,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    vision_lora: VisionLoraConfig = field(default_factory=VisionLoraConfig)
+    vision_top: VisionTopConfig = field(default_factory=VisionTopConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)

@@ -1,115 +1,102 @@
-"""What trains: named parameter groups, PEFT where only rows or low-rank updates move, and the table that shows it.
+"""What trains: everything is frozen, then the named groups are released, through PEFT where only rows or low-rank
+updates move.
 
 Without `lm_full`, new embedding rows train through PEFT's trainable token indices, so the rest of the matrix has
-neither gradient nor optimizer state; heads then travel in the same adapter folder (`modules_to_save`).
+neither gradient nor optimizer state; heads and vision blocks then travel in the same adapter folder
+(`modules_to_save`). A model that carries an adapter gets a new one that holds the old one too
+(`finetune.models.continuing`), so that an adapter folder always stands on the base it names.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from finetune.config import LoraConfig
+from finetune.config import LoraConfig, VisionLoraConfig, VisionTopConfig
 from finetune.errors import ConfigError
+from finetune.models.continuing import Brought, Rank, merge_whole, put_back, take_off
+from finetune.models.groups import HEAD_GROUPS, LORA_GROUPS, collapsed, group_problems, needs_adapter, plain_name
 from finetune.models.loading import Bundle
 from finetune.models.qwen_forensics_model import QwenForensicsForConditionalGeneration
 
-HEAD_GROUPS = {
-    "cls_head": ("cls_head", "layer_mix"),
-    "mask_head": ("mask_head", "layer_mix"),
-    "noise_residual": ("noise_residual", "stream_to_language"),
-}
-GROUPS = ("new_tokens", *HEAD_GROUPS, "lm_lora", "lm_full", "projector", "vision_full")
-"""Everything `train.trainable` may name."""
+VISION, LANGUAGE = "model.visual.", "model.language_model."
 
 
-def set_trainable(bundle: Bundle, groups: Sequence[str], lora: LoraConfig) -> Bundle:
+def set_trainable(
+    bundle: Bundle,
+    groups: Sequence[str],
+    lora: LoraConfig,
+    vision_lora: VisionLoraConfig | None = None,
+    vision_top: VisionTopConfig | None = None,
+) -> Bundle:
     """Freeze everything, then make exactly the named groups trainable; wraps the model in PEFT where needed.
 
+    An adapter that the bundle brings is continued: its token rows, heads and LoRA are part of the new adapter, whether
+    they train or not, and outputs are unchanged by this call. With `lm_full` it is merged into the weights instead.
+
     Raises:
-        ConfigError: unknown group, groups that exclude each other, or a LoRA pattern that matches nothing.
+        ConfigError: unknown group, groups that exclude each other, a pattern or block that matches nothing, or an
+            adapter that cannot be continued this way.
     """
-    unknown = [group for group in groups if group not in GROUPS]
-    if unknown:
-        raise ConfigError(f"train.trainable names '{unknown[0]}'; known groups: {', '.join(GROUPS)}")
-    if "lm_full" in groups and "lm_lora" in groups:
-        raise ConfigError("train.trainable names both lm_full and lm_lora; choose one")
+    for problem in group_problems(groups):
+        raise ConfigError(problem)
+    vision_lora, vision_top = vision_lora or VisionLoraConfig(), vision_top or VisionTopConfig()
+    brought = None
     if bundle.model is not bundle.base:
-        raise ConfigError("this model already carries an adapter; continuing from an adapter uses its own settings")
+        if "lm_full" in groups:
+            bundle = merge_whole(bundle)
+        else:
+            bundle, brought = take_off(bundle)
     model = bundle.base
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    uses_peft = "lm_lora" in groups or ("new_tokens" in groups and "lm_full" not in groups)
-    modules = _modules_of(model, groups)
-    if uses_peft:
-        return replace(bundle, model=_wrap(bundle, groups, modules, lora))
-    for module in modules.values():
-        for parameter in module.parameters():
+    modules = _module_paths(model, groups, vision_top)
+    if brought is not None or needs_adapter(groups):
+        layers = _lora_layers(model, groups, lora, vision_lora, modules)
+        return replace(bundle, model=_wrap(bundle, groups, modules, layers, lora, brought))
+    for path in modules:
+        for parameter in model.get_submodule(path).parameters():
             parameter.requires_grad_(True)
     return bundle
 
 
-def parameter_groups(model: nn.Module, groups: Sequence[str]) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Every trainable parameter under the group it belongs to, in model order.
+def lora_matches(model: nn.Module, pattern: str) -> list[str]:
+    """Names of the linear layers a LoRA pattern matches (full match, as PEFT does).
 
     Raises:
-        ConfigError: a trainable parameter belongs to none of `groups`.
+        ConfigError: the pattern is no regular expression.
     """
-    assigned: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in groups}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        group = group_of(name, groups)
-        if group is None:
-            raise ConfigError(f"parameter '{name}' is trainable but belongs to none of: {', '.join(groups)}")
-        assigned[group].append((name, parameter))
-    return assigned
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"lora.target_modules '{pattern}' is not a regular expression: {error}") from error
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and compiled.fullmatch(n)]
 
 
-def group_of(name: str, groups: Sequence[str]) -> str | None:
-    """The group a parameter name belongs to, among those that train."""
-    path = re.sub(r"^(module\.)?(base_model\.model\.)?", "", name)
-    root = path.split(".")[0]
-    for group, modules in HEAD_GROUPS.items():
-        if root in modules and group in groups:
-            return group
-    if "trainable_tokens" in path:
-        return "new_tokens" if "new_tokens" in groups else None
-    if ".lora_" in path:
-        return "lm_lora" if "lm_lora" in groups else None
-    if ".visual.merger." in path:
-        return next((group for group in ("projector", "vision_full") if group in groups), None)
-    if ".visual." in path:
-        return "vision_full" if "vision_full" in groups else None
-    return "lm_full" if "lm_full" in groups else None
+def block_numbers(blocks: Sequence[int], depth: int, key: str) -> list[int]:
+    """Numbers of vision blocks, negative ones counted from the end, in order.
 
-
-def trainable_table(model: nn.Module, groups: Sequence[str], learning_rates: dict[str, float]) -> str:
-    """Plain-text table: group, tensors, parameters, learning rate; last line the share of all parameters."""
-    rows = [("group", "tensors", "parameters", "lr")]
-    total = 0
-    for group, members in parameter_groups(model, groups).items():
-        size = sum(parameter.numel() for _, parameter in members)
-        total += size
-        rows.append((group, str(len(members)), f"{size:,}", f"{learning_rates.get(group, 0):g}"))
-    everything = sum(parameter.numel() for parameter in model.parameters())
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+    Raises:
+        ConfigError: none, or one that the tower does not have; `key` names the setting.
+    """
+    outside = [block for block in blocks if not -depth <= block < depth]
+    if outside or not blocks:
+        raise ConfigError(
+            f"{key} is {list(blocks)}; expected blocks of the vision tower, 0 to {depth - 1} (or -1, -2, ... from the "
+            "end)"
         )
-        for row in rows
-    ]
-    lines.append(f"trainable: {total:,} of {everything:,} parameters ({100 * total / everything:.2f} %)")
-    return "\n".join(lines)
+    return sorted({block % depth for block in blocks})
 
 
-def _modules_of(model: QwenForensicsForConditionalGeneration, groups: Sequence[str]) -> dict[str, nn.Module]:
-    """Module path -> module for every group that trains whole modules."""
+def _module_paths(
+    model: QwenForensicsForConditionalGeneration, groups: Sequence[str], vision_top: VisionTopConfig
+) -> list[str]:
+    """Paths of the modules that train whole; none inside another."""
     paths: list[str] = []
     for group, names in HEAD_GROUPS.items():
         if group in groups:
@@ -118,50 +105,146 @@ def _modules_of(model: QwenForensicsForConditionalGeneration, groups: Sequence[s
         paths += ["model.language_model", "lm_head"]
     if "vision_full" in groups:
         paths.append("model.visual")
-    elif "projector" in groups:
+    elif "projector" in groups or ("vision_top" in groups and vision_top.merger):
         paths.append("model.visual.merger")
-    return {path: model.get_submodule(path) for path in dict.fromkeys(paths)}
+    if "vision_top" in groups:
+        depth = model.config.vision_config.depth
+        if not 1 <= vision_top.blocks <= depth:
+            raise ConfigError(f"vision_top.blocks is {vision_top.blocks}; expected 1 to {depth} blocks of the tower")
+        paths += [f"model.visual.blocks.{number}" for number in range(depth - vision_top.blocks, depth)]
+    return list(dict.fromkeys(paths))
 
 
-def _wrap(bundle: Bundle, groups: Sequence[str], modules: dict[str, nn.Module], lora: LoraConfig) -> Any:
+def _lora_layers(
+    model: QwenForensicsForConditionalGeneration,
+    groups: Sequence[str],
+    lora: LoraConfig,
+    vision_lora: VisionLoraConfig,
+    modules: Sequence[str],
+) -> dict[str, Rank]:
+    """Rank and alpha of each linear layer that gets LoRA; the matches are printed."""
+    layers: dict[str, Rank] = {}
+    if "lm_lora" in groups:
+        matched = lora_matches(model, lora.target_modules)
+        if not matched:
+            raise ConfigError(f"lora.target_modules '{lora.target_modules}' matches no linear layer of the model")
+        layers |= dict.fromkeys(matched, Rank(lora.r, lora.alpha))
+    if "vision_lora" in groups:
+        numbers = block_numbers(vision_lora.blocks, model.config.vision_config.depth, "vision_lora.blocks")
+        for number in numbers:
+            pattern = rf"model\.visual\.blocks\.{number}\.(?:{vision_lora.target_modules})"
+            matched = lora_matches(model, pattern)
+            if not matched:
+                raise ConfigError(
+                    f"vision_lora.target_modules '{vision_lora.target_modules}' matches no linear layer of vision "
+                    f"block {number}; its layers are attn.qkv, attn.proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj"
+                )
+            layers |= dict.fromkeys(matched, Rank(vision_lora.r, vision_lora.alpha))
+    twice = [name for name in layers for path in modules if name == path or name.startswith(path + ".")]
+    if twice:
+        raise ConfigError(f"'{twice[0]}' would train both whole and by LoRA; choose other blocks or targets")
+    if layers and os.environ.get("RANK", "0") == "0":
+        found = ", ".join(f"{key} x{count}" for key, count in collapsed(list(layers)).items())
+        print(f"LoRA on {len(layers)} layers: {found}")
+    return layers
+
+
+def _wrap(
+    bundle: Bundle,
+    groups: Sequence[str],
+    modules: Sequence[str],
+    layers: Mapping[str, Rank],
+    lora: LoraConfig,
+    brought: Brought | None,
+) -> Any:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     model = bundle.base
-    target: str = DUMMY_TARGET_MODULES  # PEFT's name for "no LoRA layers, only token rows and saved modules"
-    if "lm_lora" in groups:
-        target = lora.target_modules
-        matched = lora_matches(model, target)
-        if not matched:
-            raise ConfigError(f"lora.target_modules '{target}' matches no linear layer of the model")
-        print(f"LoRA on {len(matched)} layers: {_summary(matched)}")
+    saved = list(modules)
+    has_rows = "new_tokens" in groups
+    everywhere = dict(layers)
+    if brought is not None:
+        saved = _outermost([*saved, *brought.modules])
+        has_rows = has_rows or brought.has_rows
+        everywhere = brought.join(layers)
     rows = None
-    if "new_tokens" in groups:
+    if has_rows:
         ids = [*(model.config.cls_token_ids or []), *(model.config.mask_token_ids or [])]
         rows = {"embed_tokens": ids}
         if not model.config.tie_word_embeddings:
             rows["lm_head"] = ids
+    ranks, alphas = _patterns(everywhere, Rank(lora.r, lora.alpha))
     config = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=target,
+        # PEFT's name for "no LoRA layers, only token rows and saved modules"
+        target_modules=_target(everywhere, lora.target_modules, model) if everywhere else DUMMY_TARGET_MODULES,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         trainable_token_indices=rows,
-        modules_to_save=list(modules) or None,
+        modules_to_save=saved or None,
     )
-    return get_peft_model(model, config)
+    wrapped = get_peft_model(model, config)
+    if brought is not None:
+        put_back(wrapped, brought)
+    _release(wrapped, groups, modules)
+    return wrapped
 
 
-def lora_matches(model: nn.Module, pattern: str) -> list[str]:
-    """Names of the linear layers a LoRA pattern matches (full match, as PEFT does)."""
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(pattern, n)]
+def _release(wrapped: nn.Module, groups: Sequence[str], modules: Sequence[str]) -> None:
+    """Only what the groups name trains; what an earlier adapter brought along besides stays as it is."""
+    for name, parameter in wrapped.named_parameters():
+        if ".original_module." in name:
+            continue
+        path = plain_name(name)
+        if "trainable_tokens" in path:
+            trains = "new_tokens" in groups
+        elif ".lora_" in path:
+            trains = LORA_GROUPS[VISION in path] in groups
+        elif ".modules_to_save." in name:
+            trains = any(path.startswith(module + ".") for module in modules)
+        else:
+            continue
+        parameter.requires_grad_(trains)
+    for layer in wrapped.modules():
+        dropout = getattr(layer, "lora_dropout", None)
+        if dropout is not None and not layer.lora_A["default"].weight.requires_grad:
+            dropout["default"] = nn.Identity()  # a frozen update is part of the model, not of the training
 
 
-def _summary(names: Sequence[str]) -> str:
-    """Layer names with indices collapsed: `language_model.layers.*.self_attn.q_proj x36, ...`."""
-    counts: dict[str, int] = {}
-    for name in names:
-        key = re.sub(r"\.\d+\.", ".*.", name)
-        counts[key] = counts.get(key, 0) + 1
-    return ", ".join(f"{key} x{count}" for key, count in counts.items())
+def _outermost(paths: Sequence[str]) -> list[str]:
+    """Distinct module paths without those inside another."""
+    distinct = list(dict.fromkeys(paths))
+    return [path for path in distinct if not any(path.startswith(other + ".") for other in distinct)]
+
+
+def _target(layers: Mapping[str, Rank], pattern: str, model: nn.Module) -> str:
+    """A regular expression that matches exactly `layers`: the configured one where that is so, else their names."""
+    if set(lora_matches(model, pattern)) == set(layers):
+        return pattern
+    grouped: dict[str, list[str]] = {}
+    for name in layers:
+        numbers = re.findall(r"\.(\d+)\.", name)
+        grouped.setdefault(re.sub(r"\.\d+\.", ".{}.", name, count=1), []).append(numbers[0] if numbers else "")
+    parts = []
+    for key, numbers in grouped.items():
+        choice = f"({'|'.join(numbers)})"
+        parts.append(choice.join(re.escape(part) for part in key.split("{}")))
+    return "|".join(parts)
+
+
+def _patterns(layers: Mapping[str, Rank], default: Rank) -> tuple[dict[str, int], dict[str, int]]:
+    """PEFT's rank and alpha patterns: one for a tower whose layers agree, else one for each layer that differs."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, int] = {}
+    for tower in (VISION, LANGUAGE):
+        own = {name: rank for name, rank in layers.items() if name.startswith(tower)}
+        found = set(own.values())
+        keys = {re.escape(tower) + ".*": found.pop()} if len(found) == 1 else {re.escape(n): r for n, r in own.items()}
+        for key, rank in keys.items():
+            if rank != default:
+                ranks[key], alphas[key] = rank
+    return ranks, alphas

@@ -11,7 +11,7 @@ from finetune.config import RunConfig
 from finetune.data.chat import load_template, template_problem
 from finetune.errors import ConfigError
 from finetune.losses.criterion import TERMS
-from finetune.models.adapters import GROUPS
+from finetune.models.groups import EXCLUSIVE, GROUPS
 from finetune.training.evaluation import METRICS
 
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "eval_steps", "logging_steps")
@@ -44,6 +44,9 @@ def _group_problems(config: RunConfig) -> list[str]:
     problems = [
         f"train.trainable names '{group}'; {_advice(group, GROUPS)}" for group in train.trainable if group not in GROUPS
     ]
+    for one, other, reason in EXCLUSIVE:
+        if one in train.trainable and other in train.trainable:
+            problems.append(f"train.trainable names both {one} and {other}; choose one: {reason}")
     if not train.trainable:
         problems.append(f"train.trainable is empty, so nothing would train; name some of: {', '.join(GROUPS)}")
     for group in train.group_learning_rates:

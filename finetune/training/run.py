@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 from finetune.config import RunConfig, to_dict
 from finetune.data.dataset import ForensicDataset, load_dataset
 from finetune.errors import ConfigError
-from finetune.models.adapters import set_trainable, trainable_table
+from finetune.models.adapters import set_trainable
+from finetune.models.groups import trainable_table
 from finetune.models.loading import Bundle, load_bundle
 from finetune.special_tokens import SpecialTokens
 from finetune.training.arguments import training_arguments
@@ -94,7 +95,7 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
         f"data: {len(train_set)} records to train on ({labels.count(0)} real, {labels.count(1)} tampered, "
         f"{labels.count(None)} unlabelled), {len(eval_set) if eval_set else 0} to evaluate on",
     )
-    bundle = set_trainable(bundle, config.train.trainable, config.lora)
+    bundle = set_trainable(bundle, config.train.trainable, config.lora, config.vision_lora, config.vision_top)
     if not any(parameter.requires_grad for parameter in bundle.model.parameters()):
         names = ", ".join(config.train.trainable)
         raise ConfigError(f"train.trainable ({names}) matches no parameter of this model; switch the heads on")

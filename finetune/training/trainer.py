@@ -21,7 +21,7 @@ from finetune.data.collator import ForensicCollator
 from finetune.data.dataset import ForensicDataset
 from finetune.errors import TrainingDivergedError
 from finetune.losses.criterion import Criterion, total
-from finetune.models.adapters import group_of
+from finetune.models.groups import group_of
 from finetune.models.loading import Bundle, save_bundle
 from finetune.training.callbacks import SamplerEpochCallback
 from finetune.training.checkpoint import load_weights

@@ -13,7 +13,8 @@ from model_helpers import STREAM, collate, load, record_named, samples_of
 from finetune.config import LoraConfig
 from finetune.data.collator import MODEL_KEYS
 from finetune.errors import ConfigError
-from finetune.models.adapters import group_of, parameter_groups, set_trainable, trainable_table
+from finetune.models.adapters import set_trainable
+from finetune.models.groups import group_of, parameter_groups, trainable_table
 from finetune.models.loading import Bundle
 from finetune.models.qwen_forensics_model import HEAD_MODULES
 
@@ -90,6 +91,7 @@ CASES = {
     ("lm_lora",): ("model.language_model.layers.",),
     ("cls_head",): ("cls_head.", "layer_mix."),
     ("projector",): ("model.visual.merger.",),
+    ("vision_top",): ("model.visual.blocks.2.",),
     ("vision_full",): ("model.visual.",),
     ("lm_full", "new_tokens"): ("model.language_model.", "lm_head."),
     ("projector", "lm_lora", "mask_head"): (
@@ -160,12 +162,6 @@ def test_frozen_tower_builds_no_graph(tied: Path, photo_records: Path) -> None:
 def test_impossible_groups_are_refused(tied: Path, groups: list[str], lora: LoraConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         set_trainable(load(tied), groups, lora)
-
-
-def test_second_adapter_is_refused(tied: Path) -> None:
-    bundle = set_trainable(load(tied), ["lm_lora"], LORA)
-    with pytest.raises(ConfigError, match="already carries an adapter"):
-        set_trainable(bundle, ["lm_lora"], LORA)
 
 
 def test_groups_by_name() -> None:
