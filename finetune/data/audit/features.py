@@ -15,7 +15,7 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, JpegImagePlugin
+from PIL import ExifTags, Image, ImageChops, ImageStat, JpegImagePlugin
 
 from finetune.data.containers import is_embedded, read_embedded
 from finetune.schema import ImageInput
@@ -109,15 +109,18 @@ def name_features(name: str) -> dict[str, float | str]:
 
 def content_features(rgb: Image.Image) -> dict[str, float | str]:
     """Colour statistics of an upright RGB image, in levels 0..255, at a side of at most 256 pixels."""
-    small = rgb
-    if max(rgb.size) > _STATISTICS_SIDE:
-        small = rgb.copy()
-        small.thumbnail((_STATISTICS_SIDE, _STATISTICS_SIDE), Image.Resampling.BOX, reducing_gap=1.0)
-    pixels = np.asarray(small, dtype=np.float32).reshape(-1, 3)  # (P, 3)
+    scale = min(_STATISTICS_SIDE / max(rgb.size), 1.0)
+    size = (max(round(rgb.width * scale), 1), max(round(rgb.height * scale), 1))
+    small = rgb.resize(size, Image.Resampling.BOX, reducing_gap=1.0)
+    statistics = ImageStat.Stat(small)
     features: dict[str, float | str] = {}
-    for channel, mean, std in zip(("red", "green", "blue"), pixels.mean(axis=0), pixels.std(axis=0), strict=True):
-        features[f"mean_{channel}"], features[f"std_{channel}"] = float(mean), float(std)
-    features["saturation"] = float((pixels.max(axis=1) - pixels.min(axis=1)).mean())
+    for place, channel in enumerate(("red", "green", "blue")):
+        features[f"mean_{channel}"] = statistics.mean[place]
+        features[f"std_{channel}"] = statistics.stddev[place]
+    red, green, blue = small.split()
+    brightest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    darkest = ImageChops.darker(ImageChops.darker(red, green), blue)
+    features["saturation"] = ImageStat.Stat(ImageChops.subtract(brightest, darkest)).mean[0]
     return features
 
 

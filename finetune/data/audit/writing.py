@@ -69,8 +69,11 @@ def summary_lines(audit: Audit) -> list[str]:
 
 
 def finding_line(finding: Finding) -> str:
-    """`error: 3 images cannot be opened: a, b, c; fix: ...`."""
+    """`error: images that cannot be opened: 3 (a, b, c); fix: ...`."""
     ids = list(dict.fromkeys(example.record for example in finding.examples if example.record))
-    named = f": {', '.join(ids[:3])}{' ...' if len(ids) > 3 or finding.count > len(finding.examples) else ''}"
-    line = f"{finding.severity}: {title(finding)}{named if ids else ''}; fix: {advice(finding)}"
+    more = " ..." if len(ids) > 3 or finding.count > len(finding.examples) else ""
+    named = f" ({', '.join(ids[:3])}{more})" if ids else ""
+    if note := finding.details.get("note"):  # what separates the classes says more than two names of each
+        named = f"; {note}"
+    line = f"{finding.severity}: {title(finding)}{named}; fix: {advice(finding)}"
     return line if finding.severity != "info" else line.replace("; fix: ", "; ")
