@@ -3,9 +3,10 @@
 Every key of every YAML is a field of a dataclass; an unknown key is an error that names the nearest known one.
 """
 
-from finetune.config.conversion import build
-from finetune.config.loading import config_hash, load_config, to_dict
+from finetune.config.conversion import build, to_dict
+from finetune.config.loading import config_hash, load_config
 from finetune.config.sections import (
+    AdversarialConfig,
     DataConfig,
     GenerationConfig,
     HeadsConfig,
@@ -13,15 +14,19 @@ from finetune.config.sections import (
     LossConfig,
     ModelConfig,
     NoiseResidualConfig,
+    RegionMaskingConfig,
     RunConfig,
     SourceConfig,
+    StageConfig,
     TokensConfig,
     TrainConfig,
     VisionLoraConfig,
     VisionTopConfig,
 )
+from finetune.config.stages import StageRun, find_stage, stage_runs
 
 __all__ = [
+    "AdversarialConfig",
     "DataConfig",
     "GenerationConfig",
     "HeadsConfig",
@@ -29,14 +34,19 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "NoiseResidualConfig",
+    "RegionMaskingConfig",
     "RunConfig",
     "SourceConfig",
+    "StageConfig",
+    "StageRun",
     "TokensConfig",
     "TrainConfig",
     "VisionLoraConfig",
     "VisionTopConfig",
     "build",
     "config_hash",
+    "find_stage",
     "load_config",
+    "stage_runs",
     "to_dict",
 ]

@@ -24,6 +24,20 @@ def build(schema: type[T], tree: Mapping[str, Any], where: str = "config") -> T:
     return _convert(schema, dict(tree), where, "")
 
 
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain dicts and lists, for YAML, JSON and model configs."""
+    return dataclasses.asdict(config)
+
+
+def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    """`update` over `base`: mappings merge, everything else replaces."""
+    merged = dict(base)
+    for key, value in update.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
 def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
     """`value` as `kind`, a type annotation made of dataclasses, list, dict, Literal, unions and scalars."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):

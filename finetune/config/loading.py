@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from finetune.config.conversion import build
+from finetune.config.conversion import build, merge, to_dict
 from finetune.config.sections import RunConfig
+from finetune.config.stages import stage_runs
 from finetune.errors import ConfigError, shorten
 
 T = TypeVar("T")
@@ -22,39 +22,70 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), schema: 
     """Read a YAML file and apply `key.sub=value` overrides (values in YAML syntax).
 
     A top-level `extends: other.yaml` (relative to the file) is read first; mappings merge, everything else replaces.
-    Without a file (None) the overrides change the defaults.
+    Without a file (None) the overrides change the defaults. In a run with `stages` an override also wins over what a
+    stage says about the same key; `stages.NAME.key.sub=value` is for one stage alone.
 
     Raises:
         ConfigError: file missing or not YAML, unknown key (with the nearest known one), value of another type.
     """
     tree = {} if path is None else _read_tree(Path(path), seen=())
     for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"override {override!r} is not of the form key.sub=value, e.g. train.max_steps=10")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not YAML ({_one_line(error)})") from error
-        node = tree
-        *parents, leaf = key.split(".")
-        for parent in parents:
-            child = node.setdefault(parent, {})
-            if not isinstance(child, dict):
-                raise ConfigError(f"override {override!r}: '{parent}' is {shorten(child)}, not a section")
-            node = child
-        node[leaf] = parsed
-    return build(schema, tree, where="defaults" if path is None else str(path))
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain dicts and lists, for YAML, JSON and model configs."""
-    return dataclasses.asdict(config)
+        _apply(tree, override)
+    where = "defaults" if path is None else str(path)
+    config = build(schema, tree, where=where)
+    if isinstance(config, RunConfig):
+        stage_runs(config, where)
+    return config
 
 
 def config_hash(config: Any) -> str:
     """Twelve hex digits that change when any value of the configuration changes."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one `key.sub=value` in a tree, and in those of its stages that say something about the key."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.sub=value, e.g. train.max_steps=10")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML ({_one_line(error)})") from error
+    parts = key.split(".")
+    stages = tree.get("stages")
+    named = {}
+    if isinstance(stages, list):
+        named = {str(stage.get("name")): stage for stage in stages if isinstance(stage, dict)}
+    if parts[0] == "stages" and len(parts) > 2:
+        if parts[1] not in named:
+            raise ConfigError(f"override {override!r}: there is no stage '{parts[1]}'; stages: {', '.join(named)}")
+        _set(named[parts[1]], parts[2:], parsed, override)
+        return
+    _set(tree, parts, parsed, override)
+    for stage in named.values():
+        if _says(stage, parts):
+            _set(stage, parts, parsed, override)
+
+
+def _set(tree: dict[str, Any], parts: Sequence[str], value: Any, override: str) -> None:
+    node = tree
+    *parents, leaf = parts
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: '{parent}' is {shorten(child)}, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _says(tree: Any, parts: Sequence[str]) -> bool:
+    """Whether a tree has a value at a path of keys."""
+    for part in parts:
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -77,15 +108,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
-    return _merge(_read_tree(path.parent / str(parent), (*seen, path.resolve())), tree)
-
-
-def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in update.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
+    return merge(_read_tree(path.parent / str(parent), (*seen, path.resolve())), tree)
 
 
 def _one_line(error: object) -> str:

@@ -170,6 +170,54 @@ class TrainConfig:
 
 
 @dataclass
+class AdversarialConfig:
+    """Training on inputs that are changed, within a radius, so that the loss rises (FGSM, PGD)."""
+
+    share: float = 0.0  # of the micro-batches that are attacked; 0 switches it off
+    target: Literal["features", "pixels"] = "features"  # what the vision tower gives, or what it sees
+    method: Literal["fgsm", "pgd"] = "pgd"  # one step of the whole radius, or several smaller ones
+    norm: Literal["linf", "l2"] = "linf"  # bound of every value, or of their root mean square over an image
+    radius: float = 0.1  # features: in units of their root mean square over the image; pixels: levels of 255
+    steps: int = 2  # of pgd; each costs one forward and one backward pass
+    step_size: float | None = None  # of pgd, in units of the radius; null: 1.5 / steps
+    random_start: bool = True  # pgd begins anywhere within the radius instead of at the input itself
+
+
+@dataclass
+class RegionMaskingConfig:
+    """Progressive region masking: cells of tampered and authentic areas are hidden, more and more over training."""
+
+    enabled: bool = False
+    start_share: float = 0.0  # of the cells that are hidden before `begin`
+    end_share: float = 0.4  # and after `finish`
+    begin: float = 0.1  # progress of the run at which the share starts to change
+    finish: float = 0.9
+    shape: Literal["linear", "cosine", "steps"] = "linear"  # of the change; steps: four equal ones
+    probability: float = 0.5  # of the drawn records that are masked at all
+    cell: int = 28  # side of a cell, in pixels of the processed image; 28 is one image token
+    fill: Literal["mean", "noise", "grey"] = "mean"  # mean: the image's mean colour
+    keep_tampered: float = 0.25  # of a tampered area that always stays visible, so that no label becomes wrong
+
+
+@dataclass
+class StageConfig:
+    """One stage of `stages`: what differs from the common part. Mappings merge, everything else replaces."""
+
+    name: str = ""
+    init_from: str = "previous"  # previous, base, the name of an earlier stage, or the folder of a model or adapter
+    seed: int | None = None
+    model: dict[str, Any] = field(default_factory=dict)  # dtype, quantization, attn_implementation
+    data: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    vision_lora: dict[str, Any] = field(default_factory=dict)
+    vision_top: dict[str, Any] = field(default_factory=dict)
+    adversarial: dict[str, Any] = field(default_factory=dict)
+    region_masking: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class GenerationConfig:
     """How the predictor decides and writes."""
 
@@ -197,4 +245,7 @@ class RunConfig:
     vision_lora: VisionLoraConfig = field(default_factory=VisionLoraConfig)
     vision_top: VisionTopConfig = field(default_factory=VisionTopConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    region_masking: RegionMaskingConfig = field(default_factory=RegionMaskingConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    stages: list[StageConfig] = field(default_factory=list)  # one after the other, see finetune/config/stages.py
