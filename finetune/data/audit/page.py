@@ -48,7 +48,7 @@ color:#fff}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:6px 14px;text-align:right;white-space:nowrap;border-top:1px solid var(--line);font-weight:400}
 thead th{border-top:0;color:var(--soft);font-size:.85rem}
-th:first-child,td.text{text-align:left}td.text{white-space:normal;color:var(--soft);font-size:.85rem;
+th:first-child,th:last-child:nth-child(7),td.text{text-align:left}td.text{white-space:normal;color:var(--soft);font-size:.85rem;
 min-width:220px;overflow-wrap:anywhere}
 tr.error th:first-child{color:var(--bad);font-weight:600}tr.warning th:first-child{color:var(--warn);font-weight:600}
 .plot{width:170px}.plot svg{display:block;width:160px;height:18px}
