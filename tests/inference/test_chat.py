@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import json
 import os
@@ -438,6 +439,7 @@ class Terminal:
         os.close(slave)
         self.seen = ""
         self._read_to = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -445,19 +447,14 @@ class Terminal:
     def wait_for(self, text: str, seconds: float = 90) -> str:
         """Output since the last call up to and including `text`."""
         end = time.monotonic() + seconds
-        raw = b""
         while text not in self.seen[self._read_to :]:
             left = end - time.monotonic()
             assert left > 0, f"{text!r} did not appear in: {self.seen[self._read_to :]!r}"
             if select.select([self.master], [], [], min(left, 0.5))[0]:
                 try:
-                    raw += os.read(self.master, 4096)
+                    self.seen += self._decoder.decode(os.read(self.master, 4096))
                 except OSError:  # the program has ended
                     raise AssertionError(f"ended without {text!r}: {self.seen[self._read_to :]!r}") from None
-                try:
-                    self.seen, raw = self.seen + raw.decode(), b""
-                except UnicodeDecodeError:
-                    continue  # in the middle of a character
         position = self.seen.index(text, self._read_to) + len(text)
         found, self._read_to = self.seen[self._read_to : position], position
         return found

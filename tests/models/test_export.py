@@ -380,3 +380,36 @@ def test_an_adapter_without_heads_on_a_plain_base_has_no_verdict(tied: Path, tmp
     adapter = train(load(tied), tmp_path / "a", ["new_tokens", "lm_lora"])
     assert load_bundle(ModelConfig(path=str(adapter))).has_new_heads
     assert SharedBase(ModelConfig(path=str(tied))).adapter(adapter).has_new_heads
+
+
+def test_configuration_of_a_released_folder_is_kept_as_it_is(untied: Path, photo_records: Path, tmp_path: Path) -> None:
+    """Released folders have a flat config.json of an older transformers, which serving tools know: it is copied."""
+    import shutil
+
+    base = Path(shutil.copytree(untied, tmp_path / "base"))
+    tree = json.loads((base / "config.json").read_text())
+    text = tree.pop("text_config")
+    rope = text.pop("rope_parameters")
+    for name in ("model_type", "layer_types", "dtype"):
+        text.pop(name, None)
+    vision = {**tree.pop("vision_config"), "in_chans": 3, "spatial_patch_size": 14}
+    vision.pop("rope_parameters", None)
+    flat = {
+        **text,
+        **tree,
+        "vision_config": vision,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+        "torch_dtype": tree.pop("dtype"),
+        "transformers_version": "4.41.2",
+    }
+    flat.pop("dtype")
+    (base / "config.json").write_text(json.dumps(flat))
+    adapter = train(load(base), tmp_path / "adapter")
+    expected = outputs(load_bundle(ModelConfig(path=str(adapter), dtype="float32")), photo_records)
+    merge(str(adapter), None, tmp_path / "out", plain=True, dtype="bfloat16")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {**flat, "torch_dtype": "bfloat16"}
+    again = merge(str(adapter), None, tmp_path / "again", plain=True)
+    assert again["dtype"] == "float32"
+    assert_same(outputs(load_bundle(ModelConfig(path=str(tmp_path / "again"))), photo_records), expected, atol=1e-4)
