@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         ("tiny", "build the tiny Qwen2.5-VL that everything runs on offline", _tiny_arguments),
         ("synth", "make tampered and authentic images from photographs", _synth_arguments),
+        ("prepare", "check, divide and store a data set from any sources, then audit it", _prepare_arguments),
     ):
         add_arguments(verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + "."))
     return parser
@@ -371,6 +372,30 @@ def _audit(arguments: argparse.Namespace) -> int:
     count, limit, tokens = token_counter(arguments.config, arguments.model, arguments.max_length)
     arguments.num_cls, arguments.num_mask = tokens.num_cls, tokens.num_mask
     return audit_command(arguments, count, limit)
+
+
+# ---- prepare ----
+
+
+def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="YAML", help="e.g. configs/data/prepare_folders.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="e.g. out_dir=data/processed/set splits.ratios.val=0"
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        help="at a record that cannot be used; skipped ones go to rejected.jsonl (default: as configured, stop)",
+    )
+    parser.add_argument("--workers", type=_positive, metavar="N", help="processes (default: as configured, all cores)")
+    parser.add_argument("--overwrite", action="store_true", help="make a finished set again; otherwise it is refused")
+    parser.set_defaults(handler=_prepare)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from finetune.data.preparation.command import prepare_command
+
+    return prepare_command(arguments)
 
 
 # ---- tiny ----
