@@ -14,7 +14,7 @@ from PIL import Image
 
 from finetune.cli import build_parser, main
 
-VERBS = ("train", "predict", "evaluate", "doctor", "preview", "tiny", "synth")
+VERBS = ("train", "predict", "evaluate", "doctor", "preview", "audit", "tiny", "synth")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""Fingerprints and disjoint splits: copies are found however they were saved, other pictures are not; search is exact."""
+"""Fingerprints and disjoint splits: copies are found however they were saved, others are not; the search is exact."""
 
 from __future__ import annotations
 

@@ -329,7 +329,7 @@ def test_too_long_records_need_a_model(
 
 def test_our_own_synthetic_set_passes(tmp_path: Path) -> None:
     out = tmp_path / "synth"
-    made = ["synth", "--out", str(out), "--num-train", "60", "--num-val", "2", "--num-eval", "30", "--workers", "1"]
+    made = ["synth", "--out", str(out), "--num-train", "40", "--num-val", "2", "--num-eval", "20", "--workers", "1"]
     assert main(made) == 0
     assert main(["audit", str(out / "train.jsonl"), str(out / "eval.jsonl"), "--workers", "1"]) == 0
     seen = found(audit(out / "train.jsonl", out / "eval.jsonl"))
