@@ -92,19 +92,28 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="e.g. train.max_steps=10 model.path=Qwen/Qwen2.5-VL-3B-Instruct",
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the last sound checkpoint of output_dir, or start if there is none (train.resume=auto)",
+    )
+    parser.add_argument("--stage", metavar="NAME", help="run this one of the configuration's stages (default: all)")
     parser.set_defaults(handler=_train)
 
 
 def _train(arguments: argparse.Namespace) -> int:
     from finetune.config import RunConfig, load_config
 
-    config: RunConfig = load_config(
-        arguments.config, arguments.overrides
-    )  # before the heavy imports: mistakes show at once
+    overrides = [*arguments.overrides, *(["train.resume=auto"] if arguments.resume else [])]
+    config: RunConfig = load_config(arguments.config, overrides)  # before the heavy imports: mistakes show at once
+    if arguments.stage or config.stages:
+        from finetune.training.stages import run_stage, run_stages
+
+        return run_stage(config, arguments.stage) if arguments.stage else run_stages(config)
     from finetune.training.run import train
 
-    train(config)
-    return 0
+    status: int = train(config).get("exit_status", 0)
+    return status
 
 
 # ---- predict ----

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from finetune.config import RunConfig
+from finetune.config import RunConfig, stage_runs
 from finetune.data.chat import load_template, template_problem
 from finetune.errors import ConfigError
 from finetune.losses.criterion import TERMS
@@ -30,6 +30,8 @@ def check_run(config: RunConfig) -> None:
 
 def run_problems(config: RunConfig) -> list[str]:
     """Every problem of the sections `train` and `loss` and of the template, one line each; [] when there is none."""
+    if config.stages:
+        return [f"stage '{run.name}': {problem}" for run in stage_runs(config) for problem in run_problems(run.config)]
     return [
         *_group_problems(config),
         *_number_problems(config),

@@ -72,6 +72,8 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
         ForensicsError: as `train`.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if config.stages:
+        raise ConfigError("this configuration has stages, which run one by one: finetune.training.stages.run_stages")
     check_run(config)
     args = training_arguments(config)  # first: it starts the distributed backend that model loading may need
     is_main = args.process_index == 0
