@@ -7,6 +7,7 @@ be loaded again is written here. safetensors only: no pickle is ever loaded.
 from __future__ import annotations
 
 import json
+import logging as stdlib_logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from finetune.models.qwen_forensics_model import (  # noqa: E402
 )
 from finetune.special_tokens import SpecialTokens  # noqa: E402
 
+# bitsandbytes, which PEFT imports, warns that a kernel it could download is missing; it works without.
+stdlib_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(stdlib_logging.ERROR)
 # PEFT 0.21 asks a model for its checkpointing under the name that transformers 5.23 has replaced.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
