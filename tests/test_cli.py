@@ -14,7 +14,7 @@ from PIL import Image
 
 from finetune.cli import build_parser, main
 
-VERBS = ("train", "predict", "evaluate", "doctor", "preview", "audit", "tiny", "synth")
+VERBS = ("train", "predict", "chat", "merge", "evaluate", "doctor", "preview", "audit", "tiny", "synth")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
