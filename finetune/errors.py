@@ -24,6 +24,10 @@ class MissingDependencyError(ForensicsError):
     """An optional package is not installed."""
 
 
+class CheckpointError(ForensicsError):
+    """A checkpoint cannot be written or resumed from."""
+
+
 class TrainingDivergedError(ForensicsError):
     """A loss or gradient stopped being finite."""
 

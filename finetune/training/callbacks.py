@@ -25,7 +25,7 @@ class TimeBudgetCallback(TrainerCallback):
         self.trainer: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.budget.start()
+        self.trainer.restore_progress()  # the time used up before a resumption among it
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         budget = self.trainer.budget
@@ -69,6 +69,9 @@ class BestModelCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A resumed run takes up the best value and the patience from its history."""
+        old = self._old()
+        if state.is_world_process_zero and old.is_dir() and not self.out_dir.exists():
+            old.rename(self.out_dir)  # killed between the two renames of `_save`
         self.best, self.best_step, self.bad_evaluations = None, -1, 0
         if (self.out_dir / "best.json").is_file():
             for entry in state.log_history:
@@ -104,10 +107,13 @@ class BestModelCallback(TrainerCallback):
         self.bad_evaluations += 1
         return False
 
+    def _old(self) -> Path:
+        return self.out_dir.with_name(self.out_dir.name + ".old")
+
     def _save(self, state: TrainerState, metrics: dict[str, float]) -> None:
         """Write to a sibling folder first, so that a crash leaves the previous best intact."""
         fresh = self.out_dir.with_name(self.out_dir.name + ".writing")
-        old = self.out_dir.with_name(self.out_dir.name + ".old")
+        old = self._old()
         if state.is_world_process_zero:
             shutil.rmtree(fresh, ignore_errors=True)  # what a crash left behind must not end up in the new folder
         self.trainer.save_model(str(fresh))

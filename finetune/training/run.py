@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -37,7 +38,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     `history.json` (every logged number).
 
     Returns:
-        The run record with seconds, steps and the best evaluation.
+        The run record with seconds, steps and the best evaluation; with `exit_status` where a signal stopped the run
+        after a checkpoint (143 for SIGTERM, 138 for SIGUSR1).
 
     Raises:
         ForensicsError: anything wrong with configuration, model or data, before the first step where it can be known.
@@ -45,8 +47,14 @@ def train(config: RunConfig) -> dict[str, Any]:
     trainer, best, record = build_trainer(config)
     out_dir = Path(config.output_dir)
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=_resume_point(config))
-    if best is None:
+    point = trainer.find_resume_point(config.train.resume)
+    if point is not None:
+        _say(trainer.is_world_process_zero(), f"resuming from {point}")
+    trainer.train(resume_from_checkpoint=point)
+    stopped = trainer.stop_signals.received
+    if stopped:
+        record["exit_status"] = 128 + stopped  # as the shell reports a process that a signal ended
+    elif best is None:
         trainer.save_model(str(out_dir / "best"))
     elif not _has_just_evaluated(trainer):
         trainer.evaluate()
@@ -58,6 +66,12 @@ def train(config: RunConfig) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         _write_json(out_dir / "run_record.json", record)
         _write_json(out_dir / "history.json", trainer.state.log_history)
+        if stopped:
+            print(
+                f"stopped by {signal.Signals(stopped).name} at step {record['steps']}; checkpoint-{record['steps']} is "
+                "complete, go on with --resume"
+            )
+            return record
         print(f"trained {record['steps']} steps in {record['seconds']} s; the best model is in {out_dir / 'best'}")
     return record
 
@@ -144,17 +158,6 @@ def _write_start(config: RunConfig, table: str, record: dict[str, Any]) -> None:
 def _has_just_evaluated(trainer: ForensicTrainer) -> bool:
     evaluations = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return bool(evaluations) and evaluations[-1] == trainer.state.global_step
-
-
-def _resume_point(config: RunConfig) -> str | bool | None:
-    resume = config.train.resume
-    if resume is None:
-        return None
-    if resume == "auto":
-        states = Path(config.output_dir).glob("checkpoint-*/trainer_state.json")  # written last: the folder is complete
-        found = sorted((state.parent for state in states), key=lambda folder: int(folder.name.split("-")[1]))
-        return str(found[-1]) if found else None
-    return resume
 
 
 def _is_small(path: str, limit_bytes: int = 1 << 30) -> bool:

@@ -24,14 +24,18 @@ class TimeBudget:
         self.share = 0.0
         self._start = time.monotonic()
 
-    def start(self) -> None:
-        """Begin counting."""
-        self._start = time.monotonic()
-        self.share = 0.0
+    def start(self, elapsed: float = 0.0) -> None:
+        """Begin counting; a resumed run has used up `elapsed` seconds before."""
+        self._start = time.monotonic() - elapsed
+        self.share = min(elapsed / self.seconds, 1.0) if self.seconds else 0.0
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, those before a resumption included."""
+        return time.monotonic() - self._start
 
     def elapsed_share(self) -> float:
         """This process's own reading."""
-        return (time.monotonic() - self._start) / self.seconds if self.seconds else 0.0
+        return self.elapsed() / self.seconds if self.seconds else 0.0
 
 
 def make_scheduler(

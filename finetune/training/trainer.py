@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from finetune.config import RunConfig
@@ -28,6 +28,7 @@ from finetune.training.checkpoint import load_weights
 from finetune.training.evaluation import EvaluationState, collect_heads, evaluate_losses, forward
 from finetune.training.progress import ProgressLines
 from finetune.training.sampling import ClassBalancedSampler, evaluation_batches
+from finetune.training.saving import CheckpointingTrainer, StopSignals
 from finetune.training.schedule import TimeBudget, make_scheduler
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 _NO_DECAY = ("bias", "norm", "trainable_tokens", "layer_mix")
 
 
-class ForensicTrainer(Trainer):
+class ForensicTrainer(CheckpointingTrainer):
     """Trainer of one run.
 
     Args:
@@ -77,6 +78,8 @@ class ForensicTrainer(Trainer):
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(ProgressLines())
+        self.stop_signals = StopSignals()
+        self.add_callback(self.stop_signals)
 
     # ---- data ----
 
@@ -164,6 +167,8 @@ class ForensicTrainer(Trainer):
                 if self._term_steps.get(name):
                     logs[f"loss_{name}"] = value / self._term_steps[name]
             self._term_sums, self._term_steps = {}, {}
+        if "train_loss" in logs:  # the base class divides by the steps since a resumption
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

@@ -73,6 +73,10 @@ def test_a_crash_while_writing_leaves_the_old_best(tmp_path: Path) -> None:
     trainer.fails = False
     evaluate(callback, trainer, 3, 0.3)
     assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["best.json", "weights"]
+    (tmp_path / "best").rename(tmp_path / "best.old")  # killed between the two renames
+    state: Any = SimpleNamespace(log_history=[], is_world_process_zero=True)
+    BestModelCallback(tmp_path / "best", "eval_score", patience=None).on_train_begin(None, state, None)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
 def test_a_resumed_run_remembers_its_best(tmp_path: Path) -> None:
@@ -80,7 +84,7 @@ def test_a_resumed_run_remembers_its_best(tmp_path: Path) -> None:
     evaluate(first, trainer, 1, 0.8)
     history = [{"step": 1, "eval_score": 0.8}, {"step": 1, "loss": 1.0}, {"step": 2, "eval_score": 0.7}]
     resumed = BestModelCallback(tmp_path / "best", "eval_score", patience=2)
-    resumed.on_train_begin(None, SimpleNamespace(log_history=history), None)  # type: ignore[arg-type]
+    resumed.on_train_begin(None, SimpleNamespace(log_history=history, is_world_process_zero=True), None)  # type: ignore[arg-type]
     assert (resumed.best, resumed.best_step, resumed.bad_evaluations) == (0.8, 1, 1)
     assert evaluate(resumed, trainer, 3, 0.75)
     assert (tmp_path / "best" / "weights").read_text() == "1"

@@ -1,0 +1,173 @@
+"""The Trainer's saving and resuming: whole checkpoints only, and what the base class forgets is put back.
+
+The base class restores weights, optimizer, schedule, random numbers and its place in the epoch. Added here: the loss
+sums since the last log, the time used up, and a stop at the next step when the system asks for one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune.errors import CheckpointError
+from finetune.training.checkpoint import clear_staging, differences, publish, resume_point, write_failure
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointingTrainer(Trainer):
+    """`Trainer` whose checkpoints appear complete or not at all and hold all that a resumed run needs."""
+
+    budget: Any
+    _term_sums: dict[str, Any]
+    _term_steps: dict[str, int]
+    _staging: Path | None = None
+    resumed_from: str | None = None
+
+    def describe_run(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and its continuation, for the same losses to follow."""
+        args = self.args
+        return {
+            "world_size": args.world_size,
+            "batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "seed": args.seed,
+            "max_steps": self.state.max_steps,
+            "records": len(self.train_dataset) if self.train_dataset is not None else 0,
+        }
+
+    def find_resume_point(self, resume: str | None) -> str | None:
+        """The main process's choice, on every rank; see `checkpoint.resume_point`."""
+        found: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                point = resume_point(self.args.output_dir, resume)
+                found = [None if point is None else str(point), None]
+            except CheckpointError as error:
+                found = [None, str(error)]
+        if self.args.world_size > 1:
+            torch.distributed.broadcast_object_list(found, src=0)
+        if found[1] is not None:
+            raise CheckpointError(found[1])
+        return found[0]
+
+    def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **keywords: Any) -> Any:
+        """As the base class."""
+        self.resumed_from = resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *arguments, **keywords)
+
+    # ---- writing ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As the base class, in a staging folder that becomes visible under its name when everything is written.
+
+        Raises:
+            CheckpointError: no room or no right to write; earlier checkpoints are as they were.
+        """
+        out_dir = Path(self.args.output_dir)
+        try:
+            if self.args.should_save:
+                clear_staging(out_dir)
+            self._wait_for_all()
+            self._staging = out_dir / ".saving"
+            super()._save_checkpoint(model, trial)
+            staged = self._staging / f"checkpoint-{self.state.global_step}"
+            self._write_progress(staged)
+            self._wait_for_all()
+            if self.args.should_save:
+                publish(staged, out_dir, self.describe_run(), self.args.save_total_limit)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            failure = write_failure(error, out_dir)
+            if failure is None:
+                raise
+            raise failure from error
+        finally:
+            self._staging = None
+        self._wait_for_all()
+
+    def _write_progress(self, folder: Path) -> None:
+        progress = {
+            "seconds": self.budget.elapsed(),
+            "loss": float(self._tr_loss),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "term_sums": {name: float(value) for name, value in self._term_sums.items()},
+            "term_steps": self._term_steps,
+        }
+        self._progress_file(folder).write_text(json.dumps(progress, indent=2), encoding="utf-8")
+
+    def _progress_file(self, folder: str | Path) -> Path:
+        return Path(folder) / f"progress_{self.args.process_index}.json"
+
+    def _wait_for_all(self) -> None:
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
+
+    # ---- reading ----
+
+    def restore_progress(self) -> None:
+        """Called when the base class has set up its counters, before the first step."""
+        elapsed = 0.0
+        if self.resumed_from is not None:
+            for changed in differences(self.resumed_from, self.describe_run()):
+                logger.warning("resumed with another %s: the losses will not be those of one run", changed)
+            file = self._progress_file(self.resumed_from)
+            if file.is_file():
+                saved = json.loads(file.read_text(encoding="utf-8"))
+                elapsed = saved["seconds"]
+                self._tr_loss += saved["loss"]
+                self._total_loss_scalar = saved["total_loss"]
+                self._globalstep_last_logged = saved["last_logged"]
+                device = self.args.device
+                self._term_sums = {name: torch.tensor(v, device=device) for name, v in saved["term_sums"].items()}
+                self._term_steps = dict(saved["term_steps"])
+            elif self.is_world_process_zero():
+                logger.warning("%s holds no %s: averages begin anew", self.resumed_from, file.name)
+        self.budget.start(elapsed)
+
+
+class StopSignals(TrainerCallback):
+    """SIGTERM (a shutdown, `kill`) and SIGUSR1 (SLURM before its time limit): checkpoint at the next step, then stop.
+
+    Every rank stops at the same step, whichever of them was told. Repeated signals change nothing: launchers pass
+    SIGTERM on to processes that have had it already.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.received = 0
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self.received = self.received or number
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.world_size > 1:
+            seen = torch.tensor(int(self.received), device=args.device)
+            torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
+            self.received = int(seen)
+        if self.received:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
