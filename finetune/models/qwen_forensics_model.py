@@ -44,6 +44,7 @@ from finetune.models.features import (  # noqa: E402
 )
 from finetune.models.heads import HEADS, ClsHead, evidence_size, pool_evidence  # noqa: E402
 from finetune.models.noise_residual import NoiseResidualStream  # noqa: E402
+from finetune.models.perturbation import VisionOffsets, add_offsets  # noqa: E402
 
 HEAD_MODULES = ("cls_head", "mask_head", "noise_residual", "layer_mix", "stream_to_language")
 """Attribute names of everything this class adds to Qwen2.5-VL."""
@@ -243,6 +244,7 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         mask_sizes_hw: Sequence[tuple[int, int]] | None = None,
+        vision_offsets: VisionOffsets | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -251,6 +253,7 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
         Args:
             mask_sizes_hw: (H, W) of the mask wanted for each of the N images; default: the processed image's size.
+            vision_offsets: added to what the vision tower gives; needs heads and forensic tokens in the input.
             return_dict: accepted for the base class's callers; the output is always a `QwenForensicsOutput`.
 
         The steps: 1 vision tower and noise stream; 2 language model; 3 text logits; 4 states at the forensic tokens;
@@ -262,6 +265,9 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         vision: BaseModelOutputWithPooling | None = None
         if runs is not None and pixel_values is not None and image_grid_thw is not None:  # 1
             vision = self._encode_images(pixel_values, image_grid_thw)
+            if vision_offsets is not None:
+                merge = self.config.vision_config.spatial_merge_size
+                vision = add_offsets(vision, vision_offsets, image_grid_thw, self.heads_config.vision_layers, merge)
             stream = self._residual_features(pixel_values, image_grid_thw)
             mm_encoder_outputs = {
                 **(mm_encoder_outputs or {}),
@@ -321,9 +327,9 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         )
 
     def _encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> BaseModelOutputWithPooling:
-        """Vision tower with the hidden states of every block; without a graph while all its parameters are frozen."""
-        is_frozen = not any(parameter.requires_grad for parameter in self.model.visual.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
+        """Vision tower with the hidden states of every block; without a graph while all of it is frozen."""
+        needs_graph = pixel_values.requires_grad or any(p.requires_grad for p in self.model.visual.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_graph):
             return self.model.get_image_features(
                 pixel_values, image_grid_thw, output_hidden_states=True, return_dict=True
             )

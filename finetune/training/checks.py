@@ -12,6 +12,7 @@ from finetune.data.chat import load_template, template_problem
 from finetune.errors import ConfigError
 from finetune.losses.criterion import TERMS
 from finetune.models.groups import EXCLUSIVE, GROUPS
+from finetune.training.adversarial import adversarial_problems
 from finetune.training.evaluation import METRICS
 
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "eval_steps", "logging_steps")
@@ -38,6 +39,7 @@ def run_problems(config: RunConfig) -> list[str]:
         *_metric_problems(config),
         *_resume_problems(config),
         *_template_problems(config),
+        *(adversarial_problems(config.adversarial) if config.adversarial.share else []),
     ]
 
 

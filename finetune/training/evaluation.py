@@ -68,7 +68,8 @@ class EvaluationState:
 
 def forward(model: Any, batch: dict[str, Any]) -> Any:
     """The model's outputs for a collator's batch; no key-value cache, which nothing here would read."""
-    return model(**{key: batch[key] for key in MODEL_KEYS if key in batch}, use_cache=False)
+    keys = (*MODEL_KEYS, "vision_offsets")  # the last one of an attacked batch
+    return model(**{key: batch[key] for key in keys if key in batch}, use_cache=False)
 
 
 @torch.no_grad()

@@ -219,7 +219,8 @@ def _environment(number: int) -> dict[str, str]:
 
 def _end_with_driver() -> None:
     """A killed driver cannot end its stage, which would train on unseen; its end closes our standard input."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):  # not through sys.stdin, whose lock a waiting thread would hold at our own end
+        pass
     os._exit(1)
 
 

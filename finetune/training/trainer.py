@@ -23,6 +23,7 @@ from finetune.errors import TrainingDivergedError
 from finetune.losses.criterion import Criterion, total
 from finetune.models.groups import group_of
 from finetune.models.loading import Bundle, save_bundle
+from finetune.training.adversarial import make_attack
 from finetune.training.callbacks import SamplerEpochCallback
 from finetune.training.checkpoint import load_weights
 from finetune.training.evaluation import EvaluationState, collect_heads, evaluate_losses, forward
@@ -66,6 +67,9 @@ class ForensicTrainer(CheckpointingTrainer):
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps: dict[str, int] = {}
         self._window_ids: list[str] = []
+        self._window_place = 0  # of the next micro-batch in its accumulation window
+        self._attack_gains: list[float] = []
+        self.attack = make_attack(config, bundle)
         super().__init__(
             model=bundle.model,
             args=args,
@@ -97,7 +101,7 @@ class ForensicTrainer(CheckpointingTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Count of every loss term over the accumulation window and all ranks: {term: int}."""
         counts: dict[str, int] = dict.fromkeys(self.criterion.weights, 0)
-        self._window_ids = []
+        self._window_ids, self._window_place = [], 0
         for batch in batch_samples:
             self._window_ids += batch["record_ids"]
             for name, count in self.criterion.counts(batch).items():
@@ -130,6 +134,7 @@ class ForensicTrainer(CheckpointingTrainer):
         num_items_in_batch: Mapping[str, int] | None = None,
     ) -> Any:
         """This micro-batch's share of the loss of the whole batch, times the world size (ranks average gradients)."""
+        inputs, start = self._attacked(inputs, num_items_in_batch)
         outputs = forward(model, inputs)
         terms = self.criterion(outputs, inputs)
         if terms:
@@ -142,6 +147,8 @@ class ForensicTrainer(CheckpointingTrainer):
                 f"the loss is not finite at step {self.state.global_step + 1} ({values}) on records "
                 f"{inputs.get('record_ids')}; lower the learning rate, or check these records with forensics doctor"
             )
+        if start is not None:
+            self._attack_gains.append(float(loss.detach()) / start - 1)
         if outputs.branch_anchor is not None:
             loss = loss + outputs.branch_anchor
         if self.model.training:
@@ -149,6 +156,26 @@ class ForensicTrainer(CheckpointingTrainer):
                 self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()
         loss = loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
+
+    def _attacked(
+        self, inputs: dict[str, Any], normalizers: Mapping[str, int] | None
+    ) -> tuple[dict[str, Any], float | None]:
+        """The micro-batch, adversarially changed where its turn has come, and then the loss the attack began with."""
+        if self.attack is None or not self.model.training:
+            return inputs, None
+        window = self.args.gradient_accumulation_steps
+        number = self.state.global_step * window + self._window_place
+        self._window_place += 1
+        if not self.attack.hits(number):
+            return inputs, None
+
+        def loss_of(batch: dict[str, Any]) -> Tensor:
+            outputs = forward(self.model, batch)
+            terms = self.criterion(outputs, batch)
+            return total(terms, normalizers)[0] if terms else outputs.logits.float().sum() * 0
+
+        changed, start = self.attack.perturb(inputs, loss_of, (number, self.args.process_index))
+        return changed, start if start > 0 else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every loss term: over all ranks, averaged over the steps since the last log that had something to count.
@@ -167,6 +194,9 @@ class ForensicTrainer(CheckpointingTrainer):
                 if self._term_steps.get(name):
                     logs[f"loss_{name}"] = value / self._term_steps[name]
             self._term_sums, self._term_steps = {}, {}
+            if self._attack_gains:  # of this rank
+                logs["adversarial_gain"] = sum(self._attack_gains) / len(self._attack_gains)
+                self._attack_gains = []
         if "train_loss" in logs:  # the base class divides by the steps since a resumption
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
