@@ -20,6 +20,7 @@ from finetune.data.chat import Segment, conversation, encode, load_template, pol
 from finetune.data.images import image_size_hw, load_image
 from finetune.data.masks import load_mask, resize_mask
 from finetune.data.readers import read_records
+from finetune.data.region_masking import Draw, RegionMasking, mask_regions
 from finetune.data.validation import InvalidDataError, Problem, leaking_tokens, validate_for_training
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Polygon, Record, Turn
@@ -69,6 +70,7 @@ class ForensicDataset(Dataset):
                 f"data.max_polygon_tokens is {config.max_polygon_tokens}; expected at least {MIN_TOKENS}, which one "
                 "box may take, or null to count points"
             )
+        self.region_masking: RegionMasking | None = None  # hides regions of the records a numbered sampler draws
         self._may_leak: bool | None = None
         _warn_of_leaks(self.records, tokens)
 
@@ -92,7 +94,12 @@ class ForensicDataset(Dataset):
             DataFormatError: unreadable image or mask, or more than `max_length` tokens.
         """
         sample, pieces, processed = self.rendered(index)
-        sample.input_ids, sample.labels = self._render(self.records[index], pieces, processed)
+        try:
+            sample.input_ids, sample.labels = self._render(self.records[index], pieces, processed)
+        except DataFormatError:
+            if not isinstance(index, Draw):
+                raise
+            return self[int(index)]  # what is left of a hidden region takes too many points: shown whole instead
         return sample
 
     def rendered(self, index: int) -> tuple[Sample, list[Segment], list[tuple[int, int]]]:
@@ -110,6 +117,8 @@ class ForensicDataset(Dataset):
             load_mask(target, size, record.id, record.source)
             for target, size in zip(record.targets, sizes, strict=True)
         ]
+        if self.region_masking is not None and isinstance(index, Draw):
+            record, images, masks = mask_regions(self.region_masking, index, record, images, masks, processed)
         turns = self._turns(record, sizes, processed, masks)
         mask_sizes = processed if self.config.mask_resolution == "processed" else sizes
         sample = Sample(

@@ -14,6 +14,7 @@ from finetune.losses.criterion import TERMS
 from finetune.models.groups import EXCLUSIVE, GROUPS
 from finetune.training.adversarial import adversarial_problems
 from finetune.training.evaluation import METRICS
+from finetune.training.region_masking import masking_problems
 
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "eval_steps", "logging_steps")
 _NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio")
@@ -39,6 +40,7 @@ def run_problems(config: RunConfig) -> list[str]:
         *_metric_problems(config),
         *_resume_problems(config),
         *_template_problems(config),
+        *masking_problems(config.region_masking),
         *(adversarial_problems(config.adversarial) if config.adversarial.share else []),
     ]
 

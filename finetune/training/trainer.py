@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -28,6 +28,7 @@ from finetune.training.callbacks import SamplerEpochCallback
 from finetune.training.checkpoint import load_weights
 from finetune.training.evaluation import EvaluationState, collect_heads, evaluate_losses, forward
 from finetune.training.progress import ProgressLines
+from finetune.training.region_masking import NumberedSampler, RegionMaskingCallback, shuffled
 from finetune.training.sampling import ClassBalancedSampler, evaluation_batches
 from finetune.training.saving import CheckpointingTrainer, StopSignals
 from finetune.training.schedule import TimeBudget, make_scheduler
@@ -89,14 +90,22 @@ class ForensicTrainer(CheckpointingTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
+        sampler: Any = None
         if self.run_config.data.class_balanced and isinstance(dataset, ForensicDataset):
             labels = dataset.class_labels
             if {0, 1} <= set(labels):
                 sampler = ClassBalancedSampler(labels, dataset.pairs, seed=self.args.seed)
-                self.remove_callback(SamplerEpochCallback)
-                self.add_callback(SamplerEpochCallback(sampler))
-                return sampler
-        return super()._get_train_sampler(dataset)
+        if self.run_config.region_masking.enabled and isinstance(dataset, ForensicDataset):
+            is_sequential = self.args.train_sampling_strategy == "sequential"
+            plain = SequentialSampler(dataset) if is_sequential else shuffled(len(dataset), self.args.seed)
+            sampler = NumberedSampler(sampler or plain)
+            self.remove_callback(RegionMaskingCallback)
+            self.add_callback(RegionMaskingCallback(dataset, self.run_config))
+        if sampler is None:
+            return super()._get_train_sampler(dataset)
+        self.remove_callback(SamplerEpochCallback)
+        self.add_callback(SamplerEpochCallback(sampler))
+        return sampler
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Count of every loss term over the accumulation window and all ranks: {term: int}."""
