@@ -8,65 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
-from finetune.config import HeadsConfig, LoraConfig, NoiseResidualConfig, to_dict
+from finetune.config import HeadsConfig, LoraConfig, NoiseResidualConfig
 from finetune.models.adapters import lora_matches
-from finetune.models.qwen_forensics_model import (
-    HEAD_MODULES,
-    QwenForensicsConfig,
-    QwenForensicsForConditionalGeneration,
-)
+from finetune.models.qwen_forensics_model import HEAD_MODULES
+from finetune.models.shapes import SHAPES, VISION, Shape, build_on_meta
 
 GIB = 2**30
 NUM_TOKENS = 33  # <cls> and <mask_1>..<mask_32>
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Published sizes of a Qwen2.5-VL checkpoint; the vision tower is the same in both."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    mlp: int
-    rows: int  # of the embedding matrix, padding included
-    is_tied: bool
-
-
-SHAPES = {
-    "3B": Shape(2048, 36, 16, 2, 11008, 151936, True),
-    "7B": Shape(3584, 28, 28, 4, 18944, 152064, False),
-}
-VISION: dict[str, Any] = {
-    "depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "patch_size": 14,
-    "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-}  # fmt: skip
-
-
-def build_on_meta(shape: Shape, heads: HeadsConfig) -> QwenForensicsForConditionalGeneration:
-    """Our class at the published size, without storage."""
-    config = QwenForensicsConfig(
-        text_config={
-            "vocab_size": shape.rows,
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.mlp,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "tie_word_embeddings": shape.is_tied,
-        },
-        vision_config={**VISION, "out_hidden_size": shape.hidden},
-        tie_word_embeddings=shape.is_tied,
-        heads=to_dict(heads),
-    )
-    with torch.device("meta"):
-        return QwenForensicsForConditionalGeneration(config)
 
 
 def count(shape: Shape) -> dict[str, int]:
