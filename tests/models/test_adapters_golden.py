@@ -23,6 +23,7 @@ from finetune.config import (
     VisionTopConfig,
     load_config,
     stage_runs,
+    to_dict,
 )
 from finetune.models.adapters import set_trainable
 from finetune.models.groups import collapsed, parameter_groups, plain_name
