@@ -153,6 +153,8 @@ class TrainConfig:
     max_seconds: float | None = None  # wall-clock budget: the schedule is compressed and training stops in time
     learning_rate: float = 1e-4
     group_learning_rates: dict[str, float] = field(default_factory=dict)  # trainable group -> its own rate
+    muon_groups: list[str] = field(default_factory=list)  # trainable groups whose matrices Muon trains, not AdamW
+    muon_learning_rate: float = 0.02  # of those matrices
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0

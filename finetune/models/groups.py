@@ -93,14 +93,14 @@ def parameter_groups(model: nn.Module, groups: Sequence[str]) -> dict[str, list[
     return assigned
 
 
-def trainable_table(model: nn.Module, groups: Sequence[str], learning_rates: dict[str, float]) -> str:
+def trainable_table(model: nn.Module, groups: Sequence[str], learning_rates: dict[str, str]) -> str:
     """Plain-text table: group, tensors, parameters, learning rate; last line the share of all parameters."""
     rows = [("group", "tensors", "parameters", "lr")]
     total = 0
     for group, members in parameter_groups(model, groups).items():
         size = sum(parameter.numel() for _, parameter in members)
         total += size
-        rows.append((group, str(len(members)), f"{size:,}", f"{learning_rates.get(group, 0):g}"))
+        rows.append((group, str(len(members)), f"{size:,}", learning_rates.get(group, "0")))
     everything = sum(_numel(parameter) for parameter in model.parameters())
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [

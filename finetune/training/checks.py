@@ -17,7 +17,7 @@ from finetune.training.evaluation import METRICS
 from finetune.training.region_masking import masking_problems
 
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "eval_steps", "logging_steps")
-_NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio")
+_NOT_NEGATIVE = ("learning_rate", "muon_learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio")
 
 
 def check_run(config: RunConfig) -> None:
@@ -55,11 +55,12 @@ def _group_problems(config: RunConfig) -> list[str]:
             problems.append(f"train.trainable names both {one} and {other}; choose one: {reason}")
     if not train.trainable:
         problems.append(f"train.trainable is empty, so nothing would train; name some of: {', '.join(GROUPS)}")
-    for group in train.group_learning_rates:
-        if group not in train.trainable:
-            problems.append(
-                f"train.group_learning_rates names '{group}', which does not train; {_advice(group, train.trainable)}"
-            )
+    for field, groups in (("group_learning_rates", train.group_learning_rates), ("muon_groups", train.muon_groups)):
+        problems += [
+            f"train.{field} names '{group}', which does not train; {_advice(group, train.trainable)}"
+            for group in groups
+            if group not in train.trainable
+        ]
     return problems
 
 

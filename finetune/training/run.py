@@ -166,9 +166,10 @@ def _is_small(path: str, limit_bytes: int = 1 << 30) -> bool:
     return bool(weights) and sum(file.stat().st_size for file in weights) < limit_bytes
 
 
-def _learning_rates(config: RunConfig) -> dict[str, float]:
+def _learning_rates(config: RunConfig) -> dict[str, str]:
     train = config.train
-    return {group: train.group_learning_rates.get(group, train.learning_rate) for group in train.trainable}
+    rates = {group: f"{train.group_learning_rates.get(group, train.learning_rate):g}" for group in train.trainable}
+    return rates | {group: f"{rates[group]} (Muon {train.muon_learning_rate:g})" for group in train.muon_groups}
 
 
 def _write_json(path: Path, value: Any) -> None:

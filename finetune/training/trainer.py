@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -19,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from finetune.config import RunConfig
 from finetune.data.collator import ForensicCollator
 from finetune.data.dataset import ForensicDataset
-from finetune.errors import TrainingDivergedError
+from finetune.errors import ConfigError, TrainingDivergedError
 from finetune.losses.criterion import Criterion, total
 from finetune.models.groups import group_of
 from finetune.models.loading import Bundle, save_bundle
@@ -27,6 +28,7 @@ from finetune.training.adversarial import make_attack
 from finetune.training.callbacks import SamplerEpochCallback
 from finetune.training.checkpoint import load_weights
 from finetune.training.evaluation import EvaluationState, collect_heads, evaluate_losses, forward
+from finetune.training.muon import MuonAdamW, is_matrix
 from finetune.training.progress import ProgressLines
 from finetune.training.region_masking import NumberedSampler, RegionMaskingCallback, shuffled
 from finetune.training.sampling import ClassBalancedSampler, evaluation_batches
@@ -227,26 +229,37 @@ class ForensicTrainer(CheckpointingTrainer):
         """One parameter group per trainable group and decay setting, each with its own learning rate."""
         if self.optimizer is None:
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if self.run_config.train.muon_groups:
+                if self.is_deepspeed_enabled:
+                    raise ConfigError("train.muon_groups needs whole gradients, which DeepSpeed cuts up; set it to []")
+                if not issubclass(optimizer_class, AdamW):
+                    raise ConfigError(f"train.muon_groups needs AdamW for the rest, not {optimizer_class.__name__}")
+                optimizer_class = MuonAdamW
             self.optimizer = optimizer_class(self._parameter_groups(), **arguments)
         return self.optimizer
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         train = self.run_config.train
-        groups: dict[tuple[str, bool], dict[str, Any]] = {}
+        groups: dict[str, dict[str, Any]] = {}
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
             group = group_of(name, train.trainable) or "other"
             decays = parameter.ndim > 1 and not any(part in name for part in _NO_DECAY)
+            muon = decays and group in train.muon_groups and is_matrix(name, parameter)
+            label = f"{group}{'' if decays else ' (no decay)'}{' (Muon)' if muon else ''}"
+            rate = train.group_learning_rates.get(group, train.learning_rate)
             entry = groups.setdefault(
-                (group, decays),
+                label,
                 {
                     "params": [],
-                    "lr": train.group_learning_rates.get(group, train.learning_rate),
+                    "lr": train.muon_learning_rate if muon else rate,
                     "weight_decay": train.weight_decay if decays else 0.0,
-                    "name": f"{group}{'' if decays else ' (no decay)'}",
+                    "name": label,
                 },
             )
+            if muon:
+                entry["muon"] = True
             entry["params"].append(parameter)
         return list(groups.values())
 

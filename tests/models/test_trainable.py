@@ -67,7 +67,7 @@ def test_stage_one_moves_the_new_rows_and_the_heads(checkpoint: Path, photo_reco
     trained = [name for group in names.values() for name in group]
     assert {name.split(".")[2] for name in trained} - {"model", "lm_head"} == set(HEAD_MODULES)
     assert all(".modules_to_save.default." in name for name in trained if name not in rows)
-    table = trainable_table(bundle.model, STAGE_1, {"new_tokens": 1e-3}).splitlines()
+    table = trainable_table(bundle.model, STAGE_1, {"new_tokens": "0.001"}).splitlines()
     row_parameters = 33 * 64 * len(rows)
     assert table[1].split() == ["new_tokens", str(len(rows)), f"{row_parameters:,}", "0.001"]
 

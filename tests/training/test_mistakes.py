@@ -48,6 +48,7 @@ def write_records(path: Path, synth_dir: Path, **changes: Any) -> Path:
         ("model.path=./no_such_model", "model folder './no_such_model' does not exist"),
         ("train.learning_rat=1", "unknown key 'train.learning_rat'"),
         ("train.trainer_args={optim: adamm}", "adamm"),
+        ("train={trainer_args: {optim: sgd}, muon_groups: [cls_head], trainable: [cls_head]}", "needs AdamW"),
         ("train.trainer_args={warmup_step: 3}", "did you mean 'warmup_steps'?"),
         ("train.trainable=[lm_lora, lm_full]", "choose one"),
         ("lora.target_modules=nothing", "matches no linear layer"),
@@ -113,6 +114,8 @@ def test_launched_as_a_process(repo_root: Path, write_config: Callable[..., Path
     [
         ("train", {"trainable": []}, "train.trainable is empty"),
         ("train", {"group_learning_rates": {"lm_full": 1e-4}}, "'lm_full', which does not train"),
+        ("train", {"muon_groups": ["noise_residul"]}, "train.muon_groups names 'noise_residul', which does not train"),
+        ("train", {"muon_learning_rate": -0.02}, "train.muon_learning_rate is -0.02"),
         ("train", {"group_learning_rates": {"cls_head": -1.0}}, "group_learning_rates.cls_head is -1.0"),
         ("train", {"batch_size": 0}, "train.batch_size is 0"),
         ("train", {"eval_steps": 0}, "train.eval_steps is 0"),
