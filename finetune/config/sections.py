@@ -34,6 +34,7 @@ class NoiseResidualConfig:
     enabled: bool = False
     channels: int = 48  # width of the stream, at 1/4 of the processed image
     widths: list[int] = field(default_factory=lambda: [32, 64, 96])  # of its U-Net at 1/4, 1/8 and 1/16 of the image
+    stem_width: int = 0  # hidden width of the layer that reads the statistics; 0: no hidden layer
     global_blocks: int = 2  # attention blocks over a whole image, at 1/16
     to_language: bool = False  # also add the stream, pooled per merged patch, to the image tokens the LLM reads
 

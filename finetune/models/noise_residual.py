@@ -33,9 +33,10 @@ class NoiseResidualStream(nn.Module):
     def __init__(self, config: NoiseResidualConfig) -> None:
         super().__init__()
         fine, middle, coarse = config.widths
-        self.cell_stem = RelativeStem(CELL_CHANNELS, fine)
-        self.block_stem = RelativeStem(BLOCK_CHANNELS, middle)
-        self.chroma_stem = RelativeStem(CHROMA_CHANNELS, coarse)
+        hidden = config.stem_width
+        self.cell_stem = RelativeStem(CELL_CHANNELS, fine, hidden)
+        self.block_stem = RelativeStem(BLOCK_CHANNELS, middle, 2 * hidden)
+        self.chroma_stem = RelativeStem(CHROMA_CHANNELS, coarse, 2 * hidden)
         self.fine_in, self.fine_out = ResidualBlock(fine), ResidualBlock(fine)
         self.middle_in, self.middle_out = ResidualBlock(middle), ResidualBlock(middle)
         self.to_middle, self.to_coarse = nn.Conv2d(fine, middle, 2, stride=2), nn.Conv2d(middle, coarse, 2, stride=2)
@@ -63,16 +64,23 @@ class NoiseResidualStream(nn.Module):
 
 
 class RelativeStem(nn.Module):
-    """Statistics as they are and normalised over their own image -> features, by a 1x1 convolution."""
+    """Statistics as they are and normalised over their own image -> features, by one or two 1x1 convolutions.
 
-    def __init__(self, num_statistics: int, channels: int) -> None:
+    Args:
+        num_statistics, channels: of the input and of the output. hidden: width between two convolutions with a GELU,
+            which can compare one statistic with another; 0 for a single convolution.
+    """
+
+    def __init__(self, num_statistics: int, channels: int, hidden: int) -> None:
         super().__init__()
-        self.project = nn.Conv2d(2 * num_statistics, channels, 1)
+        self.project = nn.Conv2d(2 * num_statistics, hidden or channels, 1)
+        self.mix = nn.Conv2d(hidden, channels, 1) if hidden else None
 
     def forward(self, statistics: Tensor) -> Tensor:
         """(n, num_statistics, h, w) -> (n, channels, h, w)."""
         both = torch.cat([statistics, F.instance_norm(statistics)], dim=1)
-        return self.project(both.to(self.project.weight.dtype))
+        features = self.project(both.to(self.project.weight.dtype))
+        return features if self.mix is None else self.mix(F.gelu(features))
 
 
 class ZeroConv2d(nn.Conv2d):

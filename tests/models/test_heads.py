@@ -15,6 +15,7 @@ from finetune.config import HeadsConfig
 from finetune.models.features import by_shape, gather_states, locate_runs
 from finetune.models.heads import HEADS, evidence_size, pool_evidence
 from finetune.models.loading import Bundle
+from finetune.models.noise_residual import NoiseResidualStream
 from finetune.models.qwen_forensics_model import QwenForensicsOutput
 
 NAMES = ("real_84x140", "unmasked_140x84")
@@ -164,6 +165,17 @@ def test_noise_stream_enters_the_language_model_only_where_asked(tied: Path, pho
         bundle.base.stream_to_language.weight.normal_()
     assert not torch.allclose(forward(bundle.model, batch).logits, before, atol=1e-2)
     assert not hasattr(load(tied, noise_residual=STREAM).base, "stream_to_language")
+
+
+@pytest.mark.parametrize("stem_width", [0, 6])
+def test_stream_with_and_without_a_hidden_layer_in_its_stems(stem_width: int) -> None:
+    torch.manual_seed(0)
+    stream = NoiseResidualStream(replace(STREAM, stem_width=stem_width))
+    images = [torch.rand(3, 56, 84) * 255, torch.rand(3, 84, 28) * 255]
+    features = stream(images)
+    assert [tuple(f.shape) for f in features] == [(8, 14, 21), (8, 21, 7)]
+    torch.testing.assert_close(features[1], stream(images[1:])[0])
+    assert (stream.cell_stem.mix is not None) == bool(stem_width)
 
 
 def test_pooled_evidence_by_hand() -> None:
