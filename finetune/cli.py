@@ -442,6 +442,12 @@ def _synth_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-train", type=int, metavar="N", help="training images (2000)")
     parser.add_argument("--num-val", type=int, metavar="N", help="further images of the training photographs (120)")
     parser.add_argument("--num-eval", type=int, metavar="N", help="held-out images, from other photographs (300)")
+    parser.add_argument(
+        "--scene-variation",
+        type=_probability,
+        metavar="P",
+        help="share of training images whose scene is mixed, blurred, recoloured before the camera takes it (0)",
+    )
     parser.add_argument("--language", choices=("zh", "en", "both"), help="of the answers (default zh)")
     parser.add_argument("--seed", type=int, help="same seed, same bytes (default 0)")
     parser.add_argument("--workers", type=int, help="processes; 0 = one per core")
@@ -461,6 +467,7 @@ def _synth(arguments: argparse.Namespace) -> int:
         "num_train": arguments.num_train,
         "num_val": arguments.num_val,
         "num_eval": arguments.num_eval,
+        "scene_variation": arguments.scene_variation,
         "language": arguments.language,
         "seed": arguments.seed,
         "workers": arguments.workers,

@@ -42,6 +42,8 @@ class SynthConfig:
         no_degradation, two_degradations: chance of none; chance of two where there is any.
         grey_photo_weight: how often a grey photograph is the host, relative to a coloured scene.
         monochrome: chance that a coloured host is made grey.
+        scene_variation: chance that a training picture shows a varied scene (`scenes`), for content that few
+            photographs lack. `val` and `eval` never do.
         language: of the evidence text and of conversations: `zh`, `en`, or `both` (drawn per record).
         evidence_detail: `short`: what was done, where, how hard to see; `full`: also how large, shape and origin.
         record_kinds: records of each kind (`conversations.RECORD_KINDS`) per image; `single` is 1 where not given, and
@@ -86,6 +88,7 @@ class SynthConfig:
     two_degradations: float = 0.2
     grey_photo_weight: float = 0.4
     monochrome: float = 0.05
+    scene_variation: float = 0.0
     language: str = "zh"
     evidence_detail: str = "short"
     record_kinds: dict[str, float] = field(default_factory=lambda: {"single": 1.0})
@@ -125,7 +128,8 @@ class SynthConfig:
         _require(self.language in (*LANGUAGES, "both"), "language", self.language, "zh, en or both")
         _check_settings(self.operation_settings)
         self._check_records_and_files()
-        for name in ("tampered_fraction", "no_degradation", "two_degradations", "monochrome", "held_out_fraction"):
+        fractions = "tampered_fraction no_degradation two_degradations monochrome scene_variation held_out_fraction"
+        for name in fractions.split():
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a fraction in [0, 1]")
         for name, known in (("operations", OPERATIONS), ("degradations", DEGRADATIONS)):
             weights = getattr(self, name)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from finetune.data.parallel import num_workers, ordered_map
 from finetune.data.synthesis.degradations import jpeg_round_trip, resize, to_uint8
+from finetune.data.synthesis.scenes import vary_scene
 from finetune.errors import ForensicsError
 
 SPLITS = ("train", "eval", "val")
@@ -223,7 +224,12 @@ def open_photos(photos: Sequence[Photo]) -> dict[str, np.ndarray]:
 
 
 def develop(
-    photo: Photo, size_hw: tuple[int, int], rng: np.random.Generator, monochrome: bool = False
+    photo: Photo,
+    size_hw: tuple[int, int],
+    rng: np.random.Generator,
+    monochrome: bool = False,
+    others: Sequence[Photo] = (),
+    variation: float = 0.0,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Take an authentic picture of a photograph with a virtual camera drawn at random.
 
@@ -236,6 +242,9 @@ def develop(
         size_hw: size of the picture.
         rng: the sample's own generator.
         monochrome: drop the colour, so that a grey photograph and a coloured one can be combined without a giveaway.
+        others: photographs that a varied scene may borrow from.
+        variation: chance that the scene itself is varied (`scenes.vary_scene`) before the camera takes it. Its
+            randomness is a child of `rng`: at 0 every picture is what it was without this argument.
 
     Returns:
         (*size_hw, 3) uint8 RGB and the camera's parameters.
@@ -245,6 +254,10 @@ def develop(
     crop_hw = size_hw if turns % 2 == 0 else (size_hw[1], size_hw[0])
     window, view = _draw_crop(source, crop_hw, rng)
     image = resize(window.astype(np.float32), crop_hw, view["interpolation"])
+    if variation > 0:
+        child = rng.spawn(1)[0]
+        if child.random() < variation:
+            image, view["scene"] = vary_scene(image, child, lambda rng: _draw_scene(others or (photo,), crop_hw, rng))
     if flip := bool(rng.random() < 0.5):
         image = image[:, ::-1]
     image = np.rot90(image, turns)
@@ -260,6 +273,13 @@ def develop(
     if camera["jpeg_quality"] is not None:
         picture = jpeg_round_trip(picture, camera["jpeg_quality"])
     return picture, {"photo": photo.name, **view, "flip": flip, "rot90": turns, "monochrome": is_grey, **camera}
+
+
+def _draw_scene(photos: Sequence[Photo], size_hw: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """(*size_hw, 3) float32: a piece of one of the photographs."""
+    photo = photos[int(rng.integers(len(photos)))]
+    window, view = _draw_crop(open_photo(photo.path), size_hw, rng)
+    return resize(window.astype(np.float32), size_hw, view["interpolation"])
 
 
 def _draw_crop(

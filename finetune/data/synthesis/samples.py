@@ -108,7 +108,8 @@ def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Samp
     pool = photos.of(task.split)
     photo = _draw_host(pool, rng_host, config.grey_photo_weight)
     is_grey = photo.is_grey or bool(rng_host.random() < config.monochrome)
-    host, camera = develop(photo, size_hw, rng_host, is_grey)
+    variation = config.scene_variation if task.split == "train" else 0.0
+    host, camera = develop(photo, size_hw, rng_host, is_grey, pool, variation)
     provenance: dict[str, Any] = {
         "source": camera,
         "operation": None,
@@ -123,7 +124,7 @@ def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Samp
         return Sample(apply_plan(host, plan, final_hw), None, photo, provenance, host, host, None)
 
     def draw_donor(rng: np.random.Generator) -> Donor:
-        return develop(_draw_donor_photo(pool, photo, is_grey, rng), size_hw, rng, is_grey)
+        return develop(_draw_donor_photo(pool, photo, is_grey, rng), size_hw, rng, is_grey, pool, variation)
 
     try:
         result = tamper(host, task.operation, rng_edit, config.operation_settings, draw_donor)

@@ -192,6 +192,20 @@ def test_pairs_leave_the_other_splits_alone_and_cover_the_smaller_class(tmp_path
     assert len(seeds) == 14  # 6 pairs, 8 images of their own
 
 
+def test_varied_scenes_are_shared_by_a_pair_and_stay_in_training(tmp_path: Path) -> None:
+    config = SynthConfig(num_val=4, num_train=16, num_eval=4, seed=5, workers=1)
+    for name, share in (("off", 0.0), ("on", 1.0)):
+        synthesize(replace(config, scene_variation=share), tmp_path / name, progress=False)
+    on, off = digests(tmp_path / "on"), digests(tmp_path / "off")
+    assert all(on[name] == off[name] for name in on if name.startswith(("val", "eval")))
+    assert not {name for name in on if name.startswith("train/images") and on[name] == off[name]}
+    scenes: dict[str, set[str]] = {}
+    for record in read(tmp_path / "on", "train"):
+        source = record["provenance"]["source"]
+        scenes.setdefault(record["provenance"]["pair"], set()).add(str(source["scene"]))
+    assert all(len(names) == 1 for names in scenes.values())
+
+
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
 def test_same_bytes_for_one_and_two_workers(image_format: str, tmp_path: Path) -> None:
     kinds = {"multi_turn": 0.5, "comparison": 0.5, "multi_image": 0.2, "conclusion_only": 0.2, "paraphrase": 0.5}

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from finetune.data.synthesis.photos import develop, find_photos, load_rgb, open_photo
+from finetune.data.synthesis.scenes import vary_scene
 from finetune.errors import ForensicsError
 
 
@@ -117,3 +118,38 @@ def test_the_held_out_packaged_photographs_never_change() -> None:
     photos = find_photos()
     assert {photo.group for photo in photos.of("eval")} == {"coffee", "china", "grace_hopper", "gravel"}
     assert {"page", "text", "retina", "moon"} <= {photo.group for photo in photos.of("train")}
+
+
+def test_a_varied_scene_is_deterministic_and_leaves_the_camera_as_it_was() -> None:
+    train = find_photos().of("train")
+    plain, camera = develop(train[0], (196, 252), np.random.default_rng(3))
+    names: set[str] = set()
+    for variation in (0.0, 1.0):
+        for seed in range(12):
+            pictures = [
+                develop(train[0], (84, 112), np.random.default_rng(seed), False, train, variation) for _ in "ab"
+            ]
+            assert np.array_equal(pictures[0][0], pictures[1][0])
+            assert pictures[0][1] == pictures[1][1]
+            assert ("scene" in pictures[0][1]) == (variation == 1.0)
+            names |= set(pictures[0][1].get("scene", ()))
+    assert names == {"mix", "leaves", "cloud", "blur", "light", "colour"}
+    varied, same_camera = develop(train[0], (196, 252), np.random.default_rng(3), False, train, 1.0)
+    assert {key: value for key, value in same_camera.items() if key != "scene"} == camera
+    assert varied.shape == plain.shape
+    assert same_camera["scene"]
+    assert not np.array_equal(varied, plain)
+
+
+@pytest.mark.parametrize("size_hw", [(32, 96), (224, 224)])
+def test_varied_scenes_stay_finite_and_in_range(size_hw: tuple[int, int]) -> None:
+    scene = np.random.default_rng(0).uniform(0, 255, (*size_hw, 3)).astype(np.float32)
+    before = scene.copy()
+    for seed in range(40):
+        varied, _ = vary_scene(scene, np.random.default_rng(seed), lambda rng: np.full_like(scene, rng.uniform(0, 255)))
+        assert varied.shape == scene.shape
+        assert varied.dtype == np.float32
+        assert np.isfinite(varied).all()
+        assert varied.min() >= 0
+        assert varied.max() <= 255
+    assert np.array_equal(scene, before)
