@@ -75,9 +75,9 @@ if [[ -f "$OUT/data/manifest.json" ]]; then
 else
     printf '%s' "$PHOTOS" >"$NOTES/photos"
     if [[ -n "$PHOTOS" ]]; then
-        forensics synth --out "$OUT/data" --num-train 6000 --photos "$PHOTOS"
+        forensics synth --out "$OUT/data" --num-train 6000 --scene-variation 0.75 --photos "$PHOTOS"
     else
-        forensics synth --out "$OUT/data" --num-train 6000
+        forensics synth --out "$OUT/data" --num-train 6000 --scene-variation 0.75
     fi
 fi
 
