@@ -45,6 +45,8 @@ def set_trainable(
     """
     for problem in group_problems(groups):
         raise ConfigError(problem)
+    if "lm_full" in groups and getattr(bundle.base, "is_loaded_in_4bit", False):
+        raise ConfigError("lm_full cannot train on a 4-bit model; use lm_lora, or model.quantization: none")
     vision_lora, vision_top = vision_lora or VisionLoraConfig(), vision_top or VisionTopConfig()
     brought = None
     if bundle.model is not bundle.base:

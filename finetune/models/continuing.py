@@ -129,13 +129,7 @@ def put_back(wrapped: nn.Module, brought: Brought) -> None:
 
 
 def merge_whole(bundle: Bundle) -> Bundle:
-    """The bundle with its adapter merged into the weights.
-
-    Raises:
-        ConfigError: the base is quantised.
-    """
-    if getattr(bundle.base, "is_loaded_in_4bit", False):
-        raise ConfigError("lm_full cannot train on a 4-bit model; use lm_lora, or model.quantization: none")
+    """The bundle with its adapter merged into the weights, which must not be quantised."""
     is_tied = bool(bundle.base.config.tie_word_embeddings)
     model: Any = bundle.model
     merged = model.merge_and_unload(safe_merge=True)

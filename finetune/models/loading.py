@@ -335,6 +335,10 @@ def load_model(
         )
     if model.has_heads and Path(path).is_dir() and saved_heads(path) is not None:
         attach_heads(model, path)
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights at a CPU's first evaluation into a form that has no gradient afterwards
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
