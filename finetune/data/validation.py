@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from finetune.data.containers import backing_file
 from finetune.data.images import load_image
@@ -62,13 +62,19 @@ def check_file(
     *,
     format: str = "auto",
     root: str | os.PathLike[str] | None = None,
+    options: Mapping[str, Any] | None = None,
     check_pixels: bool = True,
+    progress: Callable[[Sequence[Record]], Iterable[Record]] | None = None,
 ) -> tuple[list[Record], list[Problem]]:
-    """The records of a file that can be read, and every problem of the file and of those records."""
-    records, errors = scan_records(path, format, root)
+    """The records of a file that can be read, and every problem of the file and of those records.
+
+    Args:
+        format, root, options: of the reader. check_pixels, progress: see `check_records`.
+    """
+    records, errors = scan_records(path, format, root, options)
     problems = [Problem("error", error.record or "", str(error)) for error in errors]
     if records or not problems:
-        problems += check_records(records, tokens, check_pixels=check_pixels)
+        problems += check_records(records, tokens, check_pixels=check_pixels, progress=progress)
     return records, problems
 
 
@@ -77,7 +83,7 @@ def check_records(
     tokens: SpecialTokens,
     *,
     check_pixels: bool = True,
-    progress: Callable[[Iterable[Record]], Iterable[Record]] | None = None,
+    progress: Callable[[Sequence[Record]], Iterable[Record]] | None = None,
 ) -> list[Problem]:
     """Every problem of a data set that is meant for training, in record order; [] when it is fit for use.
 

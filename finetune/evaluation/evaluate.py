@@ -22,6 +22,7 @@ from finetune.data.chat import question_turns
 from finetune.data.dataset import read_sources, spread
 from finetune.data.images import load_image
 from finetune.data.masks import load_mask
+from finetune.data.readers.options import options_from
 from finetune.data.validation import validate_for_training
 from finetune.errors import DataFormatError
 from finetune.evaluation.comparison import compare_baselines
@@ -36,7 +37,8 @@ from finetune.training.reproducibility import commit, file_hash, versions
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """Handler of `forensics evaluate`; exit status 0."""
-    source = SourceConfig(arguments.data, arguments.format, arguments.data_root)
+    options = options_from(arguments.option)
+    source = SourceConfig(arguments.data, arguments.format, arguments.data_root, options=options)
     records = read_sources([source], "eval")
     if arguments.max_samples is not None:
         records = spread(records, arguments.max_samples)

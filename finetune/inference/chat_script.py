@@ -20,6 +20,7 @@ from tqdm import tqdm
 from finetune.data.chat import Template, load_template, prompt
 from finetune.data.images import image_size_hw
 from finetune.data.readers import read_records
+from finetune.data.readers.options import options_from
 from finetune.errors import ConfigError, DataFormatError
 from finetune.inference.chat_summary import summarize, summary_text
 from finetune.inference.contestants import Contestants, contestants
@@ -87,7 +88,8 @@ def script_command(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out {out} is no .jsonl file; give e.g. answers.jsonl")
     models = contestants(arguments)
     template = load_template(arguments.template or "zh")
-    records = read_records(arguments.script, arguments.format, arguments.data_root)[: arguments.max_samples]
+    options = options_from(arguments.option)
+    records = read_records(arguments.script, arguments.format, arguments.data_root, options)[: arguments.max_samples]
     dialogues = [dialogue_of(record, template) for record in records]
     if arguments.system is not None:
         for dialogue in dialogues:

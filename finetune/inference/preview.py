@@ -11,11 +11,8 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from finetune.config import DataConfig, RunConfig, load_config
 from finetune.data.chat import Template, template_problem
@@ -23,6 +20,7 @@ from finetune.data.dataset import ForensicDataset
 from finetune.data.preview import RecordView, choose, view_record, without_tokenizer
 from finetune.data.preview_text import Depth, Style, legend, record_text
 from finetune.data.readers import iter_records
+from finetune.data.readers.options import options_from
 from finetune.errors import ConfigError
 from finetune.inference.answers import read_answers
 from finetune.inference.preview_page import PreviewCard, card_html, preview_page
@@ -47,7 +45,7 @@ def preview_command(arguments: argparse.Namespace) -> int:
 def _preview(arguments: argparse.Namespace) -> int:
     config, processor, tokens, template, notes = rendering(arguments)
     path = data_path(arguments.data, arguments.split)
-    found = iter_records(path, arguments.format, arguments.data_root, reader_options(arguments.option))
+    found = iter_records(path, arguments.format, arguments.data_root, options_from(arguments.option))
     records, errors, num_errors = choose(found, arguments.num, arguments.id or (), arguments.seed)
     if not records and num_errors == 1:  # no such file, not one of its formats, ...
         raise errors[0]
@@ -124,24 +122,6 @@ def data_path(path: str, split: str | None) -> str:
         raise ConfigError(f"--split {split} needs a folder, found {path}; leave it out, or name the data file itself")
     files = [folder / f"{split}{suffix}" for suffix in _DATA_SUFFIXES]
     return str(next((file for file in files if file.is_file()), folder / split))
-
-
-def reader_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` (values in YAML syntax) as the options of a reader.
-
-    Raises:
-        ConfigError: not of that form.
-    """
-    options = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"--option {pair!r} is not of the form KEY=VALUE, e.g. encoding=gb18030")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--option {pair!r}: the value is not YAML; put it in quotes") from error
-    return options
 
 
 def written_regions(view: RecordView, dataset: ForensicDataset) -> list[tuple[Polygon, ...] | None]:

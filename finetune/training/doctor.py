@@ -10,10 +10,10 @@ import sys
 
 from tqdm import tqdm
 
-from finetune.config import RunConfig, load_config
+from finetune.config import RunConfig, SourceConfig, load_config
 from finetune.data.dataset import ForensicDataset
-from finetune.data.readers import scan_records
-from finetune.data.validation import Problem, check_records, leaking_tokens
+from finetune.data.readers.options import options_from
+from finetune.data.validation import Problem, check_file, leaking_tokens
 from finetune.errors import ForensicsError
 from finetune.models.loading import load_processor
 from finetune.schema import Record
@@ -32,7 +32,9 @@ def doctor_command(arguments: argparse.Namespace) -> int:
         problems += check_config(load_config(arguments.config, arguments.overrides))
     if arguments.data:
         tokens = SpecialTokens(arguments.num_cls, arguments.num_mask)
-        records, found = check_data_file(arguments.data, arguments.format, arguments.data_root, tokens)
+        options = options_from(arguments.option)
+        source = SourceConfig(arguments.data, arguments.format, arguments.data_root, options=options)
+        records, found = check_data_file(source, tokens)
         summary(arguments.data, records)
         problems += found
     return report(problems)
@@ -76,7 +78,7 @@ def check_config(config: RunConfig) -> list[Problem]:
             problems.append(_error("data.train is empty"))
         for source in sources:
             try:
-                records, found = check_data_file(source.path, source.format, source.root, tokens)
+                records, found = check_data_file(source, tokens)
             except ForensicsError as error:
                 problems.append(_error(str(error)))
                 continue
@@ -88,16 +90,16 @@ def check_config(config: RunConfig) -> list[Problem]:
     return problems
 
 
-def check_data_file(
-    path: str, format: str, root: str | None, tokens: SpecialTokens
-) -> tuple[list[Record], list[Problem]]:
-    """The records of a file that can be read, and every problem of the file, its images and masks."""
-    records, errors = scan_records(path, format, root)
-    problems = [_error(str(error), error.record or "") for error in errors]
-    if records or not problems:
-        problems += check_records(
-            records, tokens, progress=lambda items: tqdm(items, total=len(records), unit="record", disable=None)
-        )
+def check_data_file(source: SourceConfig, tokens: SpecialTokens) -> tuple[list[Record], list[Problem]]:
+    """The records of a file that can be read, and every problem of the file, its images, masks and tokens' places."""
+    records, problems = check_file(
+        source.path,
+        tokens,
+        format=source.format,
+        root=source.root,
+        options=source.options,
+        progress=lambda items: tqdm(items, unit="record", disable=None),
+    )
     leaking = [record.id for record in records if leaking_tokens(record, tokens)]
     if leaking:
         more = f" and {len(leaking) - 1} more" if len(leaking) > 1 else ""

@@ -6,6 +6,7 @@ import argparse
 
 from finetune.data.audit.run import AuditSettings, CountTokens, find_sources, run_audit
 from finetune.data.audit.writing import summary_lines, write_audit
+from finetune.data.readers.options import options_from
 from finetune.errors import ConfigError
 
 
@@ -21,7 +22,7 @@ def audit_command(
         ConfigError: a `--split` without a name, or nothing to audit.
     """
     named = [_named(text) for text in arguments.split]
-    sources = find_sources(arguments.data, named, arguments.format, arguments.data_root, arguments.options)
+    sources = find_sources(arguments.data, named, arguments.format, arguments.data_root, options_from(arguments.option))
     settings = AuditSettings(
         group_by=arguments.group_by,
         leak_threshold=arguments.leak_threshold,

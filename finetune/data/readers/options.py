@@ -11,13 +11,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.errors import DataFormatError
+import yaml
+
+from finetune.errors import ConfigError, DataFormatError
 
 COMMON_OPTIONS = ("mask_convention", "mask_pixels")
 MASK_CONVENTIONS = ("target", "source_and_target")
 MASK_PIXELS = ("bright", "dark", "red", "green", "blue")
 UNANNOTATED = ("authentic", "unknown")
 FRAMES = ("upright", "stored")
+
+
+def options_from(pairs: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` of a command line (values in YAML syntax) as the options of a reader.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    options = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--option {pair!r} is not of the form KEY=VALUE, e.g. encoding=gb18030")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--option {pair!r}: the value is not YAML; put it in quotes") from error
+    return options
 
 
 @dataclass(frozen=True)
