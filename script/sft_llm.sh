@@ -5,13 +5,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 usage() {
     cat <<'TXT'
-usage: bash script/sft_llm.sh CONFIG [key.sub=value ...]
+usage: bash script/sft_llm.sh CONFIG [--resume] [key.sub=value ...]
 
   CONFIG            a YAML under configs/train/
+  --resume          continue from the last sound checkpoint of output_dir, or start if there is none
   key.sub=value     overrides of its keys, e.g. train.learning_rate=1e-4 output_dir=runs/try1
 
 environment
-  ACCELERATE_CONFIG   a file, or a name under configs/accelerate: cpu, single_gpu, ddp, zero2, zero2_cpu, zero3
+  ACCELERATE_CONFIG   a file, or a name under configs/accelerate: cpu, cpu_ddp, single_gpu, ddp, multi_node,
+                      zero2, zero3 (and zero2_cpu, zero3_cpu, zero2_offload, zero3_offload)
                       default: cpu without a GPU, single_gpu with one, zero2 with several
   NUM_PROCESSES       processes to start (default: every visible GPU; on the CPU what the file says)
   MAIN_PROCESS_PORT   port of the rendezvous (default: a free one)
@@ -34,7 +36,7 @@ shift
 [[ -f "$CONFIG" ]] || fail "no file '$CONFIG'; there are: $(cd "$ROOT" && ls configs/train/*.yaml 2>/dev/null | tr '\n' ' ')"
 CONFIG="$(cd "$(dirname "$CONFIG")" && pwd)/$(basename "$CONFIG")"
 for arg in "$@"; do
-    [[ "$arg" == *=* ]] || fail "'$arg' is not an override; expected key.sub=value"
+    [[ "$arg" == *=* || "$arg" == --resume ]] || fail "'$arg' is not an override; expected key.sub=value"
 done
 
 bash "$ROOT/script/setup.sh" run

@@ -23,9 +23,9 @@ OTHER_PROGRAMS = {"cd", "git", "ls", "pip", "pre-commit", "source", "tensorboard
 
 def test_there_is_something_to_check() -> None:
     assert {"quickstart", "stage1_3b", "stage1_7b", "stage2_lora_3b"} <= {path.stem for path in TRAIN_CONFIGS}
-    assert {"cpu", "cpu_ddp", "single_gpu", "ddp", "zero2", "zero2_cpu", "zero3"} == {
-        path.stem for path in ACCELERATE_CONFIGS
-    }
+    plain = {"cpu", "cpu_ddp", "single_gpu", "ddp", "multi_node"}
+    divided = {f"zero{stage}{variant}" for stage in (2, 3) for variant in ("", "_cpu", "_offload")}
+    assert plain | divided == {path.stem for path in ACCELERATE_CONFIGS}
 
 
 @pytest.mark.parametrize("path", TRAIN_CONFIGS, ids=lambda path: path.stem)
@@ -61,9 +61,17 @@ def test_accelerate_config_loads(path: Path) -> None:
     assert (config.num_processes > 1) == (
         str(config.distributed_type).endswith(("DEEPSPEED", "MULTI_GPU", "MULTI_CPU"))
     )
-    assert config.use_cpu == (path.stem in ("cpu", "cpu_ddp", "zero2_cpu"))
-    stage = (config.deepspeed_config or {}).get("zero_stage")
-    assert stage == (int(path.stem[4]) if path.stem.startswith("zero") else None)
+    assert config.use_cpu == ("cpu" in path.stem)
+    assert config.num_machines == (2 if path.stem == "multi_node" else 1)
+    deepspeed = config.deepspeed_config or {}
+    stage = {"z": int(path.stem[4]) if path.stem[4:5].isdigit() else None, "m": 2}.get(path.stem[0])
+    assert deepspeed.get("zero_stage") == stage
+    if stage is not None:
+        is_offloaded = "offload" in path.stem
+        assert deepspeed["offload_optimizer_device"] == ("cpu" if is_offloaded else "none")
+        assert deepspeed["offload_param_device"] == ("cpu" if is_offloaded and stage == 3 else "none")
+        assert deepspeed.get("zero3_save_16bit_model", False) == (stage == 3)  # else checkpoints have no safetensors
+        assert deepspeed["zero3_init_flag"] is False
 
 
 def commands() -> list[tuple[str, str]]:

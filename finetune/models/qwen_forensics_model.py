@@ -457,7 +457,7 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             parameters += list(self.model.visual.parameters())
         anchor = logits.float().sum() * 0
         for parameter in parameters:
-            if parameter.requires_grad:
+            if parameter.requires_grad and not hasattr(parameter, "ds_id"):  # ZeRO-3 left an empty shell of those
                 anchor = anchor + parameter.float().sum() * 0
         return anchor
 

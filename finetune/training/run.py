@@ -26,6 +26,7 @@ from finetune.training.arguments import training_arguments
 from finetune.training.callbacks import BestModelCallback, TimeBudgetCallback
 from finetune.training.checks import check_run
 from finetune.training.reproducibility import run_record
+from finetune.training.sharding import built_whole, check_sharding, keep_heads_whole
 from finetune.training.trainer import ForensicTrainer
 
 logger = logging.getLogger(__name__)
@@ -96,13 +97,14 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
         transformers_logging.disable_progress_bar()  # a bar for ten milliseconds of reading is only noise
     set_seed(config.seed)  # new LoRA matrices are drawn before the Trainer seeds anything
     _say(is_main, f"model {config.model.path}")
-    bundle = load_bundle(
-        config.model,
-        SpecialTokens(config.tokens.num_cls, config.tokens.num_mask),
-        config.heads,
-        min_pixels=config.data.min_pixels,
-        max_pixels=config.data.max_pixels,
-    )
+    with built_whole(args):
+        bundle = load_bundle(
+            config.model,
+            SpecialTokens(config.tokens.num_cls, config.tokens.num_mask),
+            config.heads,
+            min_pixels=config.data.min_pixels,
+            max_pixels=config.data.max_pixels,
+        )
     with args.main_process_first(local=False, desc="checking data"):
         train_set, eval_set = _load_data(config, bundle)
     labels = train_set.class_labels
@@ -111,7 +113,10 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
         f"data: {len(train_set)} records to train on ({labels.count(0)} real, {labels.count(1)} tampered, "
         f"{labels.count(None)} unlabelled), {len(eval_set) if eval_set else 0} to evaluate on",
     )
-    bundle = set_trainable(bundle, config.train.trainable, config.lora, config.vision_lora, config.vision_top)
+    check_sharding(config, args, train_set, eval_set)
+    with built_whole(args):
+        bundle = set_trainable(bundle, config.train.trainable, config.lora, config.vision_lora, config.vision_top)
+    keep_heads_whole(bundle, args)
     if not any(parameter.requires_grad for parameter in bundle.model.parameters()):
         names = ", ".join(config.train.trainable)
         raise ConfigError(f"train.trainable ({names}) matches no parameter of this model; switch the heads on")
