@@ -26,7 +26,7 @@ from finetune.data.readers.options import options_from
 from finetune.data.validation import validate_for_training
 from finetune.errors import DataFormatError
 from finetune.evaluation.comparison import compare_baselines
-from finetune.evaluation.results import EvaluationResults
+from finetune.evaluation.results import EvaluationResults, Origin
 from finetune.inference.commands import load_predictor
 from finetune.inference.output import PredictionWriter
 from finetune.inference.predictor import Predictor, queries_of
@@ -90,14 +90,13 @@ def run_model(
                 writer.write(prediction)
                 target = record.targets[index]
                 mask = load_mask(target, prediction.size_hw, record.id, record.source)
-                f1 = results.add(prediction, target.label, mask)
+                f1 = results.add(prediction, target.label, mask, Origin(record.group, _operation(record)))
                 if record.id in shown:
                     samples.append(_report_sample(record, index, prediction, mask, f1))
     return results, samples
 
 
 def _report_sample(record: Record, index: int, prediction: Prediction, mask: Any, f1: float | None) -> ReportSample:
-    operation = record.provenance.get("operation") or {}
     return ReportSample(
         id=prediction.id,
         image=load_image(record.images[index], record.id, record.source),
@@ -109,8 +108,14 @@ def _report_sample(record: Record, index: int, prediction: Prediction, mask: Any
         f1=f1,
         text=prediction.text,
         parse_ok=prediction.parse_ok if prediction.text else None,
-        operation=str(operation.get("name", "")) if isinstance(operation, dict) else "",
+        operation=_operation(record),
     )
+
+
+def _operation(record: Record) -> str:
+    """Name of the tampering operation that a generated record knows, else ""."""
+    operation = record.provenance.get("operation") or {}
+    return str(operation.get("name", "")) if isinstance(operation, dict) else ""
 
 
 def _refuse_unusable(records: Sequence[Record], predictor: Predictor) -> None:

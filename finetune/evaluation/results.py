@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +16,16 @@ from finetune.metrics.text import verdict_metrics
 from finetune.schema import Prediction
 
 PIXEL_METRICS = ("f1", "iou", "dice", "auc", "f1_best_threshold")
+
+
+class Origin(NamedTuple):
+    """Where an image comes from: its record's group and the operation it was tampered with, "" where unknown."""
+
+    group: str = ""
+    operation: str = ""
+
+
+UNKNOWN = Origin()
 
 
 @dataclass
@@ -34,19 +46,26 @@ class EvaluationResults:
     text_labels: list[int | None] = field(default_factory=list)
     head_labels: list[int] = field(default_factory=list)
     true_labels: list[int | None] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    pixel_origins: list[Origin] = field(default_factory=list)
 
-    def add(self, prediction: Prediction, label: int | None, mask: np.ndarray | None) -> float | None:
+    def add(
+        self, prediction: Prediction, label: int | None, mask: np.ndarray | None, origin: Origin = UNKNOWN
+    ) -> float | None:
         """Take in one image; returns its pixel F1 if it is tampered and has a mask."""
         if label is not None:
             self.scores.append(prediction.score)
             self.labels.append(label)
+            self.origins.append(origin)
         if self.with_text:
             self.text_labels.append(prediction.text_label)
             self.head_labels.append(prediction.label)
             self.true_labels.append(label)
-        return self.add_mask(prediction.mask_scores, mask)
+        return self.add_mask(prediction.mask_scores, mask, origin)
 
-    def add_mask(self, mask_scores: np.ndarray | None, mask: np.ndarray | None) -> float | None:
+    def add_mask(
+        self, mask_scores: np.ndarray | None, mask: np.ndarray | None, origin: Origin = UNKNOWN
+    ) -> float | None:
         """Take in one pixel map against its target; None targets are passed over."""
         if mask is None:
             return None
@@ -55,6 +74,7 @@ class EvaluationResults:
             return None
         result = pixel_metrics(mask_scores, mask, self.mask_threshold)
         self.pixels.append(dict(result))
+        self.pixel_origins.append(origin)
         return result["f1"]
 
     def score_set(self) -> tuple[list[int], list[float]]:
@@ -62,9 +82,10 @@ class EvaluationResults:
         return self.labels, self.scores
 
     def metrics(self, threshold: float) -> dict[str, Any]:
-        """The sections `image`, `localization`, `authentic`, `text` and `intervals` of metrics.json.
+        """The sections of metrics.json that come from the images.
 
-        `intervals` holds 95 % percentile bootstrap intervals over images as [low, high].
+        `intervals` holds 95 % percentile bootstrap intervals over images as [low, high]; `intervals_over_groups` draws
+        whole groups (photographs, scenes), and is there where at least two groups have more than one image each.
         """
         image = image_metrics(np.array(self.scores), np.array(self.labels), threshold) if self.labels else {}
         return {
@@ -72,7 +93,9 @@ class EvaluationResults:
             "localization": self.localization(),
             "authentic": self.false_alarms(),
             "text": self._text(),
+            "operations": self.operations(),
             "intervals": self.intervals(),
+            "intervals_over_groups": self.intervals(over_groups=True) if self._has_groups() else {},
         }
 
     def localization(self) -> dict[str, Any]:
@@ -87,21 +110,54 @@ class EvaluationResults:
             "n": len(self.authentic),
         }
 
-    def intervals(self, prefix: str = "") -> dict[str, list[float | None]]:
+    def operations(self) -> dict[str, dict[str, Any]]:
+        """Of each tampering operation that is known: `n`, image AUROC against all authentic images, pixel F1 at 0.5."""
+        names = sorted({origin.operation for origin in (*self.origins, *self.pixel_origins)} - {""})
+        found = {}
+        for name in names:
+            scored = [
+                (score, label)
+                for score, label, origin in zip(self.scores, self.labels, self.origins, strict=True)
+                if label == 0 or origin.operation == name
+            ]
+            scores, labels = np.array([s for s, _ in scored]), np.array([x for _, x in scored])
+            pixels = [
+                row["f1"]
+                for row, origin in zip(self.pixels, self.pixel_origins, strict=True)
+                if origin.operation == name
+            ]
+            both = len(set(labels.tolist())) == 2
+            auroc = image_metrics(scores, labels, 0.5)["auroc"] if both else None
+            found[name] = {"n": int(labels.sum()), "auroc": auroc, "f1": _mean(pixels)}
+        return found
+
+    def intervals(self, prefix: str = "", over_groups: bool = False) -> dict[str, list[float | None]]:
         """Bootstrap intervals of the figures that are compared: image AUROC, pixel F1 and IoU."""
         found: dict[str, list[float | None]] = {}
         if len(set(self.labels)) == 2:
-            found[f"{prefix}image.auroc"] = _bounds(bootstrap_auroc(np.array(self.scores), np.array(self.labels)))
+            groups = _group_names(self.origins) if over_groups else None
+            interval = bootstrap_auroc(np.array(self.scores), np.array(self.labels), groups=groups)
+            found[f"{prefix}image.auroc"] = _bounds(interval)
         for name in ("f1", "iou"):
             values = [float(row[name] or 0.0) for row in self.pixels]
             if values:
-                found[f"{prefix}localization.{name}"] = _bounds(bootstrap_mean(np.array(values)))
+                groups = _group_names(self.pixel_origins) if over_groups else None
+                found[f"{prefix}localization.{name}"] = _bounds(bootstrap_mean(np.array(values), groups=groups))
         return found
+
+    def _has_groups(self) -> bool:
+        sizes = Counter(origin.group for origin in self.origins if origin.group)
+        return sum(size > 1 for size in sizes.values()) > 1
 
     def _text(self) -> dict[str, Any]:
         if not self.text_labels:
             return {"parse_rate": None, "label_agreement": None}
         return dict(verdict_metrics(self.text_labels, self.head_labels, self.true_labels))
+
+
+def _group_names(origins: Sequence[Origin]) -> list[str]:
+    """A name per image; one without a group is a group of its own."""
+    return [origin.group or f"#{number}" for number, origin in enumerate(origins)]
 
 
 def _mean(values: list[Any]) -> float | None:

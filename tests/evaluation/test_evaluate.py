@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from finetune.cli import main
-from finetune.evaluation.results import EvaluationResults
+from finetune.evaluation.results import EvaluationResults, Origin
 from finetune.metrics.localization import authentic_metrics, localization_metrics
 from finetune.schema import Prediction
 
@@ -42,6 +43,38 @@ def test_streamed_means_equal_the_metrics_over_all_pairs() -> None:
     low, high = metrics["intervals"]["localization.f1"]
     assert low < metrics["localization"]["f1"] < high
     assert metrics["image"]["n_real"] == 4
+
+
+def test_operations_are_told_apart_and_groups_are_drawn_whole() -> None:
+    results = EvaluationResults()
+    rng = np.random.default_rng(1)
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:5, 2:6] = 1
+    scores: dict[str, list[float]] = {"": [], "splice": [], "erase": []}
+    for number in range(120):
+        name = ("", "splice", "erase")[number % 3]
+        photo = f"photo{number // 3 % 4}"
+        score = float(np.clip(0.4 + 0.2 * (name == "splice") + 0.1 * int(photo[-1]) + rng.normal(0, 0.1), 0, 1))
+        scores[name].append(score)
+        target = mask if name else np.zeros_like(mask)
+        results.add(prediction(score, target.astype(np.float32)), int(bool(name)), target, Origin(photo, name))
+    metrics = results.metrics(0.5)
+    for name in ("splice", "erase"):
+        expected = roc_auc_score([0] * 40 + [1] * 40, scores[""] + scores[name])
+        assert metrics["operations"][name]["auroc"] == pytest.approx(expected)
+        assert metrics["operations"][name]["n"] == 40
+        assert metrics["operations"][name]["f1"] == 1.0
+    assert set(metrics["operations"]) == {"splice", "erase"}
+    narrow, wide = metrics["intervals"]["image.auroc"], metrics["intervals_over_groups"]["image.auroc"]
+    assert narrow[0] < metrics["image"]["auroc"] < narrow[1]
+    assert wide[0] < metrics["image"]["auroc"] < wide[1]
+
+
+def test_without_groups_there_is_no_interval_over_them() -> None:
+    results = EvaluationResults()
+    for number in range(6):
+        results.add(prediction(number / 6, None), number % 2, None, Origin(f"own{number}"))
+    assert results.metrics(0.5)["intervals_over_groups"] == {}
 
 
 def test_a_missing_mask_counts_as_empty_and_an_unlabelled_image_not_at_all() -> None:
