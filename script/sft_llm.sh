@@ -21,8 +21,8 @@ environment
 
 examples
   bash script/sft_llm.sh configs/train/quickstart.yaml
-  ACCELERATE_CONFIG=zero3 NUM_PROCESSES=4 bash script/sft_llm.sh configs/train/quickstart.yaml output_dir=runs/zero3
-  ACCELERATE_CONFIG=zero2_cpu bash script/sft_llm.sh configs/train/quickstart.yaml output_dir=runs/cpu_zero2
+  ACCELERATE_CONFIG=zero3 NUM_PROCESSES=4 bash script/sft_llm.sh configs/train/stage1_7b.yaml output_dir=runs/zero3
+  ACCELERATE_CONFIG=zero2_cpu bash script/sft_llm.sh configs/train/quickstart.yaml output_dir=runs/cpu_zero2 'train.muon_groups=[]'
 TXT
 }
 
