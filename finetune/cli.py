@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import sys
@@ -34,6 +35,8 @@ def _guarded(handler: Handler, arguments: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not any(map(shutil.which, ("nvidia-smi", "rocm-smi", "npu-smi", "xpu-smi"))):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns at import that it found no device
+    # bitsandbytes, which PEFT imports, warns that a kernel it could download is missing; it works without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return handler(arguments)
     except ForensicsError as error:
