@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from finetune.config import AdversarialConfig, RunConfig
 from finetune.errors import ConfigError
 from finetune.models.loading import Bundle
 from finetune.models.perturbation import VisionOffsets
 from finetune.models.qwen_forensics_model import QwenForensicsForConditionalGeneration
+
+ZERO_3 = (
+    "adversarial training runs the model a second time outside DeepSpeed's engine, which ZeRO-3 cannot do; use ZeRO-2 "
+    "or DDP, or set adversarial.share: 0"
+)
 
 
 def adversarial_problems(config: AdversarialConfig) -> list[str]:
@@ -35,7 +39,7 @@ def adversarial_problems(config: AdversarialConfig) -> list[str]:
     return problems
 
 
-def make_attack(config: RunConfig, bundle: Bundle) -> Attack | None:
+def make_attack(config: RunConfig, bundle: Bundle, zero_stage: int = 0) -> Attack | None:
     """The attack of a run, None where it has none.
 
     Raises:
@@ -46,11 +50,8 @@ def make_attack(config: RunConfig, bundle: Bundle) -> Attack | None:
         return None
     if settings.target == "features" and not bundle.base.has_heads:
         raise ConfigError("adversarial.target features needs heads.enabled; use adversarial.target: pixels")
-    if is_deepspeed_zero3_enabled():
-        raise ConfigError(
-            "adversarial training runs the model a second time outside DeepSpeed's engine, which ZeRO-3 cannot do; use "
-            "ZeRO-2 or DDP for this stage, or set adversarial.share: 0"
-        )
+    if zero_stage == 3:
+        raise ConfigError(ZERO_3)
     return Attack(settings, bundle.base, config.seed)
 
 

@@ -27,6 +27,7 @@ import yaml
 
 from finetune.config import RunConfig, StageRun, find_stage, load_config, stage_runs, to_dict
 from finetune.errors import ConfigError
+from finetune.training.adversarial import ZERO_3
 from finetune.training.checks import run_problems
 
 MARKER = "stage.json"
@@ -46,6 +47,10 @@ def run_stages(config: RunConfig) -> int:
     runs = stage_runs(config)
     for problem in run_problems(config):
         raise ConfigError(problem)
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        for run in runs:
+            if run.config.adversarial.share:  # known now, not after the stages before it
+                raise ConfigError(f"stage '{run.name}': {ZERO_3}")
     is_main = _rank() == 0
     waiting = [run for run in runs if not _is_finished(runs, run)]
     with _written(config) as path:

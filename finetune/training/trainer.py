@@ -34,6 +34,7 @@ from finetune.training.region_masking import NumberedSampler, RegionMaskingCallb
 from finetune.training.sampling import ClassBalancedSampler, evaluation_batches
 from finetune.training.saving import CheckpointingTrainer, StopSignals
 from finetune.training.schedule import TimeBudget, make_scheduler
+from finetune.training.sharding import zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class ForensicTrainer(CheckpointingTrainer):
         self._window_ids: list[str] = []
         self._window_place = 0  # of the next micro-batch in its accumulation window
         self._attack_gains: list[float] = []
-        self.attack = make_attack(config, bundle)
+        self.attack = make_attack(config, bundle, zero_stage(args))
         super().__init__(
             model=bundle.model,
             args=args,
