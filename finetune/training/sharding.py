@@ -8,6 +8,7 @@ whole model in host memory, and DeepSpeed divides it when the optimizer is made;
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from finetune.config import RunConfig
 from finetune.data.dataset import ForensicDataset
 from finetune.errors import ConfigError
 from finetune.models.loading import Bundle
+
+logger = logging.getLogger(__name__)
 
 
 def zero_stage(args: Any) -> int:
@@ -45,6 +48,12 @@ def check_sharding(config: RunConfig, args: Any, *datasets: ForensicDataset | No
     Raises:
         ConfigError: 4-bit weights, records without images, or weights that would not be gathered on saving.
     """
+    if zero_stage(args) and (args.bf16 or args.fp16):
+        logger.warning(
+            "DeepSpeed in %s computes with heads and new token rows in that precision too (and stores them so in "
+            "checkpoints); their float32 copies live in its optimizer states. DDP keeps them in float32",
+            "bf16" if args.bf16 else "fp16",
+        )
     if zero_stage(args) != 3:
         return
     if config.model.quantization != "none":
@@ -69,16 +78,36 @@ def check_sharding(config: RunConfig, args: Any, *datasets: ForensicDataset | No
 
 
 def keep_heads_whole(bundle: Bundle, args: Any) -> None:
-    """Have ZeRO-3 leave every head weight whole on every rank, and gather the others only when they are used.
+    """Have ZeRO-3 gather all head weights before a forward pass, and hold them until the optimizer's step.
 
-    How often a head's layers run depends on the sizes of a rank's images, and gathering is a step of all ranks at once.
-    Parameters up to the size of the largest head weight then stay whole, which is little beside the model: the released
-    ones have no other weights of that size but biases, norms and the key and value projections.
+    How often a head's layers run depends on the sizes of a rank's images, and gathering is a step of all ranks at once:
+    gathered where they are used, the ranks would wait for each other with different tensors. `unhook_heads` is the
+    second half.
     """
     if zero_stage(args) != 3:
         return
-    settings = args.deepspeed_plugin.hf_ds_config.config["zero_optimization"]
-    largest = max((p.numel() for module in bundle.base.head_modules() for p in module.parameters()), default=0)
-    given = settings.get("stage3_param_persistence_threshold", 0)
-    settings["stage3_param_persistence_threshold"] = max(largest, int(given) if given != "auto" else 0)
-    settings["stage3_prefetch_bucket_size"] = 0  # ranks would gather ahead along different traces
+    modules = bundle.base.head_modules()
+    bundle.base.register_forward_pre_hook(lambda *_: _hold([p for module in modules for p in module.parameters()]))
+
+
+def unhook_heads(bundle: Bundle, args: Any) -> None:
+    """Take DeepSpeed's gathering hooks off the heads' layers, once they are in place.
+
+    They would also record the order of all layers, which must be the same on every rank.
+    """
+    if zero_stage(args) != 3:
+        return
+    for head in bundle.base.head_modules():
+        for module in head.modules():
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+
+
+def _hold(parameters: list[Any]) -> None:
+    """Gather divided parameters and mark them as in use; DeepSpeed takes the mark away when it divides them again."""
+    divided = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    absent = [parameter for parameter in divided if parameter.ds_status.name == "NOT_AVAILABLE"]
+    if absent:
+        absent[0].all_gather(absent)
+    for parameter in divided:
+        parameter.ds_active_sub_modules.add("held")

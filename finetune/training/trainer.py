@@ -34,7 +34,7 @@ from finetune.training.region_masking import NumberedSampler, RegionMaskingCallb
 from finetune.training.sampling import ClassBalancedSampler, evaluation_batches
 from finetune.training.saving import CheckpointingTrainer, StopSignals
 from finetune.training.schedule import TimeBudget, make_scheduler
-from finetune.training.sharding import zero_stage
+from finetune.training.sharding import unhook_heads, zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -225,6 +225,11 @@ class ForensicTrainer(CheckpointingTrainer):
         return norm
 
     # ---- optimiser ----
+
+    def _prepare_for_training(self, *arguments: Any) -> Any:
+        prepared = super()._prepare_for_training(*arguments)
+        unhook_heads(self.bundle, self.args)
+        return prepared
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One parameter group per trainable group and decay setting, each with its own learning rate."""

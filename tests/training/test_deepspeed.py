@@ -127,24 +127,31 @@ def test_two_ranks_resume_bit_equal(
 # ---- what ZeRO-3 cannot do ----
 
 
-def arguments(gathers: bool = True, stage: int = 3) -> Any:
+def arguments(gathers: bool = True, stage: int = 3, bf16: bool = False) -> Any:
     """What `check_sharding` reads of TrainingArguments: accelerate's own plugin."""
     from types import SimpleNamespace
 
     from accelerate import DeepSpeedPlugin
 
     return SimpleNamespace(
-        deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage, zero3_save_16bit_model=gathers, zero3_init_flag=False)
+        deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage, zero3_save_16bit_model=gathers, zero3_init_flag=False),
+        bf16=bf16,
+        fp16=False,
     )
 
 
-def test_zero3_refuses_in_words(make_config: Callable[..., Any], mixed_records: Path) -> None:
+def test_zero3_refuses_in_words(
+    make_config: Callable[..., Any], mixed_records: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = make_config(data={"train": [str(mixed_records)], "eval": []})
     trainer = build_trainer(config)[0]
     with pytest.raises(ConfigError, match=r"record 'text' and 1 others have no image.*use zero2"):
         check_sharding(config, arguments(), trainer.train_dataset, None)
     check_sharding(config, arguments(stage=2), trainer.train_dataset, None)
     check_sharding(config, arguments(), None)
+    assert not caplog.text
+    check_sharding(config, arguments(bf16=True), None)
+    assert "heads and new token rows in that precision too" in caplog.text
     with pytest.raises(ConfigError, match="zero3_save_16bit_model: true"):
         check_sharding(config, arguments(gathers=False), None)
     config.model.quantization = "nf4"
