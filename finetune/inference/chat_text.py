@@ -33,7 +33,7 @@ _WORDS = {
     "area": ("区域", "area"),
     "says": ("注意：文字的结论是“{}”，与分数不一致", "note: the text says {}, unlike the score"),
     "no_heads": (
-        "此模型没有训练过的判定头：只有文字，没有分数与掩码",
+        "此模型没有训练过的判定头：只有文字，没有分数与掩膜",
         "this model has no trained heads: text only, no score and no mask",
     ),
     "no_verdict": ("还没有判定：先用 /image 附上图像并提问", "no verdict yet: attach an image with /image and ask"),

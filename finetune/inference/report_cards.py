@@ -215,7 +215,7 @@ def _encoded(sample: ReportSample, threshold: float, side: int) -> list[tuple[tu
     overlay = data_uri(Image.fromarray(shown.overlay), _QUALITY) if has_scores else None
     return [
         (("图像", "image"), data_uri(Image.fromarray(shown.image), _QUALITY)),
-        (("真实掩码", "true mask"), truth),
+        (("真实掩膜", "true mask"), truth),
         (("预测热图", "heat map"), heat),
         (("叠加", "overlay"), overlay),
     ]

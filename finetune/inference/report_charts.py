@@ -24,9 +24,9 @@ MAX_POINTS = 300
 TERM_NAMES: dict[str, tuple[str, str]] = {
     "loss": ("总损失", "Total loss"),
     "loss_text": ("文本交叉熵", "Text cross-entropy"),
-    "loss_dice": ("掩码 Dice 损失", "Mask Dice loss"),
-    "loss_boundary": ("掩码边界损失", "Mask boundary loss"),
-    "loss_bce": ("掩码 BCE", "Mask BCE"),
+    "loss_dice": ("掩膜 Dice 损失", "Mask Dice loss"),
+    "loss_boundary": ("掩膜边界损失", "Mask boundary loss"),
+    "loss_bce": ("掩膜 BCE", "Mask BCE"),
     "loss_focal": ("分类 focal 损失", "Classification focal loss"),
     "loss_authentic": ("真实图像素损失", "Authentic-pixel loss"),
     "loss_contrast_region": ("区域对比损失 InfoNCE", "Region contrast (InfoNCE)"),

@@ -234,7 +234,7 @@ def _tables(summary: Mapping[str, Any]) -> str:
     if summary["pairs"]:
         pair_heads = [
             ("模型对", "Pair"), ("判定一致", "Same verdict"), ("文字结论一致", "Same written verdict"),
-            ("平均分差", "Mean score difference"), ("最大分差", "Largest"), ("掩码 IoU", "Mask IoU"),
+            ("平均分差", "Mean score difference"), ("最大分差", "Largest"), ("掩膜 IoU", "Mask IoU"),
             ("文字相同", "Same text"),
         ]  # fmt: skip
         keys = ("mean_score_difference", "max_score_difference", "mask_iou")
