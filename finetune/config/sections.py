@@ -167,6 +167,7 @@ class TrainConfig:
     metric_for_best: str = "eval_score"
     save_total_limit: int = 2
     logging_steps: int = 10
+    text_retention: bool = True  # at evaluations, measure how far the text has moved from the base model's
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     resume: str | None = None  # a checkpoint folder, or "auto" for the last one of output_dir
     trainer_args: dict[str, Any] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 from typing import Any
 
@@ -67,6 +68,8 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             near = difflib.get_close_matches(key, known, n=1)
             advice = f"; did you mean '{near[0]}'?" if near else ""
             raise ConfigError(f"train.trainer_args: '{key}' is no field of transformers.TrainingArguments{advice}")
+    if "wandb" in train.report_to and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("train.report_to names wandb, which is not installed; pip install wandb, or remove it")
     try:
         result = TrainingArguments(**{**arguments, **train.trainer_args})
     except (ValueError, TypeError, ImportError) as error:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from finetune.config import RunConfig, SourceConfig, config_hash, to_dict
 from finetune.data.storage import is_stored, stored_hash
@@ -24,8 +27,19 @@ def run_record(config: RunConfig) -> dict[str, Any]:
         "config_hash": config_hash(config),
         "data_hash": {source.path: file_hash(source.path) for source in _sources(config)},
         "seed": config.seed,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "hardware": hardware(),
         "config": to_dict(config),
     }
+
+
+def hardware() -> dict[str, Any]:
+    """The machine of this process: platform, CPU threads that torch uses, names and memory of its GPUs."""
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    return {"platform": platform.platform(terse=True), "cpu_threads": torch.get_num_threads(), "gpus": gpus}
 
 
 def versions() -> dict[str, str]:

@@ -25,7 +25,9 @@ from finetune.special_tokens import SpecialTokens
 from finetune.training.arguments import training_arguments
 from finetune.training.callbacks import BestModelCallback, TimeBudgetCallback
 from finetune.training.checks import check_run
+from finetune.training.monitoring import Watch
 from finetune.training.reproducibility import run_record
+from finetune.training.retention import TextRetention
 from finetune.training.sharding import built_whole, check_sharding, keep_heads_whole
 from finetune.training.trainer import ForensicTrainer
 
@@ -137,10 +139,19 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
         patience = config.train.early_stopping_patience
         best = BestModelCallback(Path(config.output_dir) / "best", config.train.metric_for_best, patience)
         callbacks.append(best)
+        callbacks.append(watch := Watch(config.output_dir, _retention(config, bundle)))
     trainer = ForensicTrainer(bundle, config, args, train_set, eval_set, callbacks)
+    if eval_set is not None:
+        trainer.retention = watch.retention
     for callback in callbacks:
         callback.trainer = trainer
     return trainer, best, record
+
+
+def _retention(config: RunConfig, bundle: Bundle) -> TextRetention | None:
+    """Where the language can move at all: frozen, its drift is zero."""
+    moves = {"lm_lora", "lm_full"} & set(config.train.trainable)
+    return TextRetention(bundle, config.output_dir) if moves and config.train.text_retention else None
 
 
 def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, ForensicDataset | None]:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, TrainingDivergedError
 from finetune.training.checkpoint import clear_staging, differences, publish, resume_point, write_failure
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class CheckpointingTrainer(Trainer):
     budget: Any
     _term_sums: dict[str, Any]
     _term_steps: dict[str, int]
+    _window_ids: list[str]
     _staging: Path | None = None
     resumed_from: str | None = None
 
@@ -60,9 +61,20 @@ class CheckpointingTrainer(Trainer):
         return found[0]
 
     def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **keywords: Any) -> Any:
-        """As the base class."""
+        """As the base class; where the run diverges, the records of that step are saved.
+
+        Raises:
+            TrainingDivergedError: a loss or gradient is not finite; names the file with the records.
+        """
         self.resumed_from = resume_from_checkpoint
-        return super().train(resume_from_checkpoint, *arguments, **keywords)
+        try:
+            return super().train(resume_from_checkpoint, *arguments, **keywords)
+        except TrainingDivergedError as error:
+            file = Path(self.args.output_dir) / f"diverged_rank{self.args.process_index}.json"
+            found = {"step": self.state.global_step + 1, "records": self._window_ids, "reason": str(error)}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found, indent=2, ensure_ascii=False), encoding="utf-8")
+            raise TrainingDivergedError(f"{error}; the records of the step are in {file}") from error
 
     # ---- writing ----
 

@@ -28,9 +28,11 @@ from finetune.training.adversarial import make_attack
 from finetune.training.callbacks import SamplerEpochCallback
 from finetune.training.checkpoint import load_weights
 from finetune.training.evaluation import EvaluationState, collect_heads, evaluate_losses, forward
+from finetune.training.monitoring import Throughput
 from finetune.training.muon import MuonAdamW, is_matrix
 from finetune.training.progress import ProgressLines
 from finetune.training.region_masking import NumberedSampler, RegionMaskingCallback, shuffled
+from finetune.training.retention import TextRetention
 from finetune.training.sampling import ClassBalancedSampler, evaluation_batches
 from finetune.training.saving import CheckpointingTrainer, StopSignals
 from finetune.training.schedule import TimeBudget, make_scheduler
@@ -71,6 +73,9 @@ class ForensicTrainer(CheckpointingTrainer):
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps: dict[str, int] = {}
         self._window_ids: list[str] = []
+        self._rates: dict[str, float] = {}
+        self.throughput = Throughput()
+        self.retention: TextRetention | None = None
         self._window_place = 0  # of the next micro-batch in its accumulation window
         self._attack_gains: list[float] = []
         self.attack = make_attack(config, bundle, zero_stage(args))
@@ -116,6 +121,7 @@ class ForensicTrainer(CheckpointingTrainer):
         self._window_ids, self._window_place = [], 0
         for batch in batch_samples:
             self._window_ids += batch["record_ids"]
+            self.throughput.count(batch)
             for name, count in self.criterion.counts(batch).items():
                 counts[name] += count
         if self.args.world_size > 1:
@@ -206,6 +212,7 @@ class ForensicTrainer(CheckpointingTrainer):
                 if self._term_steps.get(name):
                     logs[f"loss_{name}"] = value / self._term_steps[name]
             self._term_sums, self._term_steps = {}, {}
+            logs |= self._rates | self.throughput.take(self.args.world_size)
             if self._attack_gains:  # of this rank
                 logs["adversarial_gain"] = sum(self._attack_gains) / len(self._attack_gains)
                 self._attack_gains = []
@@ -268,6 +275,12 @@ class ForensicTrainer(CheckpointingTrainer):
                 entry["muon"] = True
             entry["params"].append(parameter)
         return list(groups.values())
+
+    def _get_learning_rate(self) -> float:
+        """As the base class, which asks before the schedule moves on; the rate of each group is noted for the log."""
+        groups = [group for group in self.optimizer.param_groups if "name" in group]
+        self._rates = {f"lr_{group['name'].split(' ')[0]}": float(group["lr"]) for group in groups}
+        return super()._get_learning_rate()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Our schedule, which a time budget can compress."""
@@ -334,6 +347,8 @@ class ForensicTrainer(CheckpointingTrainer):
             for other in gathered:
                 state.add(other)
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in state.metrics(self.criterion.weights).items()}
+        if self.retention is not None and self.retention.rows:
+            metrics[f"{metric_key_prefix}_text_drift"] = self.retention.drift(model)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(state.labels))
 
     # ---- saving and loading ----

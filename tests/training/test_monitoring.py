@@ -1,0 +1,185 @@
+"""What a run shows of itself: rates, throughput, text retention, pictures, and a complete record of its making."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.config import RunConfig
+from finetune.training.monitoring import Throughput, evaluation_warnings, tinted
+from finetune.training.retention import PROMPTS, REFERENCE, TextRetention
+from finetune.training.run import build_trainer, train
+
+Make = Callable[..., RunConfig]
+LORA = ["new_tokens", "cls_head", "mask_head", "noise_residual", "lm_lora"]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, synth_dir: Path, write_small: Callable[..., Path]
+) -> Path:
+    """Four steps of LoRA with two rates, evaluated every two, with TensorBoard."""
+    from finetune.config import load_config
+
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("watched") / "run"
+    section = {"trainable": LORA, "max_steps": 4, "eval_steps": 2, "report_to": ["tensorboard"], "warmup_ratio": 0}
+    path = write_small(
+        out.with_suffix(".yaml"),
+        output_dir=str(out),
+        model={"path": str(tiny_dir)},
+        data={split: [str(synth_dir / f"{split}.jsonl")] for split in ("train", "eval")},
+        train={**section, "group_learning_rates": {"lm_lora": 5.0e-4}},
+    )
+    train(load_config(path))
+    return out
+
+
+def test_log_has_rates_throughput_and_memory(finished: Path) -> None:
+    entries = [e for e in json.loads((finished / "history.json").read_text()) if "loss" in e]
+    for entry in entries:
+        assert entry["lr_cls_head"] == pytest.approx(entry["learning_rate"])
+        assert entry["lr_lm_lora"] == pytest.approx(entry["learning_rate"] / 2)
+        assert entry["images_per_second"] > 0
+        assert entry["tokens_per_second"] > 20 * entry["images_per_second"]  # a record has tokens beside its image's
+        assert 0.1 < entry["peak_memory_gb"] < 50
+    assert entries[0]["lr_lm_lora"] == 5.0e-4
+
+
+def test_tensorboard_has_pictures_and_numbers(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/lr_lm_lora", "train/images_per_second", "eval/text_drift", "eval/recall_fake"} <= set(
+        tags["scalars"]
+    )
+    assert len(tags["images"]) == 4
+    for tag in tags["images"]:
+        shown = events.Images(tag)
+        assert [picture.step for picture in shown] == [2, 4]
+        assert shown[0].width == 3 * (shown[0].width // 3) > shown[0].height
+
+
+def test_tint_is_red_where_the_score_is() -> None:
+    image = np.full((2, 2, 3), 100, np.uint8)
+    shown = tinted(image, np.array([[0.0, 1.0], [0.5, 0.0]]))
+    assert shown[0, 0].tolist() == shown[1, 1].tolist() == [100, 100, 100]
+    assert shown[0, 1].tolist() == [193, 40, 40]
+    assert shown[1, 0].tolist() == [146, 70, 70]
+
+
+def test_throughput_leaves_evaluations_out() -> None:
+    watch = Throughput()
+    watch.count({"cls_labels": torch.zeros(6), "attention_mask": torch.ones(2, 50)})
+    watch._start -= 110.0
+    watch.pause(100.0)
+    found = watch.take(world_size=2)
+    assert found["images_per_second"] == pytest.approx(1.2, rel=1e-2)
+    assert found["tokens_per_second"] == pytest.approx(20.0, rel=1e-2)
+
+
+def test_record_says_what_the_run_was_made_of(finished: Path) -> None:
+    record = json.loads((finished / "run_record.json").read_text())
+    assert {"versions", "commit", "config", "config_hash", "data_hash", "seed", "hardware", "world_size"} <= set(record)
+    assert all(record["data_hash"].values())
+    assert record["world_size"] == 1
+    assert {"platform", "cpu_threads", "gpus"} <= set(record["hardware"])
+
+
+def test_wandb_that_is_missing_is_one_line(make_config: Make) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    from finetune.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"report_to names wandb.*pip install wandb"):
+        build_trainer(make_config(train={"report_to": ["wandb"]}))
+
+
+# ---- text retention ----
+
+
+def test_drift_is_zero_at_the_base_and_grows(make_config: Make) -> None:
+    """By the adapter switched off, and the same number from the file in a resumed run."""
+    config = make_config(train={"trainable": LORA, "max_steps": 1, "learning_rate": 0.05}, data={"eval": []})
+    trainer = build_trainer(config)[0]
+    retention = TextRetention(trainer.bundle, config.output_dir)
+    retention.prepare(trainer.model, is_resumed=False, is_main=True)
+    assert retention.drift(trainer.model) == pytest.approx(0, abs=1e-6)
+    assert len(retention.rows) == len(PROMPTS)
+    assert all(1 <= len(continuation) <= 24 for _, continuation in retention.rows)
+    trainer.train()
+    drift = retention.drift(trainer.model)
+    assert drift > 0.001
+    again = TextRetention(trainer.bundle, config.output_dir)
+    again.prepare(trainer.model, is_resumed=True, is_main=True)
+    assert again.drift(trainer.model) == drift
+    anew = TextRetention(trainer.bundle, Path(config.output_dir) / "other")
+    anew.prepare(trainer.model, is_resumed=False, is_main=True)  # of the base, not of what it has become
+    assert anew.rows == retention.rows
+    assert anew.base_loss == pytest.approx(retention.base_loss, abs=1e-6)
+
+
+def test_continuations_are_those_of_generate(make_config: Make) -> None:
+    """The batched loop without a cache gives what transformers' greedy generation gives, prompt by prompt."""
+    config = make_config(train={"trainable": ["lm_full"]}, data={"eval": []})
+    trainer = build_trainer(config)[0]
+    retention = TextRetention(trainer.bundle, config.output_dir)
+    retention.prepare(trainer.model, is_resumed=False, is_main=False)
+    assert not Path(config.output_dir, REFERENCE).exists()
+    model = trainer.bundle.base.eval()
+    end = trainer.bundle.tokenizer.eos_token_id
+    for prompt, continuation in retention.rows[:3]:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=end
+        )
+        assert out[0, len(prompt) :].tolist() == continuation
+
+
+def test_frozen_language_is_not_measured(make_config: Make) -> None:
+    trainer = build_trainer(make_config(train={"trainable": ["cls_head", "mask_head", "noise_residual"]}))[0]
+    assert trainer.retention is None
+
+
+# ---- warnings ----
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ({"eval_recall_real": 1.0, "eval_recall_fake": 0.04}, ["only 4% of the tampered images.*'all authentic'"]),
+        ({"eval_recall_real": 0.0, "eval_recall_fake": 1.0}, ["only 0% of the authentic images.*'all tampered'"]),
+        ({"eval_recall_real": 0.3, "eval_recall_fake": 0.9, "eval_text_drift": 0.2}, []),
+        ({"eval_recall_real": 0.0}, []),  # one class only: nothing to collapse to
+        ({"eval_text_drift": 1.25}, ["moved 1.25 nats per token"]),
+    ],
+)
+def test_warnings_name_what_has_gone_wrong(metrics: dict[str, Any], expected: list[str]) -> None:
+    import re
+
+    found = evaluation_warnings(metrics)
+    assert len(found) == len(expected)
+    assert all(re.search(pattern, message) for pattern, message in zip(expected, found, strict=True))
+
+
+def test_collapse_of_a_real_run_is_written_down(make_config: Make) -> None:
+    """A head that calls every image tampered."""
+    config = make_config(train={"max_steps": 1, "eval_steps": 1, "learning_rate": 0.0})
+    trainer = build_trainer(config)[0]
+    with torch.no_grad():
+        trainer.bundle.base.cls_head.out.bias.fill_(50.0)
+    trainer.train()
+    lines = Path(config.output_dir, "warnings.jsonl").read_text().splitlines()
+    assert len(lines) == 1
+    assert json.loads(lines[0])["step"] == 1
+    assert "collapsing to 'all tampered'" in lines[0]
