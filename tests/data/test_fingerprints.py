@@ -167,6 +167,16 @@ def test_an_equal_hash_alone_is_not_enough() -> None:
     assert index(("x", "train", "", a), ("y", "test", "", forged)).overlaps() == []
 
 
+def test_an_index_grows_after_it_was_searched_and_finds_groups_among_many() -> None:
+    rng = np.random.default_rng(0)
+    prints = [Fingerprint(rng.bytes(32), n << 40, rng.bytes(256)) for n in range(30)]
+    made = index(*((f"{n}", "train", f"g{n // 3}", each) for n, each in enumerate(prints)))
+    assert made.overlaps(0) == []
+    made.add("late", "test", "g4", Fingerprint(rng.bytes(32), prints[7].phash, prints[7].thumbnail))
+    found = {overlap.kind: overlap.numbers.tolist() for overlap in made.overlaps(0)}
+    assert found == {"group": [12, 13, 14, 30], "picture": [7, 30]}
+
+
 def test_an_empty_index_is_disjoint() -> None:
     assert_disjoint(ImageIndex())
 
