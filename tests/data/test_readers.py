@@ -204,6 +204,7 @@ def test_a_label_is_the_number_0_or_1(tmp_path: Path, label: Any) -> None:
         ({"images": ["a"], "label": 1, "labels": [1]}, "given twice"),
         ({"images": ["a"], "image": "a"}, "images given twice"),
         ({"images": ["a"], "lables": [1]}, "rename it to 'labels'"),
+        ({"image": "a", "lable": 1}, "rename it to 'label'"),
         ({"images": ["a"], "masks": ["0x10"]}, "impossible mask size"),
         ({"images": ["a"], "provenance": "p"}, "provenance is not an object"),
         ({"images": []}, "neither an image nor a conversation"),

@@ -245,4 +245,6 @@ def _refuse_misspelt_fields(item: Item, own_fields: tuple[str, ...]) -> None:
 
 @functools.lru_cache(maxsize=1024)  # the same few names in every record of a file
 def _nearest(name: str, known: tuple[str, ...]) -> str | None:
-    return next(iter(difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.83)), None)
+    lower = name.lower()
+    exchanged = [each for each in known if sorted(each) == sorted(lower)]  # `lable`: too far for difflib
+    return next(iter(exchanged or difflib.get_close_matches(lower, known, n=1, cutoff=0.83)), None)
