@@ -7,7 +7,7 @@ alone, on the unwrapped model: no parameter's `.grad` is touched and no rank wai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from finetune.config import AdversarialConfig, RunConfig
 from finetune.errors import ConfigError
+from finetune.losses.criterion import total
 from finetune.models.loading import Bundle
 from finetune.models.perturbation import VisionOffsets
 from finetune.models.qwen_forensics_model import QwenForensicsForConditionalGeneration
+from finetune.training.evaluation import forward
 
 ZERO_3 = (
     "adversarial training runs the model a second time outside DeepSpeed's engine, which ZeRO-3 cannot do; use ZeRO-2 "
@@ -53,6 +55,31 @@ def make_attack(config: RunConfig, bundle: Bundle, zero_stage: int = 0) -> Attac
     if zero_stage == 3:
         raise ConfigError(ZERO_3)
     return Attack(settings, bundle.base, config.seed)
+
+
+def attacked(
+    trainer: Any, inputs: dict[str, Any], normalizers: Mapping[str, int] | None
+) -> tuple[dict[str, Any], float | None]:
+    """A training micro-batch, changed where its turn has come, and then the loss that the search began with.
+
+    Args:
+        trainer: its `attack`, and `window_place`, the micro-batch's place in its accumulation window, counted up here.
+        normalizers: of the step's loss, see `finetune.losses.criterion.total`.
+    """
+    if trainer.attack is None or not trainer.model.training:
+        return inputs, None
+    number = trainer.state.global_step * trainer.args.gradient_accumulation_steps + trainer.window_place
+    trainer.window_place += 1
+    if not trainer.attack.hits(number):
+        return inputs, None
+
+    def loss_of(batch: dict[str, Any]) -> Tensor:
+        outputs = forward(trainer.model, batch)
+        terms = trainer.criterion(outputs, batch)
+        return total(terms, normalizers)[0] if terms else outputs.logits.float().sum() * 0
+
+    changed, start = trainer.attack.perturb(inputs, loss_of, (number, trainer.args.process_index))
+    return changed, start if start > 0 else None
 
 
 class Attack:

@@ -24,7 +24,7 @@ from finetune.errors import ConfigError, TrainingDivergedError
 from finetune.losses.criterion import Criterion, total
 from finetune.models.groups import group_of
 from finetune.models.loading import Bundle, save_bundle
-from finetune.training.adversarial import make_attack
+from finetune.training.adversarial import attacked, make_attack
 from finetune.training.callbacks import SamplerEpochCallback
 from finetune.training.checkpoint import load_weights
 from finetune.training.evaluation import EvaluationState, collect_heads, evaluate_losses, forward
@@ -76,7 +76,7 @@ class ForensicTrainer(CheckpointingTrainer):
         self._rates: dict[str, float] = {}
         self.throughput = Throughput()
         self.retention: TextRetention | None = None
-        self._window_place = 0  # of the next micro-batch in its accumulation window
+        self.window_place = 0  # of the next micro-batch in its accumulation window
         self._attack_gains: list[float] = []
         self.attack = make_attack(config, bundle, zero_stage(args))
         super().__init__(
@@ -118,7 +118,7 @@ class ForensicTrainer(CheckpointingTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Count of every loss term over the accumulation window and all ranks: {term: int}."""
         counts: dict[str, int] = dict.fromkeys(self.criterion.weights, 0)
-        self._window_ids, self._window_place = [], 0
+        self._window_ids, self.window_place = [], 0
         for batch in batch_samples:
             self._window_ids += batch["record_ids"]
             self.throughput.count(batch)
@@ -152,7 +152,7 @@ class ForensicTrainer(CheckpointingTrainer):
         num_items_in_batch: Mapping[str, int] | None = None,
     ) -> Any:
         """This micro-batch's share of the loss of the whole batch, times the world size (ranks average gradients)."""
-        inputs, start = self._attacked(inputs, num_items_in_batch)
+        inputs, start = attacked(self, inputs, num_items_in_batch)
         outputs = forward(model, inputs)
         terms = self.criterion(outputs, inputs)
         if terms:
@@ -174,26 +174,6 @@ class ForensicTrainer(CheckpointingTrainer):
                 self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()
         loss = loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
-
-    def _attacked(
-        self, inputs: dict[str, Any], normalizers: Mapping[str, int] | None
-    ) -> tuple[dict[str, Any], float | None]:
-        """The micro-batch, adversarially changed where its turn has come, and then the loss the attack began with."""
-        if self.attack is None or not self.model.training:
-            return inputs, None
-        window = self.args.gradient_accumulation_steps
-        number = self.state.global_step * window + self._window_place
-        self._window_place += 1
-        if not self.attack.hits(number):
-            return inputs, None
-
-        def loss_of(batch: dict[str, Any]) -> Tensor:
-            outputs = forward(self.model, batch)
-            terms = self.criterion(outputs, batch)
-            return total(terms, normalizers)[0] if terms else outputs.logits.float().sum() * 0
-
-        changed, start = self.attack.perturb(inputs, loss_of, (number, self.args.process_index))
-        return changed, start if start > 0 else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every loss term: over all ranks, averaged over the steps since the last log that had something to count.

@@ -76,9 +76,9 @@ def test_only_the_language_model_is_in_four_bits(checkpoint: Path) -> None:
         assert parameter.is_floating_point() != (name.removesuffix(".weight") in four_bit), name
 
 
-def test_trains_and_comes_back(checkpoint: Path, photo_records: Path, tmp_path: Path) -> None:
+def test_trains_and_comes_back(untied: Path, photo_records: Path, tmp_path: Path) -> None:
     """The loss falls, exactly the declared parameters move, the folder gives the same outputs on that base."""
-    bundle = set_trainable(quantized(checkpoint), STAGE_2, LORA)
+    bundle = set_trainable(quantized(untied), STAGE_2, LORA)
     batch = collate(bundle, samples_of(bundle, record_named(photo_records, *NAMES)))
     before = values(bundle)
     losses = learn(bundle, batch, 12)
@@ -88,22 +88,21 @@ def test_trains_and_comes_back(checkpoint: Path, photo_records: Path, tmp_path: 
     moved = {name for name, value in values(bundle).items() if not torch.equal(value, before[name])}
     assert moved == declared
     save_bundle(bundle, tmp_path / "best")
-    assert_equal_outputs(quantized(checkpoint, tmp_path / "best"), bundle, batch)
+    assert_equal_outputs(quantized(untied, tmp_path / "best"), bundle, batch)
     total = sum(
-        p.numel()
-        for p in load_bundle(ModelConfig(str(checkpoint)), heads=HeadsConfig(enabled=False)).model.parameters()
+        p.numel() for p in load_bundle(ModelConfig(str(untied)), heads=HeadsConfig(enabled=False)).model.parameters()
     )
     share = trainable_table(bundle.model, STAGE_2, {}).splitlines()[-1]
     assert int(share.split()[3].replace(",", "")) >= total  # four-bit weights are counted as weights, not as bytes
 
 
-def test_stages_go_on_over_a_four_bit_base(checkpoint: Path, photo_records: Path, tmp_path: Path) -> None:
+def test_stages_go_on_over_a_four_bit_base(tied: Path, photo_records: Path, tmp_path: Path) -> None:
     """Stage 1 in full precision or in 4 bits, stage 2 in 4 bits: rows and heads are not quantised and stay exact."""
-    first = set_trainable(quantized(checkpoint), STAGE_1, LORA)
+    first = set_trainable(quantized(tied), STAGE_1, LORA)
     batch = collate(first, samples_of(first, record_named(photo_records, *NAMES)))
     learn(first, batch, 2)
     save_bundle(first, tmp_path / "stage1")
-    second = set_trainable(quantized(checkpoint, tmp_path / "stage1"), STAGE_2, LORA)
+    second = set_trainable(quantized(tied, tmp_path / "stage1"), STAGE_2, LORA)
     assert_equal_outputs(second, first, batch)
     kept = {plain_name(n): p for n, p in first.model.named_parameters() if p.requires_grad}
     again = {plain_name(n): p for n, p in second.model.named_parameters() if p.requires_grad}
@@ -111,7 +110,7 @@ def test_stages_go_on_over_a_four_bit_base(checkpoint: Path, photo_records: Path
     assert any(".lora_" in name for name in again)
     learn(second, batch, 2)
     save_bundle(second, tmp_path / "stage2")
-    third = set_trainable(quantized(checkpoint, tmp_path / "stage2"), STAGE_2, LORA)
+    third = set_trainable(quantized(tied, tmp_path / "stage2"), STAGE_2, LORA)
     assert_equal_outputs(third, second, batch)
 
 

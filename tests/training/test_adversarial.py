@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.config import AdversarialConfig, RunConfig
+from finetune.config import AdversarialConfig, RunConfig, load_config
 from finetune.errors import ConfigError
 from finetune.losses.criterion import total
-from finetune.training.adversarial import Attack
+from finetune.training.adversarial import Attack, attacked
 from finetune.training.evaluation import forward
 from finetune.training.run import build_trainer, train
 from finetune.training.trainer import ForensicTrainer
@@ -34,15 +36,13 @@ def trained(
     tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, synth_dir: Path, write_small: Callable[..., Path]
 ) -> tuple[ForensicTrainer, dict[str, Any]]:
     """A little trained (stage 2 on a frozen tower), and its first batch of two images with text."""
-    from finetune.config import load_config
-
     out = tmp_path_factory.mktemp("attacked")
     path = write_small(
         out / "run.yaml",
         output_dir=str(out / "run"),
         model={"path": str(tiny_dir)},
         data={"train": [str(synth_dir / "train.jsonl")]},
-        train={"trainable": STAGE_2, "max_steps": 20, "learning_rate": 5.0e-3, "logging_steps": 20, "batch_size": 4},
+        train={"trainable": STAGE_2, "max_steps": 10, "learning_rate": 5.0e-3, "logging_steps": 10, "batch_size": 4},
     )
     trainer = build_trainer(load_config(path))[0]
     trainer.train()
@@ -153,13 +153,48 @@ def test_gradient_is_that_of_the_changed_batch_alone(make_config: Make) -> None:
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=counts).backward()
     found = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad(set_to_none=True)
-    trainer._window_place = 0
-    changed, _ = trainer._attacked(batch, counts)
+    trainer.window_place = 0
+    changed, _ = attacked(trainer, batch, counts)
     trainer.attack = None
     trainer.compute_loss(trainer.model, changed, num_items_in_batch=counts).backward()
     expected = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in found)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_two_ranks_attack_as_one(write_config: Callable[..., Path], repo_root: Path, tmp_path: Path) -> None:
+    """The search runs outside DDP: no gradient of it is exchanged, so two ranks of two equal one of four."""
+    section = {"trainable": STAGE_2, "max_steps": 3, "trainer_args": {"train_sampling_strategy": "sequential"}}
+    changes: dict[str, Any] = {
+        "data": {"class_balanced": False, "eval": []},
+        "lora": {"dropout": 0.0},
+        "adversarial": {"share": 1.0, "method": "fgsm", "radius": 0.1},
+    }
+    train(load_config(write_config("one", train={**section, "batch_size": 4}, **changes)))
+    path = write_config("two", train={**section, "batch_size": 2}, **changes)
+    tools = repo_root / ".venv" / "bin"
+    accelerate = str(tools / "accelerate") if (tools / "accelerate").is_file() else "accelerate"
+    file = repo_root / "configs" / "accelerate" / "cpu_ddp.yaml"
+    launch = [accelerate, "launch", "--quiet", "--config_file", str(file), "--main_process_port", "0"]
+    done = subprocess.run(
+        [*launch, str(repo_root / "sft_llm.py"), "--config", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=850,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (
+        [e for e in json.loads((tmp_path / name / "history.json").read_text()) if "loss" in e]
+        for name in ("one", "two")
+    )
+    assert len(ours) == len(theirs) == 3
+    for one, two in zip(ours, theirs, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
