@@ -24,6 +24,8 @@ from finetune.training.reproducibility import versions
 
 def doctor_command(arguments: argparse.Namespace) -> int:
     """Handler of `forensics doctor`; exit status 1 when an error was found, else 0."""
+    if arguments.hardware:
+        return _print_memory(load_config(arguments.config, arguments.overrides), arguments.hardware)
     if not arguments.data and not arguments.config:
         print_environment()
         return 0
@@ -38,6 +40,15 @@ def doctor_command(arguments: argparse.Namespace) -> int:
         summary(arguments.data, records)
         problems += found
     return report(problems)
+
+
+def _print_memory(config: RunConfig, hardware: str) -> int:
+    """The memory estimate alone: neither data nor weights need to be on this machine."""
+    from finetune.training.memory import memory_report
+
+    lines, is_fitting = memory_report(config, hardware)
+    print("\n".join(lines))
+    return 0 if is_fitting else 1
 
 
 def print_environment() -> None:

@@ -51,12 +51,19 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-mask", type=positive, default=32, metavar="N", help="mask tokens of the model (default 32)"
     )
+    parser.add_argument(
+        "--hardware",
+        metavar="GPUS",
+        help="estimate the memory of --config by part, e.g. 2x24GB; reads no data or weights",
+    )
     parser.set_defaults(handler=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.overrides and not arguments.config:
         raise ConfigError(f"override {arguments.overrides[0]!r} needs --config, the configuration it changes")
+    if arguments.hardware and not arguments.config:
+        raise ConfigError("--hardware needs --config, the run whose memory is estimated")
     from finetune.training.doctor import doctor_command
 
     return doctor_command(arguments)
