@@ -30,6 +30,7 @@ class CheckpointingTrainer(Trainer):
     _term_sums: dict[str, Any]
     _term_steps: dict[str, int]
     _window_ids: list[str]
+    _attack_gains: list[float]
     _staging: Path | None = None
     resumed_from: str | None = None
 
@@ -116,6 +117,7 @@ class CheckpointingTrainer(Trainer):
             "last_logged": self._globalstep_last_logged,
             "term_sums": {name: float(value) for name, value in self._term_sums.items()},
             "term_steps": self._term_steps,
+            "attack_gains": self._attack_gains,
         }
         self._progress_file(folder).write_text(json.dumps(progress, indent=2), encoding="utf-8")
 
@@ -144,6 +146,7 @@ class CheckpointingTrainer(Trainer):
                 device = self.args.device
                 self._term_sums = {name: torch.tensor(v, device=device) for name, v in saved["term_sums"].items()}
                 self._term_steps = dict(saved["term_steps"])
+                self._attack_gains = list(saved["attack_gains"])
             elif self.is_world_process_zero():
                 logger.warning("%s holds no %s: averages begin anew", self.resumed_from, file.name)
         self.budget.start(elapsed)
