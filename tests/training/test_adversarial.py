@@ -36,6 +36,7 @@ def trained(
     tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, synth_dir: Path, write_small: Callable[..., Path]
 ) -> tuple[ForensicTrainer, dict[str, Any]]:
     """A little trained (stage 2 on a frozen tower), and its first batch of two images with text."""
+    torch.set_num_threads(1)  # fixtures of a module come before the one that sets it for each test
     out = tmp_path_factory.mktemp("attacked")
     path = write_small(
         out / "run.yaml",

@@ -53,6 +53,7 @@ def three(
     tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, synth_dir: Path, write_small: Write
 ) -> tuple[RunConfig, list[dict[str, torch.Tensor]]]:
     """Three stages run in this process, one by one, and the tensors of each stage's `best`."""
+    torch.set_num_threads(1)  # fixtures of a module come before the one that sets it for each test
     out = tmp_path_factory.mktemp("three")
     path = write_small(
         out / "run.yaml",
@@ -193,6 +194,9 @@ def test_stages_under_a_launcher(launcher: str, write_config: Write, tmp_path: P
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("trained 2 steps") == 3  # one rank speaks, in every stage
+    for number in (1, 2, 3):  # and there are two of them
+        states = {path.name for path in (tmp_path / "run" / f"stage{number}" / "checkpoint-2").glob("rng_state*")}
+        assert states == {"rng_state_0.pth", "rng_state_1.pth"}
     assert (tmp_path / "run" / "best" / "adapter_config.json").is_file()
 
 
