@@ -432,6 +432,7 @@ class Terminal:
             "PYTHONPATH": str(root),
             "OMP_NUM_THREADS": "1",
         }
+        environment.pop("COLUMNS", None)  # what the tests' own terminal says would win over the pseudo terminal's size
         self.process = subprocess.Popen(
             [sys.executable, "-m", "finetune.cli", *arguments],
             stdin=slave, stdout=slave, stderr=slave, cwd=cwd, env=environment, preexec_fn=take_terminal,
