@@ -42,6 +42,11 @@ def _guarded(handler: Handler, arguments: argparse.Namespace) -> int:
     except ForensicsError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; give a path that exists and may be used", file=sys.stderr)
+        return ForensicsError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -125,7 +125,8 @@ def run_audit(
         progress: show a bar on stderr where that is a terminal.
 
     Raises:
-        ConfigError: a rule or an option that cannot be used. Problems of the data are findings.
+        ConfigError: a rule or an option that cannot be used.
+        DataFormatError: a source that cannot be read at all. Problems of rows are findings.
     """
     settings = settings or AuditSettings()
     start = time.monotonic()
@@ -190,9 +191,10 @@ class _Reading:
         self.length_errors: list[tuple[int, str]] = []
 
     def jobs(self) -> Iterator[Job]:
-        """One for each record that can be read."""
+        """One for each record that can be read; raises where a source as a whole cannot."""
         number = 0
         for source, rule in zip(self.sources, self.rules, strict=True):
+            first_number, first_error = number, len(self.errors)
             for item in iter_records(source.path, source.format, source.root, source.options):
                 if isinstance(item, DataFormatError):
                     self.errors.append(item)
@@ -201,6 +203,9 @@ class _Reading:
                     self._count(number, item)
                 yield Job(item, source.split, rule.named(item), rule.key(item))
                 number += 1
+            only = self.errors[first_error:]
+            if number == first_number and len(only) == 1 and only[0].record is None:
+                raise only[0]  # no such file, format or option: a mistake in the command, not a row
 
     def findings(self, table: Table) -> Iterator[Finding]:
         """Records that cannot be read, and those that are too long or cannot be rendered."""

@@ -75,5 +75,7 @@ def finding_line(finding: Finding) -> str:
     named = f" ({', '.join(ids[:3])}{more})" if ids else ""
     if note := finding.details.get("note"):  # what separates the classes says more than two names of each
         named = f"; {note}"
+    elif not ids and finding.examples and finding.examples[0].note:  # a row without an id: what its reader said
+        named = f"; first: {finding.examples[0].note}"
     line = f"{finding.severity}: {title(finding)}{named}; fix: {advice(finding)}"
     return line if finding.severity != "info" else line.replace("; fix: ", "; ")

@@ -379,6 +379,8 @@ def test_every_wording_is_complete() -> None:
         ([], "no data given"),
         (["--split", "train.jsonl"], "NAME=FILE"),
         (["x.jsonl", "--group-by", "folder"], "group_by is 'folder'"),
+        (["none.jsonl"], "data file not found; found 'none.jsonl'"),
+        (["pyproject.toml", "--format", "foo"], "foo"),
     ],
 )
 def test_a_users_mistake_is_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -388,9 +390,26 @@ def test_a_users_mistake_is_one_line(arguments: list[str], words: str, capsys: p
     assert error.count("\n") == 1
 
 
-def test_a_missing_file_is_a_finding_and_exit_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["audit", str(tmp_path / "none.jsonl")]) == 1
-    assert "rows that are no records: 1" in capsys.readouterr().out
+def test_an_output_that_cannot_be_written_is_one_line(
+    make_set: MakeSet, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["audit", str(make_set()), "--workers", "1", "--out", str(tmp_path / "file" / "audit")]) == 2
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert "Not a directory" in error
+    assert "Traceback" not in error
+
+
+def test_a_row_without_an_id_is_told_in_its_readers_words(
+    make_set: MakeSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_set()
+    path.write_text(path.read_text() + "{\n")
+    assert main(["audit", str(path), "--workers", "1"]) == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if "rows that are no records: 1" in line)
+    assert "damaged JSON" in line
+    assert path.name in line
 
 
 def test_names_of_splits(make_set: MakeSet, tmp_path: Path) -> None:
