@@ -54,18 +54,20 @@ def with_synthesis(config: PrepareConfig, progress: bool) -> list[PrepareSource]
     become the hold-out split; the others are divided by photograph like any source.
 
     Raises:
-        ForensicsError: see `synthesize`; a folder made with another configuration.
+        ForensicsError: see `synthesize`; a folder made with another configuration or from other photographs.
     """
     if config.synth is None:
         return list(config.sources)
     from finetune.data.synthesis import SynthConfig, synthesize
+    from finetune.data.synthesis.photos import find_photos
 
     folder = Path(f"{config.out_dir.rstrip('/')}.synth")
     settings = build(SynthConfig, config.synth, where="prepare: synth")
     if not (folder / "manifest.json").is_file():
         synthesize(settings, folder, progress)
     else:
-        made = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("config", {})
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        made = manifest.get("config", {})
         wanted = json.loads(json.dumps(asdict(replace(settings, photos_dir=None))))
         differing = sorted(
             key for key in wanted if key not in ("workers", "photos_dir") and made.get(key) != wanted[key]
@@ -74,6 +76,12 @@ def with_synthesis(config: PrepareConfig, progress: bool) -> list[PrepareSource]
             raise ConfigError(
                 f"{folder} was made with another '{differing[0]}' ({made.get(differing[0])!r}); remove it, or prepare "
                 "to another out_dir"
+            )
+        photos = find_photos(settings.photos_dir, settings.held_out_fraction, settings.workers, progress).photos
+        if {photo.sha256 for photo in photos} != {photo["sha256"] for photo in manifest.get("photos", [])}:
+            raise ConfigError(
+                f"{folder} was made from other photographs than {settings.photos_dir or 'the packaged ones'}; remove "
+                "it, or prepare to another out_dir"
             )
     generated = [PrepareSource(str(file)) for file in sorted(folder.glob("*.jsonl")) if file.stat().st_size]
     for source in generated:

@@ -272,6 +272,15 @@ def test_a_synth_section_is_made_and_divided(tmp_path: Path) -> None:
     config.synth["seed"] = 3
     with pytest.raises(ConfigError, match="another 'seed'"):
         run(config, overwrite=True)
+    config.synth["seed"] = 0
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        coarse.resize((320, 240), Image.Resampling.BICUBIC).save(tmp_path / "photos" / f"{number}.png")
+    config.synth["photos_dir"] = str(tmp_path / "photos")
+    with pytest.raises(ConfigError, match="made from other photographs"):
+        run(config, overwrite=True)
 
 
 @pytest.mark.parametrize(
