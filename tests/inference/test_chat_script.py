@@ -5,16 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from finetune.cli import build_parser, main
-from finetune.config import LoraConfig, ModelConfig
 from finetune.data.chat import load_template
 from finetune.data.readers import read_records
 from finetune.errors import DataFormatError
@@ -22,8 +21,6 @@ from finetune.inference.chat_script import ask_batch, dialogue_of, query_at
 from finetune.inference.chat_summary import summarize
 from finetune.inference.contestants import contestants
 from finetune.inference.dialogue import Speaker
-from finetune.models.adapters import set_trainable
-from finetune.models.loading import load_bundle, save_bundle
 
 RUN = "<mask_1> - <mask_4>；真实性结论：<cls>"
 
@@ -69,19 +66,9 @@ def users_file(photo_records: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapter_dir(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter_dir(saved_model: Path, make_adapter: Callable[[Path, str, float], Path]) -> Path:
     """An adapter on the saved model, its heads and LoRA moved; read only."""
-    bundle = set_trainable(
-        load_bundle(ModelConfig(path=str(saved_model))), ["cls_head", "mask_head", "lm_lora"], LoraConfig(r=4)
-    )
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in bundle.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    folder = tmp_path_factory.mktemp("script") / "adapter"
-    save_bundle(bundle, folder)
-    return folder
+    return make_adapter(saved_model, "script", 0.1)
 
 
 def dialogues(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finetune.cli import build_parser, main
-from finetune.config import GenerationConfig, LoraConfig, ModelConfig
+from finetune.config import GenerationConfig, ModelConfig
 from finetune.data.chat import load_template
 from finetune.data.readers import read_records
 from finetune.data.validation import check_records
@@ -37,8 +38,7 @@ from finetune.inference.contestants import contestants
 from finetune.inference.dialogue import Speaker
 from finetune.inference.predictor import Predictor, Query
 from finetune.inference.terminal import StreamWrapper, display_width, fit, pad, table
-from finetune.models.adapters import set_trainable
-from finetune.models.loading import load_bundle, save_bundle
+from finetune.models.loading import load_bundle
 from finetune.schema import ImageInput, Turn
 from finetune.special_tokens import SpecialTokens
 
@@ -66,19 +66,9 @@ def speaker(talkative: Path) -> Speaker:
 
 
 @pytest.fixture(scope="module")
-def adapter_dir(talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter_dir(talkative: Path, make_adapter: Callable[[Path, str, float], Path]) -> Path:
     """An adapter on the talkative model, its heads moved; read only."""
-    bundle = set_trainable(
-        load_bundle(ModelConfig(path=str(talkative))), ["cls_head", "mask_head", "lm_lora"], LoraConfig(r=4)
-    )
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in bundle.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    folder = tmp_path_factory.mktemp("chat") / "adapter"
-    save_bundle(bundle, folder)
-    return folder
+    return make_adapter(talkative, "chat", 0.05)
 
 
 @pytest.fixture
