@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from finetune.errors import ForensicsError
 from finetune.verbs import data, inference, training
+from finetune.verbs.argument_types import VerbParser
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_main(argv: Sequence[str] | None = None) -> None:
     """`sft_llm.py`'s door to training: the arguments of `forensics train`; exits the process."""
-    parser = argparse.ArgumentParser(prog="sft_llm.py", description="Train from a YAML configuration.")
+    parser = VerbParser(prog="sft_llm.py", description="Train from a YAML configuration.")
     training.train_arguments(parser)
     arguments = parser.parse_args(argv)
     sys.exit(_guarded(arguments.handler, arguments))
@@ -62,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="First steps: bash script/quickstart.sh. Every verb has --help.",
     )
     parser.add_argument("--version", action="version", version=f"forensics {__version__}")
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", parser_class=VerbParser)
     for name, summary, add_arguments in (
         ("train", "train from a YAML configuration", training.train_arguments),
         ("predict", "verdict, mask and text for images", inference.predict_arguments),

@@ -79,6 +79,36 @@ def test_a_mistake_is_one_line_and_never_a_traceback(
         assert word in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("verb", "option", "name"),
+    [
+        ("train --config c.yaml", "--resume", "overrides"),
+        ("doctor --config c.yaml", "--num-mask 8", "overrides"),
+        ("synth --out d", "--overwrite", "overrides"),
+        ("prepare --config c.yaml", "--overwrite", "overrides"),
+        ("audit", "--out d", "data"),
+        ("predict --model m", "--no-text", "images"),
+    ],
+)
+def test_values_may_stand_before_and_behind_an_option(verb: str, option: str, name: str) -> None:
+    for order in (f"a=1 b=2 {option}", f"{option} a=1 b=2", f"a=1 {option} b=2"):
+        arguments = build_parser().parse_args(f"{verb} {order}".split())
+        assert getattr(arguments, name) == ["a=1", "b=2"]
+        assert getattr(arguments, option.split()[0].lstrip("-").replace("-", "_"))
+
+
+@pytest.mark.parametrize("verb", ["train --config c.yaml", "synth --out d", "prepare --config c.yaml"])
+def test_without_values_the_list_is_empty_and_a_mistyped_option_is_refused(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build_parser().parse_args(verb.split()).overrides == []
+    for words, message in ((f"{verb} a=1 --overwritten", "--overwritten"), (verb.split()[0], "required")):
+        with pytest.raises(SystemExit) as stop:
+            build_parser().parse_args(words.split())
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["1.5", "-0.1", "x", "nan"])
 def test_a_threshold_outside_0_1_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -1,8 +1,31 @@
-"""Types of command-line values, and arguments that several verbs share. Imports nothing heavy."""
+"""Types of command-line values, the parser of a verb, and arguments that several verbs share. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
+
+
+class VerbParser(argparse.ArgumentParser):
+    """A parser whose positional values (`KEY=VALUE`, files) may stand before, between and after the options.
+
+    argparse alone fills a positional list from the first place it finds values and refuses those behind an option.
+    """
+
+    _is_inside = False
+
+    def parse_known_args(  # type: ignore[override]  # the overloads of typeshed cannot be met by one signature
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """As the base class, which the intermixed parsing itself calls for each of its two passes."""
+        if self._is_inside:
+            return super().parse_known_args(args, namespace)
+        self._is_inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_inside = False
 
 
 def reader_arguments(parser: argparse._ActionsContainer) -> None:
