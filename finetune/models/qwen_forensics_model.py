@@ -393,6 +393,7 @@ class QwenForensicsForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             if self.heads_config.cls_uses_mask:
                 evidence = self._evidence(cls_runs, mask_runs, maps, result.mask_features)
             states = self._token_states(outputs, cls_runs)
+            evidence = None if evidence is None else evidence.to(states.dtype)  # DeepSpeed casts the heads too
             result.cls_logits, result.image_features = self.cls_head(states, evidence)
             result.cls_image_index = cls_runs.image
 
