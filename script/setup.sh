@@ -16,7 +16,6 @@ usage: bash script/setup.sh [run|test|dev] [--force]
 environment
   PYTHON                       interpreter for the new .venv (3.10 to 3.13)
   FORENSICS_TORCH=cpu|cuda     which build of torch; without it cuda where nvidia-smi finds a GPU, else cpu
-  FORENSICS_ALLOW_CUDA_TORCH=1 without a GPU and without a CPU build: take the CUDA build (several GB) all the same
   PIP_INDEX_URL and pip's other settings are used as they are
 TXT
 }
@@ -81,7 +80,6 @@ stamped="$(sed -n 2p "$STAMP" 2>/dev/null || true)"
 if [[ -n "$stamped" && -n "${RANK[$stamped]:-}" ]] && ((RANK[$stamped] > RANK[$LEVEL])); then LEVEL="$stamped"; fi
 
 started=$SECONDS
-created=0
 if [[ -x "$PY" ]]; then
     if [[ -n "${PYTHON:-}" ]] && ! is_supported "$PYTHON"; then fail "PYTHON=$PYTHON is not a working Python 3.10 to 3.13"; fi
     if [[ -n "${PYTHON:-}" && "$("$PYTHON" -V 2>&1)" != "$("$PY" -V)" ]]; then
@@ -90,13 +88,12 @@ if [[ -x "$PY" ]]; then
     is_supported "$PY" || fail "$VENV holds $("$PY" -V 2>&1), expected Python 3.10 to 3.13; remove the folder and run again"
 else
     base="$(find_python)"
-    created=1
     say "creating .venv with $("$base" -V)"
     "$base" -m venv "$VENV" || fail "cannot create $VENV; does this Python have the venv module (python3-venv on Debian)?"
 fi
 "$PY" -m pip --version >/dev/null 2>&1 || "$PY" -m ensurepip --upgrade >/dev/null
 
-# The build of torch. Its CUDA packages are several gigabytes: never fetched where there is no GPU unless asked for.
+# The build of torch. Its CUDA packages are several gigabytes: without a GPU they are the last resort.
 pip_install() { "$PY" -m pip install --disable-pip-version-check --progress-bar off "$@"; }
 TORCH="$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' "$ROOT/constraints.txt")"
 torch_args=()
@@ -124,14 +121,10 @@ case "$flavour" in
             --index-url https://download.pytorch.org/whl/cpu "torch===$TORCH+cpu" >/dev/null 2>&1; then
             say "torch $TORCH, CPU build from download.pytorch.org"
             torch_args=("torch===$TORCH+cpu" --extra-index-url https://download.pytorch.org/whl/cpu)
-        elif [[ "${FORENSICS_ALLOW_CUDA_TORCH:-0}" == 1 ]]; then
-            say "no CPU build of torch $TORCH found; taking the CUDA build (several GB) because FORENSICS_ALLOW_CUDA_TORCH=1"
-            torch_args=("torch===$TORCH")
-        else
-            version="$("$PY" -V)"
-            if [[ $created == 1 ]]; then rm -rf "$VENV"; fi # so that the next call may choose another Python
-            fail "no CPU build of torch $TORCH for $version on the configured index, and none from download.pytorch.org;" \
-                "set PYTHON to another version (3.10 to 3.13), or FORENSICS_ALLOW_CUDA_TORCH=1 to take the CUDA build (several GB)"
+        else # works on any machine, only larger
+            say "no CPU build of torch $TORCH for $("$PY" -V) on the configured index or on download.pytorch.org: taking the" \
+                "default build with CUDA (several GB). To avoid it: PIP_FIND_LINKS=FOLDER with a +cpu wheel, or another PYTHON"
+            torch_args=("torch==$TORCH")
         fi
         ;;
     *) fail "FORENSICS_TORCH is '$flavour', expected cpu or cuda" ;;
