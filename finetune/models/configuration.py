@@ -1,0 +1,109 @@
+"""Configuration and output of the forensic Qwen2.5-VL: the released one's fields plus heads and forensic token ids.
+
+Nothing here computes; the model that reads it is `finetune.models.qwen_forensics_model`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()
+
+from torch import Tensor  # noqa: E402
+from transformers import Qwen2_5_VLConfig  # noqa: E402
+from transformers.cache_utils import Cache  # noqa: E402
+from transformers.modeling_outputs import ModelOutput  # noqa: E402
+
+from finetune.config import HeadsConfig, build  # noqa: E402
+from finetune.errors import ConfigError  # noqa: E402
+
+HEAD_MODULES = ("cls_head", "mask_head", "noise_residual", "layer_mix", "stream_to_language")
+"""Attribute names of everything this class adds to Qwen2.5-VL."""
+
+
+class QwenForensicsConfig(Qwen2_5_VLConfig):
+    """Qwen2.5-VL's configuration plus the heads and the ids of the forensic tokens.
+
+    Args:
+        heads: fields of `finetune.config.HeadsConfig`; None means its defaults.
+        cls_token_ids, mask_token_ids: ids of `<cls>`.. and `<mask_1>`..; without them the heads cannot run.
+        num_cls, num_mask: sizes of the heads; implied by the id lists when those are given.
+        image_mean, image_std: the processor's normalisation, which the noise-residual stream undoes.
+    """
+
+    model_type = "qwen_forensics"
+
+    heads: dict | None = None
+    cls_token_ids: list | None = None
+    mask_token_ids: list | None = None
+    num_cls: int = 1
+    num_mask: int = 32
+    image_mean: list | tuple = (0.48145466, 0.4578275, 0.40821073)
+    image_std: list | tuple = (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As the base class; a plain Qwen2.5-VL configuration becomes one of ours without a warning."""
+        config, unused = super().get_config_dict(*args, **kwargs)
+        if config.get("model_type") == Qwen2_5_VLConfig.model_type:
+            config["model_type"] = cls.model_type
+        return config, unused
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.heads = dict(self.heads or {})
+        if self.cls_token_ids:
+            self.num_cls = len(self.cls_token_ids)
+        if self.mask_token_ids:
+            self.num_mask = len(self.mask_token_ids)
+
+    @property
+    def heads_config(self) -> HeadsConfig:
+        """`heads` as a checked dataclass."""
+        return build(HeadsConfig, self.heads or {}, where="heads")
+
+
+@dataclass
+class QwenForensicsOutput(ModelOutput):
+    """Output of one forward pass over B sequences with N images, M of which have forensic tokens.
+
+    logits: (B, T, V), or (K, V) where `logits_to_keep` is a boolean mask with K True positions.
+    cls_logits: (M_c,) tampering logits; cls_image_index: (M_c,) which of the N images each is about.
+    mask_logits: M_m maps (H, W) at `mask_sizes_hw`, by default the processed image's size; mask_image_index: (M_m,).
+    mask_features: M_m maps (C, h, w) the masks were decoded from. image_features: (M_c, C) embedding behind
+    `cls_logits`.
+    branch_anchor: in training, a scalar 0 that depends on every parameter which this batch may have left unused.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cls_logits: Tensor | None = None
+    cls_image_index: Tensor | None = None
+    mask_logits: list[Tensor] | None = None
+    mask_image_index: Tensor | None = None
+    mask_features: list[Tensor] | None = None
+    image_features: Tensor | None = None
+    branch_anchor: Tensor | None = None
+
+
+def check_layers(heads: HeadsConfig, num_layers: int, depth: int) -> None:
+    """Refuse layers the model does not have, before anything is computed from another one.
+
+    Raises:
+        ConfigError: `heads.layer` or one of `heads.vision_layers` out of range.
+    """
+    layer = heads.layer
+    if layer not in ("last", "weighted") and not (isinstance(layer, int) and -num_layers - 1 <= layer <= num_layers):
+        raise ConfigError(f"heads.layer is {layer!r}; expected last, weighted or 0 (embeddings) to {num_layers}")
+    outside = [block for block in heads.vision_layers if not -depth <= block < depth]
+    if outside or not heads.vision_layers:
+        raise ConfigError(
+            f"heads.vision_layers is {heads.vision_layers}; expected blocks of the vision tower, 0 to {depth - 1} "
+            "(or -1, -2, ... from the end)"
+        )

@@ -1,0 +1,85 @@
+"""Building and initialising the heads of the forensic model, from the configuration and from a seed of their own.
+
+A mixin without a `forward`: running the heads is `finetune.models.head_running`'s part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.config import HeadsConfig
+from finetune.models.configuration import HEAD_MODULES, QwenForensicsConfig, check_layers
+from finetune.models.heads import HEADS, ClsHead, evidence_size
+from finetune.models.noise_residual import NoiseResidualStream
+
+
+class HeadBuilder(nn.Module):
+    """What the model class needs to own heads; they are attributes of the model itself, named in `HEAD_MODULES`."""
+
+    config: QwenForensicsConfig
+    lm_head: nn.Module
+
+    def replace_heads(self, settings: Mapping[str, Any]) -> None:
+        """Drop the heads and build those that `settings` describe, new from their seed; nothing else changes.
+
+        Args:
+            settings: fields of `QwenForensicsConfig`, such as `heads`, `cls_token_ids` and `mask_token_ids`.
+        """
+        for name in HEAD_MODULES:
+            if hasattr(self, name):
+                delattr(self, name)
+        for key, value in settings.items():
+            setattr(self.config, key, value)
+        for ids, count in (("cls_token_ids", "num_cls"), ("mask_token_ids", "num_mask")):
+            if getattr(self.config, ids):
+                setattr(self.config, count, len(getattr(self.config, ids)))
+        self._set_heads()
+
+    def _set_heads(self) -> None:
+        heads = self.config.heads_config
+        self.heads_config = heads
+        self.has_heads = heads.enabled
+        check_layers(heads, self.config.text_config.num_hidden_layers, self.config.vision_config.depth)
+        if heads.enabled:
+            self._build_heads(heads)
+            if self.lm_head.weight.device.type != "meta":
+                self.init_heads()
+
+    def _build_heads(self, heads: HeadsConfig) -> None:
+        text, vision = self.config.text_config, self.config.vision_config
+        residual = heads.noise_residual
+        stream_channels = residual.channels if residual.enabled else 0
+        self.mask_head = HEADS[heads.mask](
+            heads, text.hidden_size, vision.hidden_size, self.config.num_mask, stream_channels
+        )
+        size = evidence_size(self.mask_head.num_features) if heads.cls_uses_mask else 0
+        self.cls_head = ClsHead(heads, text.hidden_size, self.config.num_cls, size)
+        if residual.enabled:
+            self.noise_residual = NoiseResidualStream(residual)
+            if residual.to_language:
+                self.stream_to_language = nn.Linear(stream_channels, text.hidden_size)
+        if heads.layer == "weighted":
+            self.layer_mix = nn.Linear(text.num_hidden_layers + 1, 1, bias=False)
+
+    def init_heads(self) -> None:
+        """(Re-)initialise every head from `heads.seed`, leaving the global RNG untouched."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(self.heads_config.seed)
+            for module in self.head_modules():
+                for part in module.modules():
+                    reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+                    if reset is not None:
+                        reset()
+            if hasattr(self, "layer_mix"):
+                self.layer_mix.weight.zero_()  # softmax of zeros: plain mean of the layers
+            if hasattr(self, "stream_to_language"):
+                self.stream_to_language.weight.zero_()
+                self.stream_to_language.bias.zero_()
+
+    def head_modules(self) -> list[nn.Module]:
+        """The modules this class adds, in a fixed order."""
+        return [getattr(self, name) for name in HEAD_MODULES if hasattr(self, name)]

@@ -1,0 +1,160 @@
+"""Running the heads of the forensic model: what they read is found and brought into their form, their outputs sized.
+
+A mixin without parameters of its own; the modules it runs are built by `finetune.models.head_building`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from finetune.models.configuration import QwenForensicsOutput
+from finetune.models.features import (
+    TokenRuns,
+    count_images,
+    gather_states,
+    images_from_patches,
+    locate_runs,
+    tower_to_raster,
+)
+from finetune.models.head_building import HeadBuilder
+from finetune.models.heads import evidence_size, pool_evidence
+
+
+class HeadRunner(HeadBuilder):
+    """The steps of `forward` that concern the heads."""
+
+    def _find_runs(self, input_ids: Tensor | None, pixel_values: Tensor | None) -> tuple[TokenRuns, TokenRuns] | None:
+        """Runs of cls and of mask tokens, or None where the heads have nothing to read."""
+        config = self.config
+        if not self.has_heads or input_ids is None or pixel_values is None:
+            return None
+        if not config.cls_token_ids or not config.mask_token_ids:
+            return None
+        images = count_images(input_ids, config.vision_start_token_id, config.image_token_id)
+        return (
+            locate_runs(input_ids, config.cls_token_ids, images),
+            locate_runs(input_ids, config.mask_token_ids, images),
+        )
+
+    def _residual_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> list[Tensor] | None:
+        if not hasattr(self, "noise_residual"):
+            return None
+        vision = self.config.vision_config
+        images = images_from_patches(
+            pixel_values,
+            image_grid_thw,
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            merge_size=vision.spatial_merge_size,
+            mean=self.config.image_mean,
+            std=self.config.image_std,
+        )
+        return self.noise_residual(images)
+
+    def _add_stream(
+        self, vision: BaseModelOutputWithPooling, stream: list[Tensor] | None, image_grid_thw: Tensor
+    ) -> BaseModelOutputWithPooling:
+        """The image tokens the language model reads, with the pooled noise stream added where that is switched on."""
+        if stream is None or not hasattr(self, "stream_to_language"):
+            return vision
+        merge = self.config.vision_config.spatial_merge_size
+        tokens = []
+        for embeds, features, (_, h, w) in zip(vision.pooler_output, stream, image_grid_thw.tolist(), strict=True):
+            pooled = F.adaptive_avg_pool2d(features, (h // merge, w // merge)).flatten(1).t()  # (h*w/m^2, S)
+            tokens.append(embeds + self.stream_to_language(pooled).to(embeds.dtype))
+        return BaseModelOutputWithPooling(last_hidden_state=vision.last_hidden_state, pooler_output=tuple(tokens))
+
+    def _run_heads(
+        self,
+        result: QwenForensicsOutput,
+        outputs: Any,
+        vision: BaseModelOutputWithPooling,
+        stream: list[Tensor] | None,
+        image_grid_thw: Tensor,
+        runs: tuple[TokenRuns, TokenRuns],
+        mask_sizes_hw: Sequence[tuple[int, int]] | None,
+    ) -> None:
+        cls_runs, mask_runs = runs
+        maps: list[Tensor] = []
+        if len(mask_runs.image):  # 5
+            images = mask_runs.image.tolist()
+            patches = self._patch_maps(vision, image_grid_thw)
+            decoded = self.mask_head(
+                self._token_states(outputs, mask_runs),
+                [[layer[i] for i in images] for layer in patches],
+                None if stream is None else [stream[i] for i in images],
+            )
+            maps = decoded.logits
+            result.mask_logits = [
+                self._at_size(m, i, image_grid_thw, mask_sizes_hw) for m, i in zip(maps, images, strict=True)
+            ]
+            result.mask_features = decoded.features
+            result.mask_image_index = mask_runs.image
+        if len(cls_runs.image):  # 6
+            evidence = None
+            if self.heads_config.cls_uses_mask:
+                evidence = self._evidence(cls_runs, mask_runs, maps, result.mask_features)
+            states = self._token_states(outputs, cls_runs)
+            evidence = None if evidence is None else evidence.to(states.dtype)  # DeepSpeed casts the heads too
+            result.cls_logits, result.image_features = self.cls_head(states, evidence)
+            result.cls_image_index = cls_runs.image
+
+    def _evidence(
+        self, cls_runs: TokenRuns, mask_runs: TokenRuns, maps: list[Tensor], features: list[Tensor] | None
+    ) -> Tensor:
+        """Evidence rows for the images with cls tokens; zeros for those without mask tokens."""
+        width = evidence_size(self.mask_head.num_features)
+        rows = torch.zeros(len(cls_runs.image), width, device=cls_runs.image.device)
+        if not maps or features is None:
+            return rows
+        pooled = pool_evidence(maps, features).float()  # (M_m, E)
+        row_of = {image: row for row, image in enumerate(cls_runs.image.tolist())}
+        pairs = [(row_of[image], m) for m, image in enumerate(mask_runs.image.tolist()) if image in row_of]
+        if not pairs:
+            return rows
+        targets, sources = (torch.tensor(side, device=rows.device) for side in zip(*pairs, strict=True))
+        return rows.index_copy(0, targets, pooled[sources])
+
+    def _token_states(self, outputs: Any, runs: TokenRuns) -> Tensor:
+        """States (M, n, D) from the configured layer, in the heads' dtype."""
+        layer = self.heads_config.layer
+        if layer == "last":
+            states = gather_states(outputs[0], runs)
+        elif layer == "weighted":
+            stacked = torch.stack([gather_states(h, runs) for h in outputs.hidden_states])  # (L + 1, M, n, D)
+            weights = self.layer_mix.weight.flatten().softmax(dim=0)
+            states = torch.einsum("l,lmnd->mnd", weights, stacked.to(weights.dtype))
+        else:
+            states = gather_states(outputs.hidden_states[int(layer)], runs)
+        return states.to(self.cls_head.out.weight.dtype)
+
+    def _patch_maps(self, vision: BaseModelOutputWithPooling, image_grid_thw: Tensor) -> list[list[Tensor]]:
+        """For each configured tower layer the N maps (C, h, w) of its output, in raster order."""
+        config = self.config.vision_config
+        depth = config.depth
+        return [
+            tower_to_raster(
+                vision.hidden_states[block % depth + 1],  # index 0 is the patch embedding
+                image_grid_thw,
+                merge_size=config.spatial_merge_size,
+                window_size=config.window_size,
+                patch_size=config.patch_size,
+            )
+            for block in self.heads_config.vision_layers
+        ]
+
+    def _at_size(
+        self, logits: Tensor, image: int, image_grid_thw: Tensor, sizes_hw: Sequence[tuple[int, int]] | None
+    ) -> Tensor:
+        """A logit map at the size asked for; with `mask_sigmoid` the interpolation runs on scores instead of logits."""
+        patch = self.config.vision_config.patch_size
+        size = sizes_hw[image] if sizes_hw is not None else tuple((image_grid_thw[image, 1:] * patch).tolist())
+        values = logits.float().sigmoid() if self.heads_config.mask_sigmoid else logits.float()
+        values = F.interpolate(values[None, None], size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
+        return torch.logit(values, eps=1e-6) if self.heads_config.mask_sigmoid else values
