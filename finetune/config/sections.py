@@ -105,12 +105,16 @@ class LossConfig:
     boundary: float = 0.2
     authentic: float = 1.0
     bce: float = 0.0
+    evidence: float = 0.0  # the label against the map's strongest pixels (evi_alpha of the vision scripts)
+    sparsity: float = 0.0  # mean of the map on authentic images (sparse_w)
     contrast_region: float = 0.1
     contrast_image: float = 0.0
     focal_gamma: float = 2.0
     focal_alpha: float | None = None
     temperature: float = 0.1
-    bce_pos_weight: float = 1.0
+    bce_pos_weight: float = 1.0  # of tampered pixels in bce
+    cls_pos_weight: float = 1.0  # of tampered images in focal
+    evidence_share: float = 0.02  # of the pixels, the strongest, that `evidence` reads
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.config import LossConfig
-from finetune.losses import functional
+from finetune.losses import counting, functional
 from finetune.special_tokens import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class TermFunction:
     """
 
     output: str
-    compute: Callable[[LossConfig, Any, Mapping[str, Any]], functional.SumCount]
+    compute: Callable[[LossConfig, Any, Mapping[str, Any]], counting.SumCount]
     count: Callable[[Mapping[str, Any]], int]
 
 
@@ -52,6 +52,14 @@ def _text_targets(batch: Mapping[str, Any]) -> Tensor:
 def _labels(batch: Mapping[str, Any]) -> Tensor:
     """Label of each row of `cls_logits`, (N,); -100 where the batch has none."""
     index, labels = batch.get("cls_image_index"), batch.get("cls_labels")
+    if index is None:
+        return torch.zeros(0, dtype=torch.long)
+    return torch.full_like(index, IGNORE_INDEX) if labels is None else labels[index.to(labels.device)]
+
+
+def _map_labels(batch: Mapping[str, Any]) -> Tensor:
+    """Label of the image of each map of `mask_logits`, (M,); -100 where the batch has none."""
+    index, labels = batch.get("mask_image_index"), batch.get("cls_labels")
     if index is None:
         return torch.zeros(0, dtype=torch.long)
     return torch.full_like(index, IGNORE_INDEX) if labels is None else labels[index.to(labels.device)]
@@ -71,44 +79,54 @@ TERMS: dict[str, TermFunction] = {
         lambda config, out, batch: functional.text_cross_entropy(
             out.logits, _text_targets(batch).to(out.logits.device)
         ),
-        lambda batch: functional.text_count(_text_targets(batch)),
+        lambda batch: counting.text_count(_text_targets(batch)),
     ),
     "focal": TermFunction(
         "cls_logits",
         lambda config, out, batch: functional.focal_loss(
-            out.cls_logits, _labels(batch), config.focal_gamma, config.focal_alpha
+            out.cls_logits, _labels(batch), config.focal_gamma, config.focal_alpha, config.cls_pos_weight
         ),
-        lambda batch: functional.label_count(_labels(batch)),
+        lambda batch: counting.label_count(_labels(batch)),
     ),
     "dice": TermFunction(
         "mask_logits",
         lambda config, out, batch: functional.dice_loss(out.mask_logits, _masks(batch)),
-        lambda batch: functional.image_count(_masks(batch), functional.is_tampered),
+        lambda batch: counting.image_count(_masks(batch), counting.is_tampered),
     ),
     "boundary": TermFunction(
         "mask_logits",
         lambda config, out, batch: functional.boundary_loss(out.mask_logits, _masks(batch)),
-        lambda batch: functional.image_count(_masks(batch), functional.is_mixed),
+        lambda batch: counting.image_count(_masks(batch), counting.is_mixed),
     ),
     "authentic": TermFunction(
         "mask_logits",
         lambda config, out, batch: functional.authentic_pixel_loss(out.mask_logits, _masks(batch)),
-        lambda batch: functional.image_count(_masks(batch), functional.is_authentic),
+        lambda batch: counting.image_count(_masks(batch), counting.is_authentic),
     ),
     "bce": TermFunction(
         "mask_logits",
         lambda config, out, batch: functional.mask_bce(out.mask_logits, _masks(batch), config.bce_pos_weight),
-        lambda batch: functional.image_count(_masks(batch), functional.has_target),
+        lambda batch: counting.image_count(_masks(batch), counting.has_target),
+    ),
+    "evidence": TermFunction(
+        "mask_logits",
+        lambda config, out, batch: functional.evidence_loss(out.mask_logits, _map_labels(batch), config.evidence_share),
+        lambda batch: counting.label_count(_map_labels(batch)),
+    ),
+    "sparsity": TermFunction(
+        "mask_logits",
+        lambda config, out, batch: functional.sparsity_loss(out.mask_logits, _masks(batch)),
+        lambda batch: counting.image_count(_masks(batch), counting.is_authentic),
     ),
     "contrast_region": TermFunction(
         "mask_features",
         lambda config, out, batch: functional.region_contrast(out.mask_features, _masks(batch), config.temperature),
-        lambda batch: functional.image_count(_masks(batch), functional.is_mixed),
+        lambda batch: counting.image_count(_masks(batch), counting.is_mixed),
     ),
     "contrast_image": TermFunction(
         "image_features",
         lambda config, out, batch: functional.image_contrast(out.image_features, _labels(batch), config.temperature),
-        lambda batch: functional.contrast_anchor_count(_labels(batch)),
+        lambda batch: counting.contrast_anchor_count(_labels(batch)),
     ),
 }
 

@@ -8,8 +8,8 @@ No reduction over the batch and no weights here; those belong to `criterion.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,10 +17,22 @@ import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
+from finetune.losses.counting import (
+    SumCount,
+    contrast_anchor_count,
+    full_precision,
+    has_target,
+    image_count,
+    is_authentic,
+    is_mixed,
+    is_tampered,
+    label_count,
+    paired,
+    require,
+    text_count,
+    zero_of,
+)
 from finetune.special_tokens import IGNORE_INDEX
-
-SumCount: TypeAlias = tuple[Tensor, int]
-_Kind: TypeAlias = Callable[[Tensor | None], bool]
 
 DICE_SMOOTH = 1e-5
 """Added to numerator and denominator of the soft Dice (monai's `smooth_nr = smooth_dr = 1e-5`)."""
@@ -39,12 +51,16 @@ def text_cross_entropy(logits: Tensor, targets: Tensor) -> SumCount:
     Returns:
         Sum of -log p in nats, and the number of targets that are not -100.
     """
-    _require(logits.ndim == 2 and targets.shape == logits.shape[:1], "logits (K, V) and targets (K,)", logits, targets)
-    total = F.cross_entropy(_full(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum")  # 0 where none is left
+    require(logits.ndim == 2 and targets.shape == logits.shape[:1], "logits (K, V) and targets (K,)", logits, targets)
+    total = F.cross_entropy(
+        full_precision(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+    )  # 0 where none is left
     return total, text_count(targets)
 
 
-def focal_loss(cls_logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: float | None = None) -> SumCount:
+def focal_loss(
+    cls_logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: float | None = None, pos_weight: float = 1.0
+) -> SumCount:
     """Binary focal loss `-alpha_t (1 - p_t)^gamma log p_t`, summed over the labelled images.
 
     Args:
@@ -52,24 +68,24 @@ def focal_loss(cls_logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: fl
         labels: (N,) integer in {0, 1, -100}; -100 = unlabelled.
         gamma: focusing exponent >= 0; 0 gives plain binary cross-entropy.
         alpha: weight of the tampered class, 1 - alpha that of the real one; None weights both by 1.
+        pos_weight: further factor > 0 on tampered images, as in `binary_cross_entropy_with_logits`.
 
     Returns:
-        Sum over labelled rows, and their number.
+        Sum over labelled rows, and their number (not weighted, so the loss grows with `pos_weight`).
 
     Source: Lin et al. 2017 (RetinaNet). Equals `monai.losses.FocalLoss(gamma=gamma, alpha=alpha, use_softmax=False)`.
     """
-    _require(
-        cls_logits.ndim == 1 and labels.shape == cls_logits.shape, "cls_logits and labels (N,)", cls_logits, labels
-    )
+    require(cls_logits.ndim == 1 and labels.shape == cls_logits.shape, "cls_logits and labels (N,)", cls_logits, labels)
     labels = labels.to(cls_logits.device)
     is_labelled = labels != IGNORE_INDEX
-    logits = _full(cls_logits)[is_labelled]  # (n,)
+    logits = full_precision(cls_logits)[is_labelled]  # (n,)
     targets = labels[is_labelled].to(logits.dtype)  # (n,)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     log_one_minus_pt = F.logsigmoid(-logits * (2 * targets - 1))  # log space: finite gradient for every gamma
     loss = (gamma * log_one_minus_pt).exp() * cross_entropy
     if alpha is not None:
         loss = (targets * alpha + (1 - targets) * (1 - alpha)) * loss
+    loss = (targets * pos_weight + (1 - targets)) * loss
     return loss.sum(), label_count(labels)
 
 
@@ -89,9 +105,9 @@ def dice_loss(mask_logits: Sequence[Tensor], mask_targets: Sequence[Tensor | Non
     Source: Milletari et al. 2016 without squares; equals `monai.losses.DiceLoss(sigmoid=True, smooth_nr=1e-5,
     smooth_dr=1e-5)` image by image.
     """
-    total = _zero(*mask_logits)
-    for logits, target in _paired(mask_logits, mask_targets, is_tampered):
-        scores = _full(logits).sigmoid()  # (h, w)
+    total = zero_of(*mask_logits)
+    for logits, target in paired(mask_logits, mask_targets, is_tampered):
+        scores = full_precision(logits).sigmoid()  # (h, w)
         truth = target.to(scores)  # (h, w)
         overlap = (scores * truth).sum()
         total = total + 1 - (2 * overlap + DICE_SMOOTH) / (scores.sum() + truth.sum() + DICE_SMOOTH)
@@ -132,9 +148,9 @@ def boundary_loss(mask_logits: Sequence[Tensor], mask_targets: Sequence[Tensor |
 
     Source: Kervadec et al. 2019, "Boundary loss for highly unbalanced segmentation"; scale is ours.
     """
-    total = _zero(*mask_logits)
-    for logits, target in _paired(mask_logits, mask_targets, is_mixed):
-        scores = _full(logits).sigmoid()  # (h, w)
+    total = zero_of(*mask_logits)
+    for logits, target in paired(mask_logits, mask_targets, is_mixed):
+        scores = full_precision(logits).sigmoid()  # (h, w)
         distance = signed_distance(target).to(scores)  # (h, w)
         diagonal = float(np.hypot(*target.shape))
         total = total + (scores * distance).mean() / diagonal
@@ -151,9 +167,9 @@ def authentic_pixel_loss(mask_logits: Sequence[Tensor], mask_targets: Sequence[T
     Returns:
         Sum over images whose target is all zero, each >= 0, and the number of these images.
     """
-    total = _zero(*mask_logits)
-    for logits, _ in _paired(mask_logits, mask_targets, is_authentic):
-        total = total + F.softplus(_full(logits)).mean()
+    total = zero_of(*mask_logits)
+    for logits, _ in paired(mask_logits, mask_targets, is_authentic):
+        total = total + F.softplus(full_precision(logits)).mean()
     return total, image_count(mask_targets, is_authentic)
 
 
@@ -168,12 +184,57 @@ def mask_bce(mask_logits: Sequence[Tensor], mask_targets: Sequence[Tensor | None
     Returns:
         Sum over images with a target, and their number.
     """
-    total = _zero(*mask_logits)
-    for logits, target in _paired(mask_logits, mask_targets, has_target):
-        full = _full(logits)
+    total = zero_of(*mask_logits)
+    for logits, target in paired(mask_logits, mask_targets, has_target):
+        full = full_precision(logits)
         weight = full.new_tensor(pos_weight)
         total = total + F.binary_cross_entropy_with_logits(full, target.to(full), pos_weight=weight)
     return total, image_count(mask_targets, has_target)
+
+
+def evidence_loss(mask_logits: Sequence[Tensor], labels: Tensor, share: float = 0.02) -> SumCount:
+    """The verdict recomputed from the map alone: cross-entropy of the label against the map's strongest pixels.
+
+    `z = mean of the ceil(share * h * w) largest logits`, loss `-log sigmoid(z)` for a tampered image and
+    `-log sigmoid(-z)` for a real one. It ties the map to the verdict and needs no mask, so images with a label only
+    train the map too. Only the chosen pixels get a gradient.
+
+    Args:
+        mask_logits: per image (h, w) float.
+        labels: (M,) integer in {0, 1, -100}, one per map; -100 takes no part.
+        share: of the pixels, in (0, 1].
+
+    Returns:
+        Sum over labelled maps, each >= 0, and their number.
+
+    Source: top-k pooling of weakly supervised localisation (Durand et al. 2016, WILDCAT).
+    """
+    require(labels.ndim == 1 and len(labels) == len(mask_logits), "one label per map", *mask_logits, labels)
+    total = zero_of(*mask_logits)
+    for logits, label in zip(mask_logits, labels.tolist(), strict=True):
+        if label != IGNORE_INDEX:
+            strongest = full_precision(logits).flatten().topk(max(1, math.ceil(share * logits.numel()))).values  # (k,)
+            total = total + F.softplus(strongest.mean() * (1 - 2 * label))
+    return total, label_count(labels)
+
+
+def sparsity_loss(mask_logits: Sequence[Tensor], mask_targets: Sequence[Tensor | None]) -> SumCount:
+    """Mean score of the map, `mean(sigmoid(logit))`, on authentic images only: their map should be empty.
+
+    An L1 norm of the map. Against `authentic_pixel_loss` its gradient p (1 - p) / (h w) fades where a pixel is surely
+    alarmed, so it clears faint haze and leaves a few confident pixels to the other terms.
+
+    Args:
+        mask_logits: per image (h, w) float.
+        mask_targets: per image (h, w) integer or bool, or None.
+
+    Returns:
+        Sum over images whose target is all zero, each in [0, 1], and the number of these images.
+    """
+    total = zero_of(*mask_logits)
+    for logits, _ in paired(mask_logits, mask_targets, is_authentic):
+        total = total + full_precision(logits).sigmoid().mean()
+    return total, image_count(mask_targets, is_authentic)
 
 
 def region_contrast(
@@ -200,13 +261,13 @@ def region_contrast(
 
     Source: InfoNCE of van den Oord et al. 2018; image by image as in FOCAL, Wu et al. 2023.
     """
-    total = _zero(*features)
+    total = zero_of(*features)
     for grid, target in zip(features, mask_targets, strict=True):
         if not is_mixed(target):
             continue
         assert target is not None
         tampered_share = F.adaptive_avg_pool2d((target.to(grid.device) != 0).float()[None], grid.shape[-2:]).flatten()
-        cells = _full(grid).flatten(1).T  # (h w, C)
+        cells = full_precision(grid).flatten(1).T  # (h w, C)
         authentic = _evenly(torch.nonzero(tampered_share == 0).flatten(), max_anchors)
         tampered = _evenly(torch.nonzero(tampered_share > 0.5).flatten(), max_anchors)
         if len(authentic) > 1 and len(tampered) > 0:
@@ -231,13 +292,11 @@ def image_contrast(features: Tensor, labels: Tensor, temperature: float = 0.1) -
     Source: pairs of Khosla et al. 2020 restricted to real anchors, NT-Xent denominator. With tampered images labelled
     each as its own class, the mean equals `pytorch_metric_learning.losses.NTXentLoss(temperature)`.
     """
-    _require(
-        features.ndim == 2 and labels.shape == features.shape[:1], "features (N, D), labels (N,)", features, labels
-    )
+    require(features.ndim == 2 and labels.shape == features.shape[:1], "features (N, D), labels (N,)", features, labels)
     labels = labels.to(features.device)
-    total, count = _zero(features), contrast_anchor_count(labels)
+    total, count = zero_of(features), contrast_anchor_count(labels)
     if count:
-        vectors = _full(features)
+        vectors = full_precision(features)
         total = total + _info_nce(vectors[labels == 0], vectors[labels == 1], temperature).sum()
     return total, count
 
@@ -262,85 +321,8 @@ def _info_nce(anchors: Tensor, negatives: Tensor, temperature: float) -> Tensor:
     return losses.masked_fill(~others, 0.0).sum(dim=1) / (len(anchors) - 1)
 
 
-def has_target(target: Tensor | None) -> bool:
-    """Whether the image has a pixel target."""
-    return target is not None
-
-
-def is_tampered(target: Tensor | None) -> bool:
-    """Whether the target has at least one tampered pixel."""
-    return target is not None and bool((target != 0).any())
-
-
-def is_authentic(target: Tensor | None) -> bool:
-    """Whether the target is there and all zero."""
-    return target is not None and not is_tampered(target)
-
-
-def is_mixed(target: Tensor | None) -> bool:
-    """Whether the target has both tampered and authentic pixels."""
-    return target is not None and is_tampered(target) and bool((target == 0).any())
-
-
-def text_count(targets: Tensor) -> int:
-    """Number of targets that are not -100."""
-    return int((targets != IGNORE_INDEX).sum())
-
-
-def label_count(labels: Tensor) -> int:
-    """Number of images with a label in {0, 1}.
-
-    Raises:
-        ValueError: for any other value than 0, 1 and -100.
-    """
-    is_labelled = labels != IGNORE_INDEX
-    if bool((is_labelled & (labels != 0) & (labels != 1)).any()):
-        raise ValueError(f"image labels are 0, 1 or {IGNORE_INDEX}, found {sorted(set(labels.tolist()))}")
-    return int(is_labelled.sum())
-
-
-def image_count(mask_targets: Sequence[Tensor | None], kind: _Kind) -> int:
-    """Number of targets of one kind: `has_target`, `is_tampered`, `is_authentic` or `is_mixed`."""
-    return sum(kind(target) for target in mask_targets)
-
-
-def contrast_anchor_count(labels: Tensor) -> int:
-    """Number of anchors of `image_contrast`: the real images, if there are two of them and a tampered one, else 0."""
-    real = int((labels == 0).sum())
-    return real if real > 1 and bool((labels == 1).any()) else 0
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or as it is where it is float64 already."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _zero(*tensors: Tensor) -> Tensor:
-    """Exactly 0, tied to the graph of every tensor; it adds up no element, so no inf or NaN can leak in."""
-    total = torch.zeros(()) if not tensors else _full(tensors[0][:0]).sum()
-    for tensor in tensors[1:]:
-        total = total + _full(tensor[:0]).sum()
-    return total
-
-
-def _paired(
-    mask_logits: Sequence[Tensor], mask_targets: Sequence[Tensor | None], kind: _Kind
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(logits, 0/1 target on the logits' device) of the images whose target is of that kind; shapes checked."""
-    _require(len(mask_logits) == len(mask_targets), "one target per map", *mask_logits)
-    for logits, target in zip(mask_logits, mask_targets, strict=True):
-        if target is not None and kind(target):
-            _require(logits.shape == target.shape, "mask_logits and mask_targets of one (h, w)", logits, target)
-            yield logits, (target != 0).to(logits.device)
-
-
 def _evenly(indices: Tensor, most: int) -> Tensor:
     """At most `most` of the indices, at even strides from the first one."""
     if len(indices) <= most:
         return indices
     return indices[torch.arange(most, device=indices.device) * len(indices) // most]
-
-
-def _require(condition: bool, expected: str, *found: Tensor) -> None:
-    if not condition:
-        raise ValueError(f"expected {expected}, found shapes {[tuple(tensor.shape) for tensor in found]}")

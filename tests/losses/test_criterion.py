@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from finetune.config import LossConfig
+from finetune.losses import functional
 from finetune.losses.criterion import TERMS, Criterion, total
 
 ALL_ON = LossConfig(**dict.fromkeys(TERMS, 1.0))
@@ -52,10 +53,29 @@ def test_counts_come_from_targets_alone_and_equal_those_of_the_call() -> None:
         "boundary": 1,
         "authentic": 1,
         "bce": 3,
+        "evidence": 2,
+        "sparsity": 1,
         "contrast_region": 1,
         "contrast_image": 2,
     }
     assert {name: term.count for name, term in criterion(sample_outputs(), batch).items()} == counts
+
+
+def test_evidence_reads_the_label_of_the_maps_image() -> None:
+    """Maps of images 0 (tampered), 1 (real) and 3 (unlabelled), though image 2 stands between them."""
+    outputs, batch = sample_outputs(), sample_batch()
+    config = LossConfig(evidence=1.0, evidence_share=0.1)
+    expected, count = functional.evidence_loss(outputs.mask_logits, torch.tensor([1, 0, -100]), 0.1)
+    found = Criterion(config)(outputs, batch)["evidence"]
+    assert found.count == count == 2
+    torch.testing.assert_close(found.sum, expected)
+
+
+def test_the_parameters_of_the_class_term_reach_it() -> None:
+    outputs, batch = sample_outputs(), sample_batch()
+    plain, weighted = (Criterion(LossConfig(cls_pos_weight=w))(outputs, batch)["focal"] for w in (1.0, 4.0))
+    own = functional.focal_loss(outputs.cls_logits[:1], torch.tensor([1]))[0]  # the one tampered image
+    torch.testing.assert_close(weighted.sum - plain.sum, 3 * own)
 
 
 def test_total_is_the_weighted_sum_of_the_means() -> None:

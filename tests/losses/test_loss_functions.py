@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune.losses import functional as L
 
-MASK_LOSSES = [L.dice_loss, L.boundary_loss, L.authentic_pixel_loss, L.mask_bce]
+MASK_LOSSES = [L.dice_loss, L.boundary_loss, L.authentic_pixel_loss, L.mask_bce, L.sparsity_loss]
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,15 @@ def test_focal_by_hand() -> None:
     total, count = L.focal_loss(torch.tensor([0.0, 3.0]), torch.tensor([1, -100]), gamma=2.0, alpha=0.25)
     assert count == 1
     assert total.item() == pytest.approx(0.25 * 0.25 * math.log(2), abs=1e-7)
+
+
+def test_focal_with_a_positive_weight_equals_torch() -> None:
+    logits, labels = 4 * torch.randn(12), torch.randint(0, 2, (12,))
+    total, count = L.focal_loss(logits, labels, gamma=0.0, pos_weight=3.0)
+    weight = torch.tensor(3.0)
+    expected = F.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=weight, reduction="sum")
+    assert count == 12  # the number of images, as torch's mean divides
+    torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-6)
 
 
 def test_focal_gradient_is_finite_for_sure_answers() -> None:
@@ -175,6 +184,56 @@ def test_a_map_of_another_size_than_its_target_is_an_error(loss) -> None:
         loss([torch.zeros(4, 4)], [])
 
 
+# --- evidence and sparsity
+
+
+def test_evidence_by_hand() -> None:
+    """The two largest of 100 logits are 3 and 1: z = 2; the unlabelled map takes no part."""
+    logits = torch.full((10, 10), -5.0)
+    logits[2, 3], logits[7, 1] = 3.0, 1.0
+    total, count = L.evidence_loss([logits, logits, logits], torch.tensor([1, 0, -100]), share=0.02)
+    assert count == 2
+    assert total.item() == pytest.approx(math.log1p(math.exp(-2)) + math.log1p(math.exp(2)), abs=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.13, 1.0])
+def test_evidence_equals_torch_on_the_sorted_map(share: float) -> None:
+    logits, labels = random_maps()[0], torch.tensor([1, 0, 1, 0])
+    strongest = [m.flatten().sort().values[-max(1, math.ceil(share * m.numel())) :].mean() for m in logits]
+    expected = F.binary_cross_entropy_with_logits(torch.stack(strongest), labels.float(), reduction="sum")
+    torch.testing.assert_close(L.evidence_loss(logits, labels, share)[0], expected, atol=1e-6, rtol=0)
+
+
+def test_evidence_moves_only_the_strongest_pixels_and_towards_the_label() -> None:
+    logits = torch.arange(100.0).view(10, 10) / 10
+    for label, sign in ((1, -1.0), (0, 1.0)):
+        leaf = logits.clone().requires_grad_()
+        L.evidence_loss([leaf], torch.tensor([label]), share=0.05)[0].backward()
+        moved = leaf.grad.flatten()
+        assert torch.equal(moved[:-5], torch.zeros(95))
+        assert (moved[-5:].sign() == sign).all()
+
+
+def test_evidence_wants_a_label_for_each_map() -> None:
+    with pytest.raises(ValueError, match="one label per map"):
+        L.evidence_loss([torch.zeros(2, 2)], torch.tensor([0, 1]))
+
+
+def test_sparsity_is_the_mean_score_of_authentic_maps() -> None:
+    logits, targets = random_maps()
+    total, count = L.sparsity_loss(logits, targets)
+    assert count == 1  # the third map
+    torch.testing.assert_close(total, F.l1_loss(logits[2].sigmoid(), torch.zeros(8, 8)), atol=1e-6, rtol=0)
+
+
+def test_sparsity_lets_go_of_sure_alarms_where_the_pixel_term_does_not() -> None:
+    faint, sure = torch.tensor([[0.0]], requires_grad=True), torch.tensor([[8.0]], requires_grad=True)
+    nothing = torch.zeros(1, 1, dtype=torch.uint8)
+    L.sparsity_loss([faint, sure], [nothing, nothing])[0].backward()
+    assert faint.grad.item() == pytest.approx(0.25)
+    assert 0 < sure.grad.item() < 1e-3
+
+
 # --- contrast
 
 
@@ -273,7 +332,10 @@ def test_other_gradients_are_the_numerical_ones() -> None:
     check = torch.autograd.gradcheck
     assert check(lambda x: L.text_cross_entropy(x, torch.tensor([3, -100, 0]))[0], (tensor(3, 5),))
     assert check(lambda x: L.focal_loss(x, labels, 2.0, 0.25)[0], (tensor(6),))
+    assert check(lambda x: L.focal_loss(x, labels, 2.0, None, 3.0)[0], (tensor(6),))
     assert check(lambda x: L.image_contrast(x, labels, 0.5)[0], (tensor(6, 4),))
+    maps = (tensor(3, 4), tensor(5, 2), tensor(2, 2))
+    assert check(lambda *m: L.evidence_loss(m, torch.tensor([1, 0, -100]), 0.3)[0], maps)
     features, mask = random_features(dtype=torch.float64)
     assert check(lambda x: L.region_contrast([x], [mask], 0.5)[0], (features.requires_grad_(),))
 
@@ -302,6 +364,15 @@ def test_row_losses_without_supervision(loss, shape: tuple[int, ...], rows: int)
     assert torch.equal(inputs.grad, torch.zeros_like(inputs))
 
 
+def test_evidence_without_supervision() -> None:
+    assert L.evidence_loss([], torch.zeros(0, dtype=torch.long))[1] == 0
+    leaf = torch.full((3, 3), math.inf, requires_grad=True)
+    total, count = L.evidence_loss([leaf], torch.tensor([-100]))
+    total.backward()
+    assert (total.item(), count) == (0.0, 0)
+    assert torch.equal(leaf.grad, torch.zeros(3, 3))
+
+
 def test_half_precision_is_computed_in_float32() -> None:
     logits, targets = random_maps()
     half = [m.bfloat16() for m in logits]
@@ -314,4 +385,5 @@ def test_half_precision_is_computed_in_float32() -> None:
     assert L.region_contrast([features.bfloat16()], [mask])[0].dtype == torch.float32
     assert L.image_contrast(torch.randn(3, 4).bfloat16(), labels)[0].dtype == torch.float32
     assert L.focal_loss(torch.randn(3).bfloat16(), labels)[0].dtype == torch.float32
+    assert L.evidence_loss([half[0]], labels[:1])[0].dtype == torch.float32
     assert L.text_cross_entropy(torch.randn(3, 4).bfloat16(), labels)[0].dtype == torch.float32
