@@ -1,11 +1,23 @@
-"""Calibration of image scores: expected calibration error and a fitted temperature. numpy and scipy only."""
+"""Calibration of image scores: expected calibration error, a fitted temperature, isotonic regression, and the choice.
+
+numpy and scipy only. `calibrate` fits on held-out images and says by cross-fitting what the fit is worth on others;
+its result is the `calibration.json` beside a trained model.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import minimize_scalar
+from scipy.optimize import isotonic_regression, minimize_scalar
 from scipy.special import expit
+
+from finetune.errors import DataFormatError
 
 TEMPERATURE_RANGE = (0.05, 20.0)
 """Temperatures are searched in here; a separable set has no finite optimum and ends at the lower bound."""
@@ -54,11 +66,7 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
 
     Source: Guo et al. 2017. The loss is convex in 1/T, so the bounded search over log T finds its minimum.
     """
-    values, truth = np.asarray(logits, dtype=np.float64), np.asarray(labels)
-    if values.ndim != 1 or truth.shape != values.shape or not np.isfinite(values).all():
-        raise ValueError(f"logits and labels are finite (N,), found {values.shape} and {truth.shape}")
-    if set(np.unique(truth).tolist()) != {0, 1}:
-        raise ValueError("a temperature needs held-out images of both classes (labels 0 and 1)")
+    values, truth = _held_out(logits, labels)
     signed = np.where(truth == 1, values, -values)  # (N,)
 
     def negative_log_likelihood(log_temperature: float) -> float:
@@ -82,3 +90,185 @@ def apply_temperature(logits: ArrayLike, temperature: float) -> np.ndarray:
     if not temperature > 0:
         raise ValueError(f"the temperature is a number > 0, found {temperature}")
     return expit(np.asarray(logits, dtype=np.float64) / temperature)
+
+
+Method = Literal["none", "temperature", "isotonic"]
+FOLDS = 5
+"""Parts of the held-out images in cross-fitting: each is scored by a fit on the others."""
+
+
+@dataclass(frozen=True)
+class Isotonic:
+    """A non-decreasing map from logits to scores: straight lines between its points, constant beyond them.
+
+    logits: (K,) increasing. scores: (K,) non-decreasing, in [0, 1].
+    """
+
+    logits: tuple[float, ...]
+    scores: tuple[float, ...]
+
+    def apply(self, logits: ArrayLike) -> np.ndarray:
+        """float64 scores of any shape."""
+        return np.interp(np.asarray(logits, dtype=np.float64), self.logits, self.scores)
+
+
+def fit_isotonic(logits: ArrayLike, labels: ArrayLike) -> Isotonic:
+    """The non-decreasing map with the least squared error to the labels on held-out images.
+
+    It can mend any monotone distortion, needs more images than a temperature (a few hundred), and may move the verdict
+    at 0.5, since it is not bound to score 0.5 at logit 0.
+
+    Args:
+        logits, labels: as `fit_temperature`.
+
+    Source: Zadrozny and Elkan 2002; equals `sklearn.isotonic.IsotonicRegression(out_of_bounds="clip")`.
+    """
+    values, truth = _held_out(logits, labels)
+    distinct, place = np.unique(values, return_inverse=True)  # (K,), (N,)
+    weights = np.bincount(place).astype(np.float64)  # (K,)
+    means = np.bincount(place, weights=truth) / weights
+    fitted = np.clip(isotonic_regression(means, weights=weights).x, 0.0, 1.0)
+    is_inner = np.r_[False, (fitted[1:-1] == fitted[:-2]) & (fitted[1:-1] == fitted[2:]), False]
+    keep = ~is_inner[: len(fitted)]  # points inside a flat stretch say nothing
+    return Isotonic(tuple(distinct[keep].tolist()), tuple(fitted[keep].tolist()))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How logits become scores that can be read as probabilities: content of `calibration.json`.
+
+    method: the one `apply` uses. temperature, isotonic: both fits, whichever is used; None where nothing could be
+    fitted. ece, brier: cross-fitted, by method. num_images, num_tampered: what it was fitted on.
+    """
+
+    method: Method = "none"
+    temperature: float | None = None
+    isotonic: Isotonic | None = None
+    ece: dict[str, float] = field(default_factory=dict)
+    brier: dict[str, float] = field(default_factory=dict)
+    num_images: int = 0
+    num_tampered: int = 0
+
+    def apply(self, logits: ArrayLike) -> np.ndarray:
+        """Scores in [0, 1] of logits of any shape, float64."""
+        if self.method == "temperature" and self.temperature is not None:
+            return apply_temperature(logits, self.temperature)
+        if self.method == "isotonic" and self.isotonic is not None:
+            return self.isotonic.apply(logits)
+        return apply_temperature(logits, 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON; `ece_before` and `ece_after` are those of no calibration and of the chosen method."""
+        curve = self.isotonic
+        return {
+            "method": self.method,
+            "temperature": self.temperature,
+            "isotonic": None if curve is None else {"logits": list(curve.logits), "scores": list(curve.scores)},
+            "ece_before": self.ece.get("none"),
+            "ece_after": self.ece.get(self.method),
+            "ece": self.ece,
+            "brier": self.brier,
+            "num_images": self.num_images,
+            "num_tampered": self.num_tampered,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write `calibration.json`."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """What `save` wrote.
+
+        Raises:
+            DataFormatError: not such a file.
+        """
+        try:
+            tree = json.loads(Path(path).read_text(encoding="utf-8"))
+            curve = tree["isotonic"]
+            isotonic = None if curve is None else Isotonic(tuple(curve["logits"]), tuple(curve["scores"]))
+            result = cls(
+                tree["method"], tree["temperature"], isotonic, tree["ece"], tree["brier"], tree["num_images"],
+                tree["num_tampered"],
+            )  # fmt: skip
+            scores = result.apply([-1.0, 0.0, 1.0])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataFormatError(
+                f"{path} is no calibration ({type(error).__name__}: {error})",
+                fix="remove it to use the scores as they are, or train again",
+            ) from error
+        if result.method not in FITTED or not ((scores >= 0) & (scores <= 1)).all():
+            raise DataFormatError(
+                f"{path} is no calibration",
+                found=result.method,
+                expected=f"method {', '.join(FITTED)}, and scores in [0, 1]",
+                fix="remove it to use the scores as they are, or train again",
+            )
+        return result
+
+
+def calibrate(logits: ArrayLike, labels: ArrayLike, folds: int = FOLDS) -> Calibration:
+    """Fit a temperature and isotonic regression on held-out images, and choose the better one, or neither.
+
+    The choice is by the cross-fitted Brier score (mean squared error of the score), a proper score: each image is
+    judged by a fit that has not seen it. The calibration errors are measured in the same way; those of a fit on its
+    own images would be near 0 for isotonic regression, whatever it is worth.
+
+    Args:
+        logits, labels: as `fit_temperature`. folds: at most the number of images of the rarer class.
+
+    Returns:
+        The fits on all images. With one image of a class nothing is fitted and `method` is none.
+
+    Raises:
+        ValueError: as `fit_temperature`.
+    """
+    values, truth = _held_out(logits, labels)
+    num_tampered = int(truth.sum())
+    folds = min(folds, num_tampered, len(truth) - num_tampered)
+    if folds < 2:
+        return Calibration(num_images=len(truth), num_tampered=num_tampered)
+    fold = _stratified_folds(truth, folds)  # (N,)
+    scores = {name: np.empty(len(truth)) for name in FITTED}
+    for name, fit in FITTED.items():
+        for k in range(folds):
+            scores[name][fold == k] = fit(values[fold != k], truth[fold != k])(values[fold == k])
+    brier = {name: float(((score - truth) ** 2).mean()) for name, score in scores.items()}
+    errors = {name: float(ece(score, truth) or 0.0) for name, score in scores.items()}
+    method: Any = min(FITTED, key=lambda name: brier[name])  # the simpler one where they are equal
+    return Calibration(
+        method, fit_temperature(values, truth), fit_isotonic(values, truth), errors, brier, len(truth), num_tampered
+    )
+
+
+def _fitted_temperature(logits: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    temperature = fit_temperature(logits, labels)
+    return lambda values: apply_temperature(values, temperature)
+
+
+FITTED: dict[str, Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
+    "none": lambda logits, labels: lambda values: apply_temperature(values, 1.0),
+    "temperature": _fitted_temperature,
+    "isotonic": lambda logits, labels: fit_isotonic(logits, labels).apply,
+}
+"""Every method, simplest first: (logits, labels) it is fitted on -> function from logits to scores."""
+
+
+def _stratified_folds(labels: np.ndarray, folds: int) -> np.ndarray:
+    """Fold of each image, (N,): dealt out class by class, in an order that depends on nothing but the number."""
+    fold = np.empty(len(labels), dtype=np.int64)
+    rng = np.random.default_rng(0)
+    for value in (0, 1):
+        members = rng.permutation(np.flatnonzero(labels == value))
+        fold[members] = np.arange(len(members)) % folds
+    return fold
+
+
+def _held_out(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (N,) float64 and labels (N,) of both classes, or the ValueError of `fit_temperature`."""
+    values, truth = np.asarray(logits, dtype=np.float64), np.asarray(labels)
+    if values.ndim != 1 or truth.shape != values.shape or not np.isfinite(values).all():
+        raise ValueError(f"logits and labels are finite (N,), found {values.shape} and {truth.shape}")
+    if set(np.unique(truth).tolist()) != {0, 1}:
+        raise ValueError("a calibration needs held-out images of both classes (labels 0 and 1)")
+    return values, truth.astype(np.int64)
