@@ -23,6 +23,8 @@ from finetune.errors import DataFormatError
 Kind = Literal["group", "bytes", "picture"]
 _WHAT = {"group": "records of one group", "bytes": "the same image file", "picture": "pictures that look the same"}
 _PICTURE = 256
+_TOLD = 3
+"""Overlaps of each kind that an error names."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class ImageIndex:
     def split_of(self, number: int) -> str:
         """Name of an image's split."""
         return self.split_names[self._split[number]]
+
+    def group_of(self, number: int) -> str:
+        """Name of an image's group, "" where it has none."""
+        return self.group_names[self._group[number]] if self._group[number] >= 0 else ""
 
     @property
     def splits(self) -> np.ndarray:
@@ -155,28 +161,35 @@ def assert_disjoint(index: ImageIndex, max_distance: int = MAX_DISTANCE) -> None
     """No group, no file and no picture is in two splits.
 
     Raises:
-        DataFormatError: one is; says how many and names the first of each kind with its records and splits.
+        DataFormatError: one is; says how many of each kind, names the first few of each with their records and
+            splits, and what can be done about it in the configuration of `forensics prepare`.
     """
     overlaps = index.overlaps(max_distance)
     if not overlaps:
         return
-    kinds = list(dict.fromkeys(overlap.kind for overlap in overlaps))
-    count = {kind: sum(overlap.kind == kind for overlap in overlaps) for kind in kinds}
-    first = next(overlap for overlap in overlaps if overlap.kind == kinds[0])
+    told = []
+    for kind in dict.fromkeys(overlap.kind for overlap in overlaps):
+        own = [overlap for overlap in overlaps if overlap.kind == kind]
+        cases = [describe(index, overlap) for overlap in own[:_TOLD]]
+        if len(own) > _TOLD:
+            cases.append(f"and {len(own) - _TOLD} more")
+        told.append(f"{len(own)} x {_WHAT[kind]} ({'; '.join(cases)})")
     raise DataFormatError(
-        "splits are not disjoint: " + ", ".join(f"{count[kind]} x {_WHAT[kind]}" for kind in kinds),
-        found=describe(index, first),
+        "splits are not disjoint: " + ", ".join(told),
         expected="each group and each picture in one split only",
-        fix="group the records by what they share (splits.group_by), or remove the copies",
+        fix="group the records by what they share (splits.group_by), give copies a common group or remove them, then "
+        "run again with --overwrite, since what is written so far was divided the old way; or accept them as they are "
+        "with splits.on_overlap=warn",
     )
 
 
 def describe(index: ImageIndex, overlap: Overlap) -> str:
-    """`train: a, b | test: c` with the records of an overlap, at most two per split."""
+    """`train: a, b | test: c` with the records of an overlap, at most two per split; a group by its name before."""
     by_split: dict[str, list[str]] = {}
     for number in overlap.numbers.tolist():
         by_split.setdefault(index.split_of(number), []).append(index.names[number])
-    return " | ".join(
+    named = f"'{index.group_of(int(overlap.numbers[0]))}' " if overlap.kind == "group" else ""
+    return named + " | ".join(
         f"{split}: {', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}"
         for split, names in by_split.items()
     )

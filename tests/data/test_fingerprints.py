@@ -145,6 +145,23 @@ def test_twins_in_one_split_are_fine_and_across_splits_are_not() -> None:
         assert_disjoint(index(("x", "train", "g", a), ("z", "test", "g", b)))
 
 
+def test_the_error_counts_names_the_first_few_and_says_the_way_out() -> None:
+    rng = np.random.default_rng(0)
+    made = ImageIndex()
+    for k in range(5):
+        for split in ("train", "test"):
+            made.add(f"{split}{k}", split, f"scene{k}", Fingerprint(rng.bytes(32), None, rng.bytes(256)))
+    with pytest.raises(DataFormatError) as caught:
+        assert_disjoint(made)
+    message = str(caught.value)
+    assert "5 x records of one group ('scene0' train: train0 | test: test0; 'scene1' " in message
+    assert "'scene2' train: train2 | test: test2; and 2 more)" in message
+    assert "scene3" not in message
+    for way_out in ("--overwrite", "splits.group_by", "splits.on_overlap=warn"):
+        assert way_out in message
+    assert "\n" not in message
+
+
 def test_each_overlap_is_told_once_and_by_its_strongest_kind() -> None:
     a, copy = of(scene(1)), of(scene(1), format="JPEG", quality=60)
     both = index(("x", "train", "", a), ("y", "test", "", a), ("z", "val", "", copy), ("w", "val", "", of(scene(3))))

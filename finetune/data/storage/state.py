@@ -74,6 +74,12 @@ def check_settings(found: dict[str, Any], expected: dict[str, Any], split: str) 
     expected = json.loads(json.dumps(expected))  # tuples are lists in the file
     for name in expected:
         if found.get(name) != expected[name]:
+            if name == "config_hash":
+                raise ConfigError(
+                    f"split '{split}' was begun with another configuration or other records (config_hash "
+                    f"{found.get(name)}, now {expected[name]}); go back to them, start again with overwrite "
+                    "(--overwrite), or write to another folder"
+                )
             raise ConfigError(
                 f"split '{split}' was begun with {name} {found.get(name)!r}, not {expected[name]!r}; "
                 "use the same settings, start again with overwrite, or write to another folder"
