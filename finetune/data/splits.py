@@ -172,7 +172,7 @@ class HoldOut:
 
 @dataclass
 class SplitCounts:
-    """What fell into one split; `labels` counts records by label (1 if any of the images is tampered).
+    """What fell into one split; `labels` counts images by label, as the manifest and the audit do.
 
     `forced` records were put there by their source, not by the ratios.
     """
@@ -197,8 +197,8 @@ class SplitReport:
         total = sum(counts.records for counts in self.counts.values()) or 1
         return [
             f"{name}: {counts.records} records ({counts.records / total:.1%}) in {counts.groups} groups, "
-            f"{counts.images} images; {counts.labels[0]} real, {counts.labels[1]} tampered, "
-            f"{counts.labels[None]} unlabelled"
+            f"{counts.images} images: {counts.labels[0]} real, {counts.labels[1]} tampered, "
+            f"{counts.labels[None]} without label"
             for name, counts in self.counts.items()
         ]
 
@@ -258,7 +258,7 @@ class Splitter:
         counts.forced += is_forced
         counts.records += 1
         counts.images += len(record.images)
-        counts.labels[record.label] += 1
+        counts.labels.update(target.label for target in record.targets)
         digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=7).digest()
         self._seen[forced].add(int.from_bytes(digest, "big"))  # a number each: memory stays small
         return forced
@@ -294,7 +294,7 @@ class Splitter:
                 yield f"split '{name}' is empty; it was to have {share:.0%} (few groups, or large ones)"
             elif counts.records:
                 for label in sorted(present - set(counts.labels), key=str):
-                    yield f"split '{name}' has no {'tampered' if label else 'real'} record"
+                    yield f"split '{name}' has no {'tampered' if label else 'real'} image"
                 realised = (counts.records - counts.forced) / max(num_free, 1)
                 if num_free and abs(realised - share) > _MAX_DEVIATION:
                     yield (

@@ -141,14 +141,14 @@ def test_the_report_counts_and_warns() -> None:
     train = report.counts["train"]
     assert (train.records, train.groups, train.images) == (10, 9, 10)
     assert train.labels == {0: 5, 1: 4, None: 1}
-    assert report.lines()[0] == ("train: 10 records (76.9%) in 9 groups, 10 images; 5 real, 4 tampered, 1 unlabelled")
+    assert report.lines()[0] == ("train: 10 records (76.9%) in 9 groups, 10 images: 5 real, 4 tampered, 1 without label")
     assert any("'train' got 76.9% of the records to be divided" in line for line in report.warnings)
     lonely = Splitter({"train": 0.5, "val": 0.5}, 0)
     lonely.split_of(record("a", group=in_train[0], label=0))
     lonely.split_of(record("b", group=in_train[1], label=1))
     assert "split 'val' is empty; it was to have 50% (few groups, or large ones)" in lonely.report().warnings
     lonely.split_of(record("c", group=in_val, label=1))
-    assert "split 'val' has no real record" in lonely.report().warnings
+    assert "split 'val' has no real image" in lonely.report().warnings
 
 
 def test_records_with_a_split_of_their_own_are_not_held_against_the_ratios() -> None:

@@ -136,7 +136,7 @@ def _tiles(audit: Audit) -> str:
             "图像",
             "images",
             counts["images"],
-            f"{labels['real']} real · {labels['tampered']} tampered · {labels['unlabelled']} –",
+            f"{labels['real']} real · {labels['tampered']} tampered · {labels['unlabelled']} without label",
         ),
         ("分组", "groups", counts["groups"]["all"], f"{both} with both classes"),
     ]
@@ -257,9 +257,9 @@ def _splits(counts: Mapping[str, Any]) -> str:
         ("划分", "split"),
         ("记录", "records"),
         ("组", "groups"),
-        ("真实", "real"),
-        ("伪造", "tampered"),
-        ("无标签", "unlabelled"),
+        ("真实图像", "real images"),
+        ("伪造图像", "tampered images"),
+        ("无标签图像", "images without label"),
     )
     head = "".join(f"<th>{bilingual(*name)}</th>" for name in names)
     keys = ("records", "groups", "real", "tampered", "unlabelled")

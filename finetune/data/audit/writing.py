@@ -52,8 +52,8 @@ def to_json(audit: Audit) -> dict[str, object]:
 def summary_lines(audit: Audit) -> list[str]:
     """What the terminal shows: a line per split, the strongest leaks, a line per finding with its first examples."""
     lines = [
-        f"{name}: {counts['records']} records in {counts['groups']} groups, {counts['real']} real, "
-        f"{counts['tampered']} tampered, {counts['unlabelled']} unlabelled images"
+        f"{name}: {counts['records']} records in {counts['groups']} groups, {_num_images(counts)} images: "
+        f"{counts['real']} real, {counts['tampered']} tampered, {counts['unlabelled']} without label"
         for name, counts in audit.counts["splits"].items()
     ]
     if tokens := audit.counts["tokens"]:
@@ -66,6 +66,11 @@ def summary_lines(audit: Audit) -> list[str]:
     lines += [finding_line(finding) for finding in audit.findings]
     lines.append(f"{audit.num_errors} errors, {audit.num_warnings} warnings")
     return lines
+
+
+def _num_images(counts: dict[str, int]) -> int:
+    """Of a split, readable or not."""
+    return counts["real"] + counts["tampered"] + counts["unlabelled"]
 
 
 def finding_line(finding: Finding) -> str:
