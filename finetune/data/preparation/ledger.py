@@ -29,6 +29,7 @@ class Entry:
         id, group: of the record.
         error: why it was rejected (the fields of a `DataFormatError`), None where it was written.
         prints: fingerprint of each image.
+        stamp: `work.file_stamp` of the record when it was looked at, 0 where it had no files to look at.
     """
 
     index: int
@@ -37,6 +38,7 @@ class Entry:
     group: str = ""
     error: DataFormatError | dict[str, Any] | None = None
     prints: tuple[Fingerprint, ...] = ()
+    stamp: int = 0
 
 
 class Ledger:
@@ -49,9 +51,8 @@ class Ledger:
 
     def __init__(self, path: Path, keep: Callable[[Entry], bool]) -> None:
         self.path = path
-        kept = [entry for entry in read_ledger(path) if keep(entry)] if path.is_file() else []
-        with path.open("w", encoding="utf-8") as stream:
-            stream.writelines(_line(entry) for entry in kept)
+        kept = (entry for entry in read_ledger(path) if keep(entry)) if path.is_file() else iter(())
+        write_atomically(path, (_line(entry).encode() for entry in kept), is_durable=False)
         self._stream = path.open("a", encoding="utf-8")
 
     def add(self, entry: Entry) -> None:
@@ -106,4 +107,4 @@ def _line(entry: Entry) -> str:
     prints = [(p.sha256.hex(), p.phash, base64.b64encode(p.thumbnail).decode()) for p in entry.prints]
     error = _described(entry.error) if isinstance(entry.error, DataFormatError) else entry.error
     fields = {"index": entry.index, "split": entry.split, "id": entry.id, "group": entry.group, "error": error}
-    return json.dumps({**fields, "prints": prints}, ensure_ascii=False) + "\n"
+    return json.dumps({**fields, "stamp": entry.stamp, "prints": prints}, ensure_ascii=False) + "\n"

@@ -6,7 +6,9 @@ finished shards, and the next one goes on behind them.
 
 from __future__ import annotations
 
+import copy
 import time
+from array import array
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +22,10 @@ from finetune.data.parallel import ordered_map
 from finetune.data.preparation.config import PrepareConfig, PrepareSource, check
 from finetune.data.preparation.ledger import Entry, Ledger, read_ledger, write_rejected
 from finetune.data.preparation.sources import Survey, iter_items, survey, with_synthesis
-from finetune.data.preparation.work import work_on
+from finetune.data.preparation.work import file_stamp, work_on
 from finetune.data.splits import SplitReport
 from finetune.data.storage import SplitWriter, open_writer
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Record
 
 _LEDGER_NAME = "ledger.jsonl"
@@ -78,7 +80,8 @@ def prepare(config: PrepareConfig, *, overwrite: bool = False, progress: bool = 
 
     Raises:
         ConfigError: the configuration, or an output folder that holds something else.
-        DataFormatError: with `on_error: stop` the first record that cannot be used; splits that are not disjoint.
+        DataFormatError: with `on_error: stop` the first record that cannot be used; splits that are not disjoint; image
+            or mask files of finished records that changed since the run that is continued.
     """
     start = time.monotonic()
     check(config)
@@ -108,6 +111,7 @@ def prepare(config: PrepareConfig, *, overwrite: bool = False, progress: bool = 
         if all(writer.is_complete for writer in writers.values()):
             raise ConfigError(f"{out_dir} is complete already; pass --overwrite to make it again")
         with closing(Ledger(ledger_path, keep=lambda entry: _is_settled(entry, writers))) as ledger:
+            _refuse_changed_files(config, sources, found, ledger_path)
             _write_all(config, sources, found, writers, ledger, progress)
         overlaps = _overlaps(config, ledger_path)
     rejected = write_rejected(ledger_path, out_dir)
@@ -138,11 +142,43 @@ def _write_all(
         if outcome.error is not None:
             if config.on_error == "stop":
                 raise outcome.error
-            ledger.add(Entry(item.index, item.split, item.id, error=outcome.error))
+            ledger.add(Entry(item.index, item.split, item.id, error=outcome.error, stamp=outcome.stamp))
             continue
         assert isinstance(item.record, Record)
-        ledger.add(Entry(item.index, item.split, item.id, item.record.group, prints=outcome.prints))
+        ledger.add(Entry(item.index, item.split, item.id, item.record.group, None, outcome.prints, outcome.stamp))
         writers[item.split].write(item.record, outcome.payload, item.index)
+
+
+def _refuse_changed_files(
+    config: PrepareConfig, sources: list[PrepareSource], found: Survey, ledger_path: Path
+) -> None:
+    """The files of records that an interrupted run settled are those it looked at, by size and time of change.
+
+    Without this a resumed set would mix old and new pictures in silence. Costs a look at each such file, and 8 bytes a
+    record; nothing where nothing was settled.
+
+    Raises:
+        DataFormatError: some are not; says how many and names the first few.
+    """
+    stamps = array("q", bytes(8 * found.num_items))
+    for entry in read_ledger(ledger_path):
+        stamps[entry.index] = entry.stamp
+    if not any(stamps):
+        return
+    changed: list[str] = []
+    count = 0
+    for item in iter_items(sources, copy.deepcopy(found.splitter)):
+        if stamps[item.index] and isinstance(item.record, Record) and stamps[item.index] != file_stamp(item.record):
+            count += 1
+            changed += [f"{item.id} ({item.record.source})"] if len(changed) < 3 else []
+    if count:
+        raise DataFormatError(
+            f"image or mask files of {count} finished records changed since the interrupted run (size or time of "
+            f"change): {', '.join(changed)}{', ...' if count > len(changed) else ''}",
+            source=Path(config.out_dir).name,
+            expected="the files the run was begun with",
+            fix="put them back with their times (cp -p, rsync -t), or pass --overwrite to start anew",
+        )
 
 
 def _is_done(index: int, split: str, writers: dict[str, SplitWriter]) -> bool:

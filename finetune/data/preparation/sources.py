@@ -20,9 +20,11 @@ from finetune.config import build, to_dict
 from finetune.data.preparation.config import PrepareConfig, PrepareSource
 from finetune.data.preparation.work import Item
 from finetune.data.readers import iter_records
+from finetune.data.readers.file_tree import iter_files
 from finetune.data.splits import GroupBy, HoldOut, SplitReport, Splitter
-from finetune.data.storage import SetInfo
+from finetune.data.storage import SetInfo, is_stored
 from finetune.data.storage.atomic import file_sha256
+from finetune.data.storage.reading import stored_hash
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Record
 
@@ -106,7 +108,8 @@ def survey(config: PrepareConfig, sources: Sequence[PrepareSource], progress: bo
     fresh = copy.deepcopy(splitter)
     digest = hashlib.blake2b(config_digest(config).encode(), digest_size=8)
     num_errors, first_error, total = 0, None, 0
-    items = iter_items(sources, splitter)
+    formats: list[set[str]] = [set() for _ in sources]
+    items = iter_items(sources, splitter, formats)
     for item in tqdm(items, desc="reading", unit="rec", disable=not progress, leave=False):
         total += 1
         if isinstance(item.record, DataFormatError):
@@ -115,7 +118,8 @@ def survey(config: PrepareConfig, sources: Sequence[PrepareSource], progress: bo
         digest.update(_identity(item).encode("utf-8", "surrogatepass"))
     if not total:
         raise DataFormatError("no records", found=[source.path for source in sources], fix="check the sources' paths")
-    described = tuple(_described(source, name) for source, name in zip(sources, source_names(sources), strict=True))
+    names = source_names(sources)
+    described = tuple(_described(*each) for each in zip(sources, names, formats, strict=True))
     info = SetInfo(config.seed, digest.hexdigest(), described)
     return Survey(total, num_errors, first_error, fresh, splitter.report(), info)
 
@@ -129,11 +133,33 @@ def config_digest(config: PrepareConfig) -> str:
     return json.dumps(fields, sort_keys=True)
 
 
-def _described(source: PrepareSource, name: str) -> dict[str, Any]:
-    """For the manifest: no path, which would say where the set was made."""
+def _described(source: PrepareSource, name: str, formats: set[str]) -> dict[str, Any]:
+    """For the manifest: what was read and a hash of it; no path, which would say where the set was made.
+
+    A data file and a stored set are hashed by their bytes. A folder of images is hashed by the names and sizes of its
+    files (`listing_sha256`): the bytes that were used are in the prepared set and hashed there.
+    """
     path = Path(source.path)
     fixed = {"split": source.split} if source.split else {}
-    return {"name": name, "format": source.format, "sha256": file_sha256(path) if path.is_file() else None, **fixed}
+    if path.is_file():
+        known = {"sha256": file_sha256(path)}
+    elif is_stored(path):
+        known = {"sha256": stored_hash(path)}
+    else:
+        known = {"listing_sha256": listing_sha256(path)}
+    return {"name": name, "format": ", ".join(sorted(formats)) or source.format, **known, **fixed}
+
+
+def listing_sha256(folder: Path) -> str:
+    """SHA-256 of a line `relative/path size` for every file below a folder, sorted; hidden ones are left out.
+
+    Raises:
+        DataFormatError: a folder cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name in iter_files(folder, ("",)):
+        digest.update(f"{name} {(folder / name).stat().st_size}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def _identity(item: Item) -> str:
@@ -157,20 +183,29 @@ def source_names(sources: Sequence[PrepareSource]) -> list[str]:
     return names
 
 
-def iter_records_of(sources: Sequence[PrepareSource]) -> Iterator[tuple[PrepareSource, Record | DataFormatError]]:
-    """Every record with its source and its final id, in order; the same at every call while the files are the same."""
+def iter_records_of(
+    sources: Sequence[PrepareSource], formats: Sequence[set[str]] | None = None
+) -> Iterator[tuple[PrepareSource, Record | DataFormatError]]:
+    """Every record with its source and its final id, in order; the same at every call while the files are the same.
+
+    Args:
+        formats: one set per source, which receives the formats met in it (`iter_records`).
+    """
     names = source_names(sources)
-    for source, name in zip(sources, names, strict=True):
-        for record in iter_records(source.path, source.format, source.root, source.options):
+    for number, (source, name) in enumerate(zip(sources, names, strict=True)):
+        found = None if formats is None else formats[number]
+        for record in iter_records(source.path, source.format, source.root, source.options, found):
             if len(sources) > 1 and isinstance(record, Record):
                 group = f"{name}/{record.group}" if source.own_groups and record.group else record.group
                 record = replace(record, id=f"{name}/{record.id}", group=group)
             yield source, record
 
 
-def iter_items(sources: Sequence[PrepareSource], splitter: Splitter) -> Iterator[Item]:
-    """The items in order; every record is counted by the splitter."""
-    for index, (source, record) in enumerate(iter_records_of(sources)):
+def iter_items(
+    sources: Sequence[PrepareSource], splitter: Splitter, formats: Sequence[set[str]] | None = None
+) -> Iterator[Item]:
+    """The items in order; every record is counted by the splitter. `formats` as of `iter_records_of`."""
+    for index, (source, record) in enumerate(iter_records_of(sources, formats)):
         if isinstance(record, DataFormatError):
             yield Item(index, "", record)
         else:

@@ -5,10 +5,13 @@ Imports little, since every worker process starts with it.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 
 from PIL import Image
 
+from finetune.data.containers import backing_file
 from finetune.data.fingerprints import Fingerprint, fingerprint
 from finetune.data.storage.encoding import EncodedRecord, ImageOptions, prepare_payload
 from finetune.errors import DataFormatError
@@ -37,11 +40,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Outcome:
-    """An item after the work: what to write, or why not."""
+    """An item after the work: what to write, or why not; `stamp` as of `file_stamp`."""
 
     item: Item
     payload: EncodedRecord | None = None
     prints: tuple[Fingerprint, ...] = ()
+    stamp: int = 0
     error: DataFormatError | None = None
 
 
@@ -50,11 +54,29 @@ def work_on(item: Item, options: ImageOptions) -> Outcome:
     if isinstance(item.record, DataFormatError):
         return Outcome(item, error=item.record)
     prints: list[Fingerprint] = []
+    stamp = file_stamp(item.record)  # before they are read: a change during the work is noticed too
 
     def look(image: ImageInput, picture: Image.Image) -> None:
         prints.append(fingerprint(image, picture))
 
     try:
-        return Outcome(item, prepare_payload(item.record, options, look), tuple(prints))
+        return Outcome(item, prepare_payload(item.record, options, look), tuple(prints), stamp)
     except DataFormatError as error:
-        return Outcome(item, error=error)
+        return Outcome(item, error=error, stamp=stamp)
+
+
+def file_stamp(record: Record) -> int:
+    """A number in [1, 2**63) that changes with the size and the time of change of any image or mask file of a record.
+
+    Nothing is opened. A missing file has a stamp of its own.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for path in (*(image.path for image in record.images), *(target.mask_path for target in record.targets)):
+        if path is None:
+            continue
+        try:
+            status = os.stat(backing_file(path))
+            digest.update(f"{status.st_size} {status.st_mtime_ns}\0".encode())
+        except (OSError, ValueError):  # ValueError: a NUL in the name
+            digest.update(b"missing\0")
+    return int.from_bytes(digest.digest(), "big") % (2**63 - 1) + 1

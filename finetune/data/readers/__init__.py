@@ -94,6 +94,7 @@ def iter_records(
     format: str = "auto",
     root: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
+    formats: set[str] | None = None,
 ) -> Iterator[Record | DataFormatError]:
     """Every record of a file or folder, or the error in its place, in file order; at least one of either.
 
@@ -105,13 +106,15 @@ def iter_records(
         format: a key of `READERS` or `FORMATS`, or "auto".
         root: folder that relative image and mask paths start from; the file's own folder by default.
         options: of the format, see data/README.md.
+        formats: receives the key of `READERS` or `FORMATS` of what was read, several where a JSON file mixes them; a
+            recognised public set as `folder: casia2`.
     """
     path = Path(path)
     given = Options(options or {}, path.name)
     first_position: dict[int, str] = {}
     is_empty = True
     try:
-        entries, masks = _open(path, format, root, given)
+        entries, masks = _open(path, format, root, given, set() if formats is None else formats)
         for position, source, record in entries:
             is_empty = False
             if isinstance(record, DataFormatError):
@@ -208,9 +211,9 @@ def _likeness(reader: Reader, keys: set[str]) -> float:
 
 
 def _open(
-    path: Path, format: str, root: str | os.PathLike[str] | None, options: Options
+    path: Path, format: str, root: str | os.PathLike[str] | None, options: Options, formats: set[str]
 ) -> tuple[Entries, MaskOptions]:
-    """The entries of a data set, not yet read, and what is done to their masks."""
+    """The entries of a data set, not yet read, and what is done to their masks; `formats` receives what they are."""
     if format != "auto" and format not in READERS and format not in FORMATS:
         expected = f"auto, {', '.join((*READERS, *FORMATS))}"
         raise DataFormatError("unknown format", source=path.name, found=format, expected=expected)
@@ -222,8 +225,11 @@ def _open(
     own = FORMATS[kind].options if kind in FORMATS else ()
     options.check_names((*COMMON_OPTIONS, *own), kind if kind in FORMATS else "JSON objects")
     masks = read_mask_options(options)
+    if kind in FORMATS and kind != "folder":
+        formats.add(kind)
     if kind == "folder" and path.is_dir():  # a public set's own convention, unless the user says otherwise
         layout = read_layout(path, options)
+        formats.add(f"folder: {layout.preset}" if layout.preset else "folder")
         masks = replace(masks, convention=masks.convention or layout.mask_convention)
         if "mask_pixels" not in options.values:
             masks = replace(masks, pixels=layout.mask_pixels)
@@ -232,7 +238,7 @@ def _open(
         return read(value, path, root_dir, options), masks
     if kind in FORMATS:
         return FORMATS[kind].read(path, root_dir, options), masks
-    return _read_objects(path, root_dir, kind), masks
+    return _read_objects(path, root_dir, kind, formats), masks
 
 
 def _kind(path: Path, options: Options) -> tuple[str, Any]:
@@ -265,21 +271,24 @@ def _is_labelme_file(path: Path) -> bool:
         return False
 
 
-def _read_objects(path: Path, root: str, format: str) -> Entries:
+def _read_objects(path: Path, root: str, format: str, formats: set[str]) -> Entries:
     for position, source, value in iter_objects(path):
         try:
             if isinstance(value, DataFormatError):
                 raise value
-            yield position, source, _read_one(value, f"{path.stem}:{position}", source, root, format)
+            name, record = _read_one(value, f"{path.stem}:{position}", source, root, format)
+            formats.add(name)
+            yield position, source, record
         except DataFormatError as error:
             yield position, source, error
         except RecursionError:
             yield position, source, DataFormatError("lists nested too deeply", source=source, fix="repair or remove it")
 
 
-def _read_one(value: Any, default_id: str, source: str, root: str, format: str) -> Record:
+def _read_one(value: Any, default_id: str, source: str, root: str, format: str) -> tuple[str, Record]:
+    """The key of `READERS` that fits, and the record."""
     if is_pair(value) and format in ("auto", "pairs"):
-        return PAIRS.read(Item({"pair": value}, default_id, source, root))
+        return "pairs", PAIRS.read(Item({"pair": value}, default_id, source, root))
     if not isinstance(value, dict):
         raise DataFormatError(
             "record is not an object",
@@ -301,7 +310,7 @@ def _read_one(value: Any, default_id: str, source: str, root: str, format: str) 
     missing = READERS[name].missing({key for key, entry in value.items() if entry is not None})
     if missing:
         raise item.error(f"format '{name}' needs '{missing[0]}'", found=sorted(value), expected=READERS[name].example)
-    return READERS[name].read(item)
+    return name, READERS[name].read(item)
 
 
 def _root_dir(path: Path, root: str | os.PathLike[str] | None) -> str:

@@ -41,7 +41,8 @@ def read_layout(path: Path, options: Options) -> Layout:
     """
     preset = options.choice("preset", tuple(LAYOUTS), "") if "preset" in options.values else ""
     has_own = any(role in options.values for role in ROLES)
-    layout = LAYOUTS[preset or ("generic" if has_own else _recognise(path))]
+    name_of_layout = preset or ("generic" if has_own else _recognise(path))
+    layout = replace(LAYOUTS[name_of_layout], preset="" if name_of_layout == "generic" else name_of_layout)
     if has_own and not preset:
         layout = Layout(authentic=Role(), tampered=Role(), masks=Role())
     roles: dict[str, Role] = {}

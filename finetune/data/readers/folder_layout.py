@@ -36,6 +36,7 @@ class Layout:
         ignore: regular expression over the path below the data set, without suffix, of images that are not used.
         is_mask_shared: whether several images may have one mask (post-processed variants).
         mask_convention, mask_pixels: as the options of these names.
+        preset: key of `LAYOUTS` it comes from, "" where the options describe it all.
     """
 
     authentic: Role = Role(("authentic",))
@@ -46,6 +47,7 @@ class Layout:
     is_mask_shared: bool = False
     mask_convention: str = ""
     mask_pixels: str = "bright"
+    preset: str = ""
 
 
 _POST_PROCESSED = r"(?:_[A-Z]{2}[0-9]+)?"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +18,8 @@ import pytest
 from PIL import Image
 
 from finetune.config import load_config
+from finetune.data.audit.run import find_sources, run_audit
+from finetune.data.audit.writing import summary_lines
 from finetune.data.preparation.config import PrepareConfig, PrepareSource
 from finetune.data.preparation.prepare import prepare
 from finetune.data.readers import scan_records
@@ -232,6 +236,90 @@ def test_changed_data_are_not_mixed_into_an_interrupted_set(tmp_path: Path, make
         run(config_for(tmp_path / "out", source, on_error="skip"))
     run(config_for(tmp_path / "out", source, on_error="skip"), overwrite=True)
     assert len(records_of(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_files_that_changed_since_the_interruption_are_noticed(
+    tmp_path: Path, make_source: MakeSource, kind: str
+) -> None:
+    source = make_source(40)
+    whole = (source.parent / "38.png").read_bytes()
+    (source.parent / "38.png").write_bytes(b"")
+    config = config_for(tmp_path / "out", source, storage="parquet", shard_megabytes=1)
+    with pytest.raises(DataFormatError, match="0 bytes"):
+        run(config)
+    done = json.loads((tmp_path / "out" / ".writing" / "train.json").read_text())["shards"][0]
+    assert done["rows"] > 1
+    (source.parent / "38.png").write_bytes(whole)
+    ledger = [json.loads(line) for line in (tmp_path / "out" / ".writing" / "ledger.jsonl").read_text().splitlines()]
+    settled = [e["id"] for e in ledger if e["split"] == "train" and e["index"] < done["source_end"]]
+    number = next(int(name[1:]) for name in settled if int(name[1:]) % 2)
+    file = source.parent / (f"{number}.png" if kind == "image" else f"{number}_mask.png")
+    before, times = file.read_bytes(), file.stat()
+    marks = np.zeros((208, 208), np.uint8)
+    marks[:10] = 255
+    (picture(999) if kind == "image" else Image.fromarray(marks)).save(file)
+    with pytest.raises(DataFormatError, match=rf"1 finished records changed.*r{number} \(list.jsonl.*--overwrite"):
+        run(config)
+    file.write_bytes(before)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # put back with its time: the run goes on
+    assert run(config).num_done_before > 0
+    run(config_for(tmp_path / "again", source, storage="parquet", shard_megabytes=1))
+    assert tree(tmp_path / "out") == tree(tmp_path / "again")
+
+
+def test_everyone_counts_images_by_label(tmp_path: Path, make_source: MakeSource) -> None:
+    """A record of a real, a tampered and an unlabelled image is one of each: in the lines, the manifest, the audit."""
+    source = make_source(6)
+    lines = [
+        {
+            "id": f"c{k}",
+            "group": f"scene{k}",
+            "images": [f"{3 * k + place}.png" for place in range(3)],
+            "labels": [0, 1, None],
+            "messages": [{"role": "user", "content": "<image>" * 3}, {"role": "assistant", "content": "x"}],
+        }
+        for k in range(2)
+    ]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    config = config_for(tmp_path / "out", source)
+    config.splits.ratios = {"train": 1.0}
+    counted = "6 images: 2 real, 2 tampered, 2 without label"
+    assert run(config).lines()[0] == f"train: 2 records (100.0%) in 2 groups, {counted}"
+    stored = json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]["train"]
+    assert [stored[key] for key in ("images", "authentic", "tampered", "unlabelled")] == [6, 2, 2, 2]
+    audit = run_audit(find_sources([str(tmp_path / "out")]), progress=False)
+    assert summary_lines(audit)[0] == f"train: 2 records in 2 groups, {counted}"
+
+
+def test_the_manifest_says_what_each_source_was(tmp_path: Path, make_source: MakeSource) -> None:
+    """The recognised format, not `auto`; a hash of the file, or of the listing of a folder of images."""
+    mixed, folder = make_source(4, "mixed"), tmp_path / "casia"
+    lines = mixed.read_text().splitlines()
+    lines[3] = json.dumps({"image_path": "3.png", "mask_path": "3_mask.png", "label": 1})
+    mixed.write_text("\n".join(lines))
+    for place in ("Au", "Tp", "CASIA 2 Groundtruth"):
+        (folder / place).mkdir(parents=True)
+    picture(901).save(folder / "Au" / "Au_ani_00001.png")
+    picture(902).save(folder / "Tp" / "Tp_D_NRN_S_N_ani00002_nat00003_00004.png")
+    marks = np.zeros((208, 208), np.uint8)
+    marks[20:90] = 255
+    Image.fromarray(marks).save(folder / "CASIA 2 Groundtruth" / "Tp_D_NRN_S_N_ani00002_nat00003_00004_gt.png")
+    config = config_for(tmp_path / "out", mixed, folder)
+    config.splits.ratios = {"train": 1.0}
+    run(config)
+    told = json.loads((tmp_path / "out" / "manifest.json").read_text())["sources"]
+    assert [source["format"] for source in told] == ["annotation, messages", "folder: casia2"]
+    assert told[0]["sha256"] == hashlib.sha256(mixed.read_bytes()).hexdigest()
+    listing = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        listing.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+    assert told[1]["listing_sha256"] == listing.hexdigest()
+    again = config_for(tmp_path / "second", tmp_path / "out" / "train")
+    again.splits.ratios = {"train": 1.0}
+    run(again)
+    (stored,) = json.loads((tmp_path / "second" / "manifest.json").read_text())["sources"]
+    assert (stored["format"], len(stored["sha256"])) == ("stored", 64)
 
 
 def test_a_complete_set_is_not_made_again_unless_asked(tmp_path: Path, make_source: MakeSource) -> None:
