@@ -28,9 +28,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), schema: 
     Raises:
         ConfigError: file missing or not YAML, unknown key (with the nearest known one), value of another type.
     """
-    tree = {} if path is None else _read_tree(Path(path), seen=())
+    tree = {} if path is None else read_tree(Path(path))
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     where = "defaults" if path is None else str(path)
     config = build(schema, tree, where=where)
     if isinstance(config, RunConfig):
@@ -43,7 +43,7 @@ def config_hash(config: Any) -> str:
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one `key.sub=value` in a tree, and in those of its stages that say something about the key."""
     key, separator, value = override.partition("=")
     if not separator or not key:
@@ -88,7 +88,12 @@ def _says(tree: Any, parts: Sequence[str]) -> bool:
     return True
 
 
-def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a YAML file, what it extends merged in; `seen` are the files that led here.
+
+    Raises:
+        ConfigError: file missing, not YAML or no mapping, or a circle of `extends`.
+    """
     if path.resolve() in seen:
         raise ConfigError(f"{path}: 'extends' forms a circle: {' -> '.join(str(p) for p in seen)}")
     try:
@@ -108,7 +113,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
-    return merge(_read_tree(path.parent / str(parent), (*seen, path.resolve())), tree)
+    return merge(read_tree(path.parent / str(parent), (*seen, path.resolve())), tree)
 
 
 def _one_line(error: object) -> str:

@@ -1,0 +1,149 @@
+"""`config_eval.json` and `config_inference.json`: the users' keys load in both spellings, mistakes are one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.config.vision_runs import VisionEvalConfig, VisionInferenceConfig, load_vision_config
+from finetune.errors import ConfigError
+
+EVAL_KEYS = {
+    "base_model_path": "base",
+    "visual_lora.path": "lora",
+    "visual_lora.layers": [15, 23, 31],
+    "head_checkpoint": "heads",
+    "ann_eval": "eval.json",
+    "data_root": "data",
+    "metrics_csv": "m.csv",
+    "inference_output": "out",
+    "classification_threshold": 0.4,
+    "heatmap_threshold": 0.6,
+    "batch_size": 2,
+    "num_workers": 3,
+}
+INFERENCE_KEYS = {
+    "head_checkpoint": "heads",
+    "system_prompt": "s",
+    "chat_system_prompt": "c",
+    "user_prompt": "u",
+    "generation": {"max_new_tokens": 9, "temperature": 0.5, "top_p": 0.9},
+    "output.csv": "r.csv",
+    "output.evidence_dir": "evidence",
+}
+
+
+def write(folder: Path, tree: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(tree if isinstance(tree, str) else json.dumps(tree), encoding="utf-8")
+    return path
+
+
+def nested(tree: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        section, _, leaf = key.rpartition(".")
+        (result.setdefault(section, {}) if section else result)[leaf] = value
+    return result
+
+
+def test_every_key_of_the_users_files_loads_nested_and_dotted(tmp_path: Path) -> None:
+    flat = load_vision_config(write(tmp_path, EVAL_KEYS), [], VisionEvalConfig)
+    assert flat == load_vision_config(write(tmp_path, nested(EVAL_KEYS)), [], VisionEvalConfig)
+    assert (flat.visual_lora.path, flat.visual_lora.layers) == ("lora", [15, 23, 31])
+    for key, value in EVAL_KEYS.items():
+        if "." not in key:
+            assert getattr(flat, key) == value
+    one = load_vision_config(write(tmp_path, INFERENCE_KEYS), [], VisionInferenceConfig)
+    assert one == load_vision_config(write(tmp_path, nested(INFERENCE_KEYS)), [], VisionInferenceConfig)
+    assert (one.output.csv, one.generation.top_p, one.user_prompt) == ("r.csv", 0.9, "u")
+    many = load_vision_config(write(tmp_path, INFERENCE_KEYS | {"user_prompt": ["a", "b"]}), [], VisionInferenceConfig)
+    assert many.user_prompt == ["a", "b"]
+
+
+def test_overrides_and_a_missing_lora(tmp_path: Path) -> None:
+    path = write(tmp_path, EVAL_KEYS | {"visual_lora.path": None})
+    config = load_vision_config(path, ["visual_lora.layers=[1]", "batch_size=7"], VisionEvalConfig)
+    assert (config.visual_lora.path, config.visual_lora.layers, config.batch_size) == (None, [1], 7)
+    tree = {key: value for key, value in EVAL_KEYS.items() if "visual" not in key} | {"visual_lora": None}
+    assert load_vision_config(write(tmp_path, tree), [], VisionEvalConfig).visual_lora.path is None
+
+
+@pytest.mark.parametrize("name", ["config_eval", "config_inference"])
+def test_the_ready_files_load_and_name_only_existing_keys(repo_root: Path, name: str) -> None:
+    schema = VisionEvalConfig if name == "config_eval" else VisionInferenceConfig
+    path = repo_root / "configs" / "eval" / f"{name}.json"
+    config = load_vision_config(path, [], schema)
+    assert config.visual_lora.layers == [15, 23, 31]
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    assert set(tree) <= {field.name for field in dataclasses.fields(schema)}
+    expected = EVAL_KEYS if name == "config_eval" else INFERENCE_KEYS
+    for key in expected:
+        node = tree
+        for part in key.split("."):
+            assert part in node, key
+            node = node[part]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"clasification_threshold": 0.5}, ["clasification_threshold", "did you mean 'classification_threshold'"]),
+        ({"visual_lora.layer": [1]}, ["visual_lora.layer", "did you mean 'layers'"]),
+        ({"classification_threshold": 1.2}, ["classification_threshold", "1.2", "0 to 1"]),
+        ({"heatmap_threshold": -0.1}, ["heatmap_threshold", "-0.1"]),
+        ({"heatmap_threshold": float("nan")}, ["heatmap_threshold", "nan"]),
+        ({"heatmap_threshold": "high"}, ["heatmap_threshold", "'high'"]),
+        ({"batch_size": 0}, ["batch_size", "from 1 on"]),
+        ({"num_workers": -1}, ["num_workers", "from 0 on"]),
+        ({"head_checkpoint": ""}, ["head_checkpoint", "missing"]),
+        ({"ann_eval": ""}, ["ann_eval", "missing"]),
+        ({"visual_lora": {"path": "other"}}, ["visual_lora", "given twice", "keep one"]),
+        ({"batch_size.x": 1}, ["batch_size", "no section"]),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_vision_config(write(tmp_path, EVAL_KEYS | change), [], VisionEvalConfig)
+    for word in ["config.json", *words]:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"generation": {"temperature": -1}}, ["generation.temperature"]),
+        ({"generation": {"top_p": 0}}, ["generation.top_p"]),
+        ({"generation": {"max_new_tokens": 0}}, ["generation.max_new_tokens"]),
+        ({"output.csv": ""}, ["output.csv", "missing"]),
+        ({"min_region_area": 1.0}, ["min_region_area"]),
+        ({"language": "fr"}, ["language", "zh, en"]),
+    ],
+)
+def test_a_mistake_of_inference_is_named(tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_vision_config(write(tmp_path, INFERENCE_KEYS | change), [], VisionInferenceConfig)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"batch_size": 1,}', ["not valid JSON", "line 1"]),
+        ("[1]", ["expected an object"]),
+        ('{"batch_size": 1, "batch_size": 2}', ["'batch_size'", "twice"]),
+    ],
+)
+def test_a_file_that_is_no_settings_object(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_vision_config(write(tmp_path, text), [], VisionEvalConfig)
+    for word in words:
+        assert word in str(error.value)
+    with pytest.raises(ConfigError, match=r"gone\.json does not exist"):
+        load_vision_config(tmp_path / "gone.json", [], VisionEvalConfig)
