@@ -17,6 +17,10 @@ class ModelConfig:
     attn_implementation: str = "auto"  # auto: flash_attention_2 where importable on CUDA, else sdpa
     quantization: Literal["none", "nf4"] = "none"  # nf4: QLoRA, needs bitsandbytes
     adapter: str | None = None  # a PEFT folder to start from
+    language: Literal["auto", "load", "skip"] = (
+        "auto"  # skip: the language model is neither built nor read; auto: skip where the heads need the tower alone
+    )
+    base: str | None = None  # Qwen2.5-VL under a folder of vision heads; default: the one that the folder names
 
 
 @dataclass
@@ -41,11 +45,14 @@ class NoiseResidualConfig:
 
 @dataclass
 class HeadsConfig:
-    """Classification and mask head on the hidden states at the forensic tokens."""
+    """Classification and mask head, on the states at the forensic tokens or on the vision tower alone."""
 
     enabled: bool = True
-    mask: Literal["query", "grid"] = (
-        "query"  # query: token-query decoder over vision patches; grid: tokens -> grid -> mask
+    source: Literal["tokens", "vision"] = (
+        "tokens"  # vision: for every image, from blocks `vision_layers` through a fusion neck; no text is needed
+    )
+    mask: Literal["query", "grid", "none"] = (
+        "query"  # query: token-query decoder over patches; grid: tokens -> grid -> mask; none: only with source vision
     )
     layer: str | int = (
         "last"  # "last", "weighted" (learned weighted sum of all layers) or a layer index (0 = embeddings)
@@ -55,6 +62,7 @@ class HeadsConfig:
     num_heads: int = 8
     dropout: float = 0.0
     vision_layers: list[int] = field(default_factory=lambda: [-1])  # tower blocks whose pre-merger patches are decoded
+    num_queries: int = 8  # learned queries that take the place of mask tokens with source vision
     grid_size: int = 16  # side of the coarse grid of the `grid` head
     cls_uses_mask: bool = True  # the image score also reads pooled evidence of the mask branch
     mask_sigmoid: bool = False  # the head itself returns scores in (0, 1) instead of logits

@@ -20,7 +20,9 @@ from transformers.modeling_outputs import ModelOutput  # noqa: E402
 from finetune.config import HeadsConfig, build  # noqa: E402
 from finetune.errors import ConfigError  # noqa: E402
 
-HEAD_MODULES = ("cls_head", "mask_head", "noise_residual", "layer_mix", "stream_to_language")
+HEAD_MODULES = (
+    "cls_head", "mask_head", "noise_residual", "layer_mix", "stream_to_language", "neck", "mask_queries",
+)  # fmt: skip
 """Attribute names of everything this class adds to Qwen2.5-VL."""
 
 
@@ -32,6 +34,8 @@ class QwenForensicsConfig(Qwen2_5_VLConfig):
         cls_token_ids, mask_token_ids: ids of `<cls>`.. and `<mask_1>`..; without them the heads cannot run.
         num_cls, num_mask: sizes of the heads; implied by the id lists when those are given.
         image_mean, image_std: the processor's normalisation, which the noise-residual stream undoes.
+        has_language: whether the language model and its lm_head are part of the model; heads on the vision tower do
+            without.
     """
 
     model_type = "qwen_forensics"
@@ -43,6 +47,7 @@ class QwenForensicsConfig(Qwen2_5_VLConfig):
     num_mask: int = 32
     image_mean: list | tuple = (0.48145466, 0.4578275, 0.40821073)
     image_std: list | tuple = (0.26862954, 0.26130258, 0.27577711)
+    has_language: bool = True
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -70,7 +75,10 @@ class QwenForensicsConfig(Qwen2_5_VLConfig):
 class QwenForensicsOutput(ModelOutput):
     """Output of one forward pass over B sequences with N images, M of which have forensic tokens.
 
-    logits: (B, T, V), or (K, V) where `logits_to_keep` is a boolean mask with K True positions.
+    With `heads.source: vision` M is N, and all of it is there for every image.
+
+    logits: (B, T, V), or (K, V) where `logits_to_keep` is a boolean mask with K True positions; None where no text was
+    given.
     cls_logits: (M_c,) tampering logits; cls_image_index: (M_c,) which of the N images each is about.
     mask_logits: M_m maps (H, W) at `mask_sizes_hw`, by default the processed image's size; mask_image_index: (M_m,).
     mask_features: M_m maps (C, h, w) the masks were decoded from. image_features: (M_c, C) embedding behind
@@ -92,12 +100,16 @@ class QwenForensicsOutput(ModelOutput):
     branch_anchor: Tensor | None = None
 
 
-def check_layers(heads: HeadsConfig, num_layers: int, depth: int) -> None:
-    """Refuse layers the model does not have, before anything is computed from another one.
+def check_heads(config: QwenForensicsConfig) -> None:
+    """Refuse heads that this model cannot have, before anything is computed from another layer than the one meant.
 
     Raises:
-        ConfigError: `heads.layer` or one of `heads.vision_layers` out of range.
+        ConfigError: `heads.layer` or one of `heads.vision_layers` out of range, or switches that exclude each other.
     """
+    heads = config.heads_config
+    if not heads.enabled:
+        return
+    num_layers, depth = config.text_config.num_hidden_layers, config.vision_config.depth
     layer = heads.layer
     if layer not in ("last", "weighted") and not (isinstance(layer, int) and -num_layers - 1 <= layer <= num_layers):
         raise ConfigError(f"heads.layer is {layer!r}; expected last, weighted or 0 (embeddings) to {num_layers}")
@@ -107,3 +119,27 @@ def check_layers(heads: HeadsConfig, num_layers: int, depth: int) -> None:
             f"heads.vision_layers is {heads.vision_layers}; expected blocks of the vision tower, 0 to {depth - 1} "
             "(or -1, -2, ... from the end)"
         )
+    if heads.source == "vision":
+        _check_vision(heads, depth)
+    elif not config.has_language:
+        raise ConfigError("heads.source: tokens reads the language model, which is left out; use model.language: load")
+    elif heads.mask == "none":
+        raise ConfigError("heads.mask: none goes with heads.source: vision only; expected query or grid")
+
+
+def _check_vision(heads: HeadsConfig, depth: int) -> None:
+    if heads.layer != "last":
+        raise ConfigError(
+            f"heads.layer is {heads.layer!r} with heads.source: vision, which reads no layer of the language model; "
+            "leave it at last (vision_layers chooses the blocks of the tower)"
+        )
+    if heads.noise_residual.enabled and heads.noise_residual.to_language:
+        raise ConfigError(
+            "heads.noise_residual.to_language adds to what the language model reads; expected false with "
+            "heads.source: vision"
+        )
+    if heads.num_queries < 1:
+        raise ConfigError(f"heads.num_queries is {heads.num_queries}; expected at least 1")
+    blocks = [block % depth for block in heads.vision_layers]
+    if len(set(blocks)) < len(blocks):
+        raise ConfigError(f"heads.vision_layers is {heads.vision_layers}, a block twice; expected each block once")

@@ -13,10 +13,13 @@ from torch import nn
 from finetune.errors import ConfigError
 
 HEAD_GROUPS = {
+    "neck": ("neck",),
     "cls_head": ("cls_head", "layer_mix"),
-    "mask_head": ("mask_head", "layer_mix"),
+    "mask_head": ("mask_head", "mask_queries", "layer_mix"),
     "noise_residual": ("noise_residual", "stream_to_language"),
 }
+"""Modules of each group of heads; `neck` and `mask_queries` exist with `heads.source: vision` only."""
+
 GROUPS = (
     "new_tokens", *HEAD_GROUPS, "lm_lora", "lm_full", "projector", "vision_lora", "vision_top", "vision_full",
 )  # fmt: skip

@@ -6,14 +6,16 @@ A mixin without a `forward`: running the heads is `finetune.models.head_running`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from finetune.config import HeadsConfig
-from finetune.models.configuration import HEAD_MODULES, QwenForensicsConfig, check_layers
+from finetune.models.configuration import HEAD_MODULES, QwenForensicsConfig, check_heads
 from finetune.models.heads import HEADS, ClsHead, evidence_size
+from finetune.models.neck import NUM_POOLED, FusionNeck
 from finetune.models.noise_residual import NoiseResidualStream
 
 
@@ -21,7 +23,6 @@ class HeadBuilder(nn.Module):
     """What the model class needs to own heads; they are attributes of the model itself, named in `HEAD_MODULES`."""
 
     config: QwenForensicsConfig
-    lm_head: nn.Module
 
     def replace_heads(self, settings: Mapping[str, Any]) -> None:
         """Drop the heads and build those that `settings` describe, new from their seed; nothing else changes.
@@ -43,27 +44,42 @@ class HeadBuilder(nn.Module):
         heads = self.config.heads_config
         self.heads_config = heads
         self.has_heads = heads.enabled
-        check_layers(heads, self.config.text_config.num_hidden_layers, self.config.vision_config.depth)
+        check_heads(self.config)
         if heads.enabled:
             self._build_heads(heads)
-            if self.lm_head.weight.device.type != "meta":
+            if next(self.parameters()).device.type != "meta":
                 self.init_heads()
 
     def _build_heads(self, heads: HeadsConfig) -> None:
-        text, vision = self.config.text_config, self.config.vision_config
-        residual = heads.noise_residual
+        text, residual = self.config.text_config, heads.noise_residual
         stream_channels = residual.channels if residual.enabled else 0
-        self.mask_head = HEADS[heads.mask](
-            heads, text.hidden_size, vision.hidden_size, self.config.num_mask, stream_channels
-        )
-        size = evidence_size(self.mask_head.num_features) if heads.cls_uses_mask else 0
-        self.cls_head = ClsHead(heads, text.hidden_size, self.config.num_cls, size)
+        if heads.source == "vision":
+            self._build_on_tower(heads, stream_channels)
+        else:
+            self.mask_head = HEADS[heads.mask](
+                heads, text.hidden_size, self.config.vision_config.hidden_size, self.config.num_mask, stream_channels
+            )
+            self.cls_head = ClsHead(heads, text.hidden_size, self.config.num_cls, self._evidence_size(heads))
         if residual.enabled:
             self.noise_residual = NoiseResidualStream(residual)
             if residual.to_language:
                 self.stream_to_language = nn.Linear(stream_channels, text.hidden_size)
         if heads.layer == "weighted":
             self.layer_mix = nn.Linear(text.num_hidden_layers + 1, 1, bias=False)
+
+    def _build_on_tower(self, heads: HeadsConfig, stream_channels: int) -> None:
+        """Neck, mask head on the neck's map with learned queries, image head on the neck's pooled states."""
+        width = heads.hidden_size
+        self.neck = FusionNeck(heads, self.config.vision_config.hidden_size, stream_channels)
+        if heads.mask != "none":
+            fused = replace(heads, vision_layers=[-1])  # one map, whatever the neck made it from
+            self.mask_head = HEADS[heads.mask](fused, width, width, heads.num_queries, stream_channels)
+            self.mask_queries = nn.Embedding(heads.num_queries, width)
+        self.cls_head = ClsHead(heads, width, NUM_POOLED, self._evidence_size(heads))
+
+    def _evidence_size(self, heads: HeadsConfig) -> int:
+        has_evidence = heads.cls_uses_mask and heads.mask != "none"
+        return evidence_size(self.mask_head.num_features) if has_evidence else 0
 
     def init_heads(self) -> None:
         """(Re-)initialise every head from `heads.seed`, leaving the global RNG untouched."""

@@ -6,7 +6,7 @@ A mixin without parameters of its own; the modules it runs are built by `finetun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,51 @@ from finetune.models.features import (
 )
 from finetune.models.head_building import HeadBuilder
 from finetune.models.heads import evidence_size, pool_evidence
+from finetune.models.perturbation import VisionOffsets, add_offsets
+
+
+class Seen(NamedTuple):
+    """What heads read of N images.
+
+    vision: the tower's output, None where stored maps replace it. stream: N noise-residual maps, None without it.
+    maps: stored maps of the tower's blocks, None where `vision` is to be read.
+    """
+
+    vision: BaseModelOutputWithPooling | None
+    stream: list[Tensor] | None
+    maps: Sequence[Sequence[Tensor]] | None = None
 
 
 class HeadRunner(HeadBuilder):
     """The steps of `forward` that concern the heads."""
+
+    model: Any
+
+    def _see(
+        self,
+        pixel_values: Tensor | None,
+        image_grid_thw: Tensor,
+        maps: Sequence[Sequence[Tensor]] | None,
+        offsets: VisionOffsets | None,
+    ) -> Seen:
+        """Vision tower, unless its maps are given, and noise-residual stream."""
+        stream = None if pixel_values is None else self._residual_features(pixel_values, image_grid_thw)
+        if maps is not None or pixel_values is None:
+            return Seen(None, stream, maps)
+        vision = self._encode_images(pixel_values, image_grid_thw)
+        if offsets is not None:
+            merge = self.config.vision_config.spatial_merge_size
+            vision = add_offsets(vision, offsets, image_grid_thw, self.heads_config.vision_layers, merge)
+        return Seen(vision, stream)
+
+    def _encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> BaseModelOutputWithPooling:
+        """Vision tower with the hidden states of every block; without a graph while all of it is frozen."""
+        needs_graph = pixel_values.requires_grad or any(p.requires_grad for p in self.model.visual.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_graph):
+            vision: BaseModelOutputWithPooling = self.model.get_image_features(
+                pixel_values, image_grid_thw, output_hidden_states=True, return_dict=True
+            )
+        return vision
 
     def _find_runs(self, input_ids: Tensor | None, pixel_values: Tensor | None) -> tuple[TokenRuns, TokenRuns] | None:
         """Runs of cls and of mask tokens, or None where the heads have nothing to read."""
@@ -74,21 +115,21 @@ class HeadRunner(HeadBuilder):
         self,
         result: QwenForensicsOutput,
         outputs: Any,
-        vision: BaseModelOutputWithPooling,
-        stream: list[Tensor] | None,
+        seen: Seen,
         image_grid_thw: Tensor,
         runs: tuple[TokenRuns, TokenRuns],
         mask_sizes_hw: Sequence[tuple[int, int]] | None,
     ) -> None:
+        assert seen.vision is not None
         cls_runs, mask_runs = runs
         maps: list[Tensor] = []
         if len(mask_runs.image):  # 5
             images = mask_runs.image.tolist()
-            patches = self._patch_maps(vision, image_grid_thw)
+            patches = self._patch_maps(seen.vision, image_grid_thw)
             decoded = self.mask_head(
                 self._token_states(outputs, mask_runs),
                 [[layer[i] for i in images] for layer in patches],
-                None if stream is None else [stream[i] for i in images],
+                None if seen.stream is None else [seen.stream[i] for i in images],
             )
             maps = decoded.logits
             result.mask_logits = [
@@ -158,3 +199,21 @@ class HeadRunner(HeadBuilder):
         values = logits.float().sigmoid() if self.heads_config.mask_sigmoid else logits.float()
         values = F.interpolate(values[None, None], size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
         return torch.logit(values, eps=1e-6) if self.heads_config.mask_sigmoid else values
+
+    def _branch_anchor(self, result: QwenForensicsOutput, uses_vision: bool) -> Tensor:
+        """0 with a gradient path to every trainable parameter that this batch may have left out of the graph.
+
+        Args:
+            uses_vision: all of the vision tower was used; heads on the tower use neither its last norm and projector
+                nor blocks behind the last one they read.
+        """
+        parameters = [p for module in self.head_modules() for p in module.parameters()]
+        if not uses_vision:
+            parameters += list(self.model.visual.parameters())
+        output = result.logits if result.logits is not None else result.cls_logits
+        assert output is not None
+        anchor = output.float().sum() * 0
+        for parameter in parameters:
+            if parameter.requires_grad and not hasattr(parameter, "ds_id"):  # ZeRO-3 left an empty shell of those
+                anchor = anchor + parameter.float().sum() * 0
+        return anchor

@@ -28,10 +28,13 @@ from transformers.conversion_mapping import (  # noqa: E402
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling  # noqa: E402
 from transformers.modeling_utils import slice_logits_to_keep  # noqa: E402
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel  # noqa: E402
 
+from finetune.errors import ConfigError  # noqa: E402
 from finetune.models.configuration import HEAD_MODULES, QwenForensicsConfig, QwenForensicsOutput  # noqa: E402
-from finetune.models.head_running import HeadRunner  # noqa: E402
-from finetune.models.perturbation import VisionOffsets, add_offsets  # noqa: E402
+from finetune.models.head_running import Seen  # noqa: E402
+from finetune.models.perturbation import VisionOffsets  # noqa: E402
+from finetune.models.vision_heads import NO_LANGUAGE, VisionHeadRunner, VisionOnlyModel  # noqa: E402
 
 __all__ = [
     "HEAD_MODULES",
@@ -41,7 +44,7 @@ __all__ = [
 ]
 
 
-class QwenForensicsForConditionalGeneration(HeadRunner, Qwen2_5_VLForConditionalGeneration):
+class QwenForensicsForConditionalGeneration(VisionHeadRunner, Qwen2_5_VLForConditionalGeneration):
     """See the module docstring. Parameters of the base class keep their names, on disk and in memory."""
 
     config_class = QwenForensicsConfig
@@ -49,7 +52,13 @@ class QwenForensicsForConditionalGeneration(HeadRunner, Qwen2_5_VLForConditional
     _keep_in_fp32_modules_strict = list(HEAD_MODULES)  # noqa: RUF012  (the base class wants a list)
 
     def __init__(self, config: QwenForensicsConfig) -> None:
-        super().__init__(config)
+        if config.has_language:
+            super().__init__(config)
+        else:
+            Qwen2_5_VLPreTrainedModel.__init__(self, config)
+            self._tied_weights_keys = None  # there is no lm_head to tie
+            self.model = VisionOnlyModel(config)
+            self.post_init()
         self._set_heads()
 
     @classmethod
@@ -107,92 +116,85 @@ class QwenForensicsForConditionalGeneration(HeadRunner, Qwen2_5_VLForConditional
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         mask_sizes_hw: Sequence[tuple[int, int]] | None = None,
         vision_offsets: VisionOffsets | None = None,
+        tower_maps: Sequence[Sequence[Tensor]] | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> QwenForensicsOutput:
         """Base-class forward plus heads; every argument not named here is the base class's.
 
+        With `heads.source: vision` images alone are enough: without `input_ids` no text is computed.
+
         Args:
             mask_sizes_hw: (H, W) of the mask wanted for each of the N images; default: the processed image's size.
-            vision_offsets: added to what the vision tower gives; needs heads and forensic tokens in the input.
+            vision_offsets: added to what the vision tower gives; needs heads, and forensic tokens where they read them.
+            tower_maps: what `self.tower_maps` gave for these images, instead of running the tower; `pixel_values` are
+                then needed for the noise-residual stream only.
             return_dict: accepted for the base class's callers; the output is always a `QwenForensicsOutput`.
 
-        The steps: 1 vision tower and noise stream; 2 language model; 3 text logits; 4 states at the forensic tokens;
-        5 masks; 6 image scores, which read the masks' evidence.
+        The steps: 1 vision tower and noise stream; 2 language model; 3 text logits; 4 states at the forensic tokens, or
+        of the tower; 5 masks; 6 image scores, which read the masks' evidence.
         """
-        runs = self._find_runs(input_ids, pixel_values)
+        has_text = input_ids is not None or inputs_embeds is not None
+        self._check_inputs(has_text, pixel_values, tower_maps)
+        runs = None if self.reads_tower else self._find_runs(input_ids, pixel_values)
         uses_vision = pixel_values is not None or pixel_values_videos is not None
-        stream: list[Tensor] | None = None
-        vision: BaseModelOutputWithPooling | None = None
-        if runs is not None and pixel_values is not None and image_grid_thw is not None:  # 1
-            vision = self._encode_images(pixel_values, image_grid_thw)
-            if vision_offsets is not None:
-                merge = self.config.vision_config.spatial_merge_size
-                vision = add_offsets(vision, vision_offsets, image_grid_thw, self.heads_config.vision_layers, merge)
-            stream = self._residual_features(pixel_values, image_grid_thw)
-            mm_encoder_outputs = {
-                **(mm_encoder_outputs or {}),
-                "image": self._add_stream(vision, stream, image_grid_thw),
-            }
-            pixel_values = None
+        seen: Seen | None = None
+        if (runs is not None or self.reads_tower) and image_grid_thw is not None:  # 1
+            if pixel_values is not None or tower_maps is not None:
+                seen = self._see(pixel_values, image_grid_thw, tower_maps, vision_offsets)
+            if seen is not None and seen.vision is not None:
+                image = self._add_stream(seen.vision, seen.stream, image_grid_thw)
+                mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": image}
+                pixel_values = None
 
-        wants_layers = self.has_heads and runs is not None and self.heads_config.layer != "last"
-        outputs = self.model(  # 2
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            second_per_grid_ts=second_per_grid_ts,
-            mm_token_type_ids=mm_token_type_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            mm_encoder_outputs=mm_encoder_outputs,
-            output_hidden_states=output_hidden_states or wants_layers,
-            return_dict=True,
-            **kwargs,
-        )
-        logits = self.lm_head(slice_logits_to_keep(outputs[0], logits_to_keep))  # 3
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+        result, outputs = QwenForensicsOutput(), None
+        if has_text or not self.reads_tower:
+            wants_layers = self.has_heads and runs is not None and self.heads_config.layer != "last"
+            outputs = self.model(  # 2
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                pixel_values_videos=pixel_values_videos,
+                image_grid_thw=image_grid_thw,
+                video_grid_thw=video_grid_thw,
+                second_per_grid_ts=second_per_grid_ts,
+                mm_token_type_ids=mm_token_type_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                mm_encoder_outputs=mm_encoder_outputs,
+                output_hidden_states=output_hidden_states or wants_layers,
+                return_dict=True,
+                **kwargs,
             )
-        result = QwenForensicsOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states if output_hidden_states else None,
-            attentions=outputs.attentions,
-        )
+            result.logits = self.lm_head(slice_logits_to_keep(outputs[0], logits_to_keep))  # 3
+            if labels is not None:
+                result.loss = self.loss_function(
+                    logits=result.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+                )
+            result.past_key_values = outputs.past_key_values
+            result.hidden_states = outputs.hidden_states if output_hidden_states else None
+            result.attentions = outputs.attentions
+        if seen is not None and image_grid_thw is not None:  # 4, 5, 6
+            if runs is not None:
+                self._run_heads(result, outputs, seen, image_grid_thw, runs, mask_sizes_hw)
+            else:
+                self._run_on_tower(result, seen, image_grid_thw, mask_sizes_hw)
         if self.training:  # also without heads: a text-only batch leaves the vision tower out
-            result.branch_anchor = self._branch_anchor(logits, uses_vision=uses_vision)
-        if runs is not None and vision is not None and image_grid_thw is not None:  # 4, 5, 6
-            self._run_heads(result, outputs, vision, stream, image_grid_thw, runs, mask_sizes_hw)
+            result.branch_anchor = self._branch_anchor(result, uses_vision=uses_vision and has_text)
         return result
 
-    def _encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> BaseModelOutputWithPooling:
-        """Vision tower with the hidden states of every block; without a graph while all of it is frozen."""
-        needs_graph = pixel_values.requires_grad or any(p.requires_grad for p in self.model.visual.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_graph):
-            return self.model.get_image_features(
-                pixel_values, image_grid_thw, output_hidden_states=True, return_dict=True
-            )
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class.
 
-    def _branch_anchor(self, logits: Tensor, uses_vision: bool) -> Tensor:
-        """0 with a gradient path to every trainable parameter that this batch may have left out of the graph."""
-        parameters = [p for module in self.head_modules() for p in module.parameters()]
-        if not uses_vision:
-            parameters += list(self.model.visual.parameters())
-        anchor = logits.float().sum() * 0
-        for parameter in parameters:
-            if parameter.requires_grad and not hasattr(parameter, "ds_id"):  # ZeRO-3 left an empty shell of those
-                anchor = anchor + parameter.float().sum() * 0
-        return anchor
+        Raises:
+            ConfigError: the language model was left out.
+        """
+        if not self.config.has_language:
+            raise ConfigError(NO_LANGUAGE)
+        return super().generate(*args, **kwargs)
 
 
 # Checkpoint names on disk ("visual.*", "model.layers.*") are mapped per class: without this line a subclass of the
