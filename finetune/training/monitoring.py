@@ -76,8 +76,7 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.retention is not None:
-            is_resumed = self.trainer.resumed_from is not None
-            self.retention.prepare(self.trainer.model, is_resumed, state.is_world_process_zero)
+            self.retention.prepare(self.trainer.model, self.trainer.resumed_from, state.is_world_process_zero)
 
     def on_evaluate(
         self,

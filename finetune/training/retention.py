@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finetune.errors import ConfigError
 from finetune.models.loading import Bundle
+
+logger = logging.getLogger(__name__)
 
 PROMPTS = (
     "What is the capital of France, and which river runs through it?",
@@ -40,29 +45,41 @@ class TextRetention:
 
     Args:
         out_dir: the reference is kept in `text_retention.json` there, so that a resumed run is held against the same.
+        start: folder of the model that the run starts from. Where a run of this project made it and its language
+            moved, that run's reference is the base model's, and is taken over.
     """
 
-    def __init__(self, bundle: Bundle, out_dir: str | Path) -> None:
+    def __init__(self, bundle: Bundle, out_dir: str | Path, start: str | Path | None = None) -> None:
         self.bundle = bundle
         self.file = Path(out_dir) / REFERENCE
-        self.rows: list[tuple[list[int], list[int]]] = []  # prompt ids, continuation ids
+        self.start = None if start is None else Path(start).resolve().parent / REFERENCE
+        self.rows: list[tuple[list[int], list[int]]] = []  # prompt ids, continuation ids; empty: nothing is measured
         self.base_loss = 0.0
 
-    def prepare(self, model: Any, is_resumed: bool, is_main: bool) -> None:
-        """The base model's continuations: from the file in a resumed run, else generated now and written.
+    def prepare(self, model: Any, resumed_from: str | None, is_main: bool) -> None:
+        """The base model's continuations: from a file where there is one, else generated now; written to `out_dir`.
 
-        Call on every rank: under ZeRO-3 a forward pass is a step of all of them.
+        Call on every rank: under ZeRO-3 a forward pass is a step of all of them. In a resumed run that trains whole
+        weights the base model is gone: without a file nothing is measured, and a warning says so.
         """
-        if is_resumed and self.file.is_file():
-            saved = json.loads(self.file.read_text(encoding="utf-8"))
+        places = [self.file, Path(resumed_from).resolve().parent / REFERENCE] if resumed_from is not None else []
+        saved = _from_main(lambda: _first_saved([*places, *([] if self.start is None else [self.start])]), is_main)
+        if saved is not None:
             self.rows = [(row["prompt"], row["continuation"]) for row in saved["rows"]]
             self.base_loss = saved["loss"]
+        elif resumed_from is not None and self.bundle.model is self.bundle.base:
+            logger.warning(
+                "%s is missing and the base model's weights have been trained on: what the base said is not known any "
+                "more, so the text drift is not measured; put the file back, or set train.text_retention: false",
+                self.file,
+            )
             return
-        with _evaluating(model), _as_base(self.bundle):
-            prompts = [self._prompt_ids(text) for text in PROMPTS]
-            self.rows = list(zip(prompts, self._continue(model, prompts), strict=True))
-            self.base_loss = self._loss(model)
-        if is_main:
+        else:
+            with _evaluating(model), _as_base(self.bundle):
+                prompts = [self._prompt_ids(text) for text in PROMPTS]
+                self.rows = list(zip(prompts, self._continue(model, prompts), strict=True))
+                self.base_loss = self._loss(model)
+        if is_main and not (resumed_from is not None and self.file.is_file()):
             rows = [{"prompt": prompt, "continuation": continuation} for prompt, continuation in self.rows]
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.write_text(json.dumps({"loss": self.base_loss, "rows": rows}), encoding="utf-8")
@@ -109,6 +126,34 @@ class TextRetention:
         ids, mask = ids.to(device), mask.to(device)
         kinds = torch.zeros_like(ids)
         return model(input_ids=ids, attention_mask=mask, mm_token_type_ids=kinds, use_cache=False).logits, ids
+
+
+def _first_saved(files: Sequence[Path]) -> Any:
+    """The content of the first of `files` that is there, else None."""
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return None
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is no valid JSON; put a sound copy back, or remove it") from error
+    logger.info("text drift is measured against %s", file)
+    return saved
+
+
+def _from_main(read: Callable[[], Any], is_main: bool) -> Any:
+    """The main process's reading on every rank: folders may not look the same everywhere, and ranks must agree."""
+    found: list[Any] = [None, None]
+    if is_main:
+        try:
+            found = [read(), None]
+        except ConfigError as error:
+            found = [None, str(error)]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise ConfigError(found[1])
+    return found[0]
 
 
 @contextlib.contextmanager

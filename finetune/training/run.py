@@ -151,7 +151,9 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
 def _retention(config: RunConfig, bundle: Bundle) -> TextRetention | None:
     """Where the language can move at all: frozen, its drift is zero."""
     moves = {"lm_lora", "lm_full"} & set(config.train.trainable)
-    return TextRetention(bundle, config.output_dir) if moves and config.train.text_retention else None
+    if not moves or not config.train.text_retention:
+        return None
+    return TextRetention(bundle, config.output_dir, config.model.path)
 
 
 def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, ForensicDataset | None]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from finetune.config import RunConfig
+from finetune.errors import ConfigError
 from finetune.training.monitoring import Throughput, evaluation_warnings, tinted
 from finetune.training.retention import PROMPTS, REFERENCE, TextRetention
 from finetune.training.run import build_trainer, train
@@ -99,8 +100,6 @@ def test_wandb_that_is_missing_is_one_line(make_config: Make) -> None:
 
     if importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
-    from finetune.errors import ConfigError
-
     with pytest.raises(ConfigError, match=r"report_to names wandb.*pip install wandb"):
         build_trainer(make_config(train={"report_to": ["wandb"]}))
 
@@ -113,7 +112,7 @@ def test_drift_is_zero_at_the_base_and_grows(make_config: Make) -> None:
     config = make_config(train={"trainable": LORA, "max_steps": 1, "learning_rate": 0.05}, data={"eval": []})
     trainer = build_trainer(config)[0]
     retention = TextRetention(trainer.bundle, config.output_dir)
-    retention.prepare(trainer.model, is_resumed=False, is_main=True)
+    retention.prepare(trainer.model, resumed_from=None, is_main=True)
     assert retention.drift(trainer.model) == pytest.approx(0, abs=1e-6)
     assert len(retention.rows) == len(PROMPTS)
     assert all(1 <= len(continuation) <= 24 for _, continuation in retention.rows)
@@ -121,10 +120,10 @@ def test_drift_is_zero_at_the_base_and_grows(make_config: Make) -> None:
     drift = retention.drift(trainer.model)
     assert drift > 0.001
     again = TextRetention(trainer.bundle, config.output_dir)
-    again.prepare(trainer.model, is_resumed=True, is_main=True)
+    again.prepare(trainer.model, resumed_from=str(Path(config.output_dir, "checkpoint-1")), is_main=True)
     assert again.drift(trainer.model) == drift
     anew = TextRetention(trainer.bundle, Path(config.output_dir) / "other")
-    anew.prepare(trainer.model, is_resumed=False, is_main=True)  # of the base, not of what it has become
+    anew.prepare(trainer.model, resumed_from=None, is_main=True)  # of the base, not of what it has become
     assert anew.rows == retention.rows
     assert anew.base_loss == pytest.approx(retention.base_loss, abs=1e-6)
 
@@ -134,7 +133,7 @@ def test_continuations_are_those_of_generate(make_config: Make) -> None:
     config = make_config(train={"trainable": ["lm_full"]}, data={"eval": []})
     trainer = build_trainer(config)[0]
     retention = TextRetention(trainer.bundle, config.output_dir)
-    retention.prepare(trainer.model, is_resumed=False, is_main=False)
+    retention.prepare(trainer.model, resumed_from=None, is_main=False)
     assert not Path(config.output_dir, REFERENCE).exists()
     model = trainer.bundle.base.eval()
     end = trainer.bundle.tokenizer.eos_token_id
@@ -144,6 +143,53 @@ def test_continuations_are_those_of_generate(make_config: Make) -> None:
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=end
         )
         assert out[0, len(prompt) :].tolist() == continuation
+
+
+def test_resumed_whole_model_is_never_its_own_base(make_config: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """Its reference is the file, that of the folder it is resumed from, or nothing: the base is not there any more."""
+    whole = {"trainable": ["lm_full"], "max_steps": 1, "eval_steps": 1, "learning_rate": 0.05}
+    config = make_config("whole", train=whole)
+    trainer = build_trainer(config)[0]
+    trainer.train()
+    drifts = [entry["eval_text_drift"] for entry in trainer.state.log_history if "eval_text_drift" in entry]
+    assert drifts[0] > 0.001
+    file = Path(config.output_dir, REFERENCE)
+    point = str(Path(config.output_dir, "checkpoint-1"))
+    elsewhere = TextRetention(trainer.bundle, Path(config.output_dir, "elsewhere"))
+    elsewhere.prepare(trainer.model, point, is_main=True)
+    assert elsewhere.drift(trainer.model) == pytest.approx(drifts[0], abs=1e-6)
+    assert elsewhere.file.read_text() == file.read_text()
+    file.rename(file.with_suffix(".away"))
+    lost = TextRetention(trainer.bundle, config.output_dir)
+    lost.prepare(trainer.model, point, is_main=True)
+    assert not lost.rows
+    assert not file.exists()
+    assert "the text drift is not measured; put the file back" in caplog.text
+    trainer.retention = lost
+    assert "eval_text_drift" not in trainer.evaluate()
+    file.with_suffix(".away").rename(file)
+    file.write_text("{")
+    with pytest.raises(ConfigError, match=r"text_retention.json is no valid JSON"):
+        lost.prepare(trainer.model, point, is_main=True)
+
+
+def test_second_stage_of_whole_weights_keeps_the_first_ones_base(make_config: Make) -> None:
+    """The drift of both stages adds up; measured against its own start, the second would hide the first's."""
+    whole = {"trainable": ["lm_full"], "max_steps": 1, "eval_steps": 1, "learning_rate": 0.05}
+    first, frozen = make_config("first", train=whole), {**whole, "learning_rate": 0.0}
+    train(first)
+    found = []
+    for overrides in ([], ["train.trainable=[new_tokens,lm_lora]"]):
+        name = f"second{len(overrides)}"
+        second = make_config(name, overrides, model={"path": str(Path(first.output_dir, "best"))}, train=frozen)
+        train(second)
+        found.append(Path(second.output_dir, "history.json"))
+    drifts = [
+        [entry["eval_text_drift"] for entry in json.loads(file.read_text()) if "eval_text_drift" in entry][-1]
+        for file in (Path(first.output_dir, "history.json"), *found)
+    ]
+    assert drifts[0] > 0.001
+    assert drifts[1:] == pytest.approx([drifts[0]] * 2, abs=1e-5)
 
 
 def test_frozen_language_is_not_measured(make_config: Make) -> None:
