@@ -27,11 +27,23 @@ MODEL_KEYS = (
 
 
 class ForensicCollator:
-    """Callable for a DataLoader; `padding_side` is right for training and left for generation."""
+    """Callable for a DataLoader.
 
-    def __init__(self, processor: Any, tokens: SpecialTokens, padding_side: Literal["left", "right"] = "right") -> None:
+    Args:
+        padding_side: right for training and left for generation.
+        heads_source: `heads.source` of the model: with vision, the heads run for every image, tokens or not.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        tokens: SpecialTokens,
+        padding_side: Literal["left", "right"] = "right",
+        heads_source: Literal["tokens", "vision"] = "tokens",
+    ) -> None:
         self.processor = processor
         self.padding_side = padding_side
+        self.heads_source = heads_source
         ids = processor.tokenizer.convert_tokens_to_ids
         self.cls_ids = set(ids(list(tokens.cls)))
         self.mask_ids = set(ids(list(tokens.mask)))
@@ -49,11 +61,13 @@ class ForensicCollator:
             mask_sizes_hw: N pairs, the size each mask is compared at.
             cls_image_index, mask_image_index: which of the N images have tokens of each kind.
             record_ids: B names.
+            In a run without text the first three lines are absent. With a feature cache: feature_keys, N names, and
+            cached_maps, per image its maps or None; pixel_values then holds the decoded images only (numbers in
+            pixel_index), which are all of them where the expert reads pixels.
         """
-        batch: dict[str, Any] = self._text(samples)
-        images = [image for sample in samples for image in sample.images]
-        if images:
-            batch.update(self.processor.image_processor(images=images, return_tensors="pt"))
+        has_text = any(sample.input_ids for sample in samples)
+        batch: dict[str, Any] = self._text(samples) if has_text else {}
+        batch.update(self._images(samples))
         batch["cls_labels"] = torch.tensor([x for s in samples for x in s.cls_labels], dtype=torch.long)
         batch["mask_targets"] = [None if m is None else torch.from_numpy(m) for s in samples for m in s.masks]
         batch["mask_sizes_hw"] = [size for s in samples for size in s.mask_sizes_hw]
@@ -61,6 +75,21 @@ class ForensicCollator:
         batch["mask_image_index"] = self._images_with(samples, self.mask_ids)
         batch["record_ids"] = [sample.record_id for sample in samples]
         return batch
+
+    def _images(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        images = [image for sample in samples for image in sample.images]
+        found: dict[str, Any] = {}
+        if images:
+            found.update(self.processor.image_processor(images=images, return_tensors="pt"))
+        features = [entry for sample in samples for entry in sample.features]
+        if features:
+            patch = self.processor.image_processor.patch_size
+            sizes = [size for sample in samples for size in sample.processed_hw]
+            found["image_grid_thw"] = torch.tensor([(1, h // patch, w // patch) for h, w in sizes], dtype=torch.long)
+            found["feature_keys"] = [entry.key for entry in features]
+            found["cached_maps"] = [entry.maps for entry in features]
+            found["pixel_index"] = [i for i, entry in enumerate(features) if entry.is_decoded]
+        return found
 
     def _text(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         length = max(len(sample.input_ids) for sample in samples)
@@ -89,7 +118,7 @@ class ForensicCollator:
         index: list[int] = []
         first = 0
         for sample in samples:
-            if not ids.isdisjoint(sample.input_ids):
+            if self.heads_source == "vision" or not ids.isdisjoint(sample.input_ids):
                 index += range(first, first + len(sample.images))
             first += len(sample.images)
         return torch.tensor(index, dtype=torch.long)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from finetune.config import DataConfig, SourceConfig
@@ -19,8 +20,8 @@ from finetune.data.answer_polygons import MIN_POINTS, MIN_TOKENS, PolygonBudget,
 from finetune.data.chat import Segment, conversation, encode, load_template, polygon_text, question_turns, segments
 from finetune.data.images import image_size_hw, load_image
 from finetune.data.masks import load_mask, resize_mask
-from finetune.data.readers import read_records
 from finetune.data.region_masking import Draw, RegionMasking, mask_regions
+from finetune.data.sources import read_sources, spread
 from finetune.data.validation import InvalidDataError, Problem, leaking_tokens, validate_for_training
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Polygon, Record, Turn
@@ -30,12 +31,23 @@ from finetune.torchvision_compat import ensure_torchvision
 logger = logging.getLogger(__name__)
 
 
+class CachedFeatures(NamedTuple):
+    """Of one image: its key in the feature cache, its maps (C, h, w), one per tower block, where they are there, and
+    whether the sample holds the image too."""
+
+    key: str
+    maps: list[Tensor] | None
+    is_decoded: bool
+
+
 @dataclass
 class Sample:
     """One record, ready for the collator.
 
-    images: decoded RGB images, upright. input_ids, labels: equally long. cls_labels: one per image, 0, 1 or -100.
-    masks: one per image, (h, w) uint8 0/1 at `mask_sizes_hw`, or None.
+    images: decoded RGB images, upright; where there is a feature cache, those that its `features` call decoded.
+    input_ids, labels: equally long, empty in a run without text. cls_labels: one per image, 0, 1 or -100. masks: one
+    per image, (h, w) uint8 0/1 at `mask_sizes_hw`, or None. processed_hw: sizes after the processor's resize.
+    features: one per image, none without a feature cache.
     """
 
     record_id: str
@@ -45,6 +57,8 @@ class Sample:
     cls_labels: list[int] = field(default_factory=list)
     masks: list[np.ndarray | None] = field(default_factory=list)
     mask_sizes_hw: list[tuple[int, int]] = field(default_factory=list)
+    processed_hw: list[tuple[int, int]] = field(default_factory=list)
+    features: list[CachedFeatures] = field(default_factory=list)
 
 
 class ForensicDataset(Dataset):
@@ -58,6 +72,9 @@ class ForensicDataset(Dataset):
     Raises:
         ConfigError: a template that cannot be used, or a budget too small for one box.
     """
+
+    has_text: ClassVar[bool] = True
+    heads_read_text = True  # False where the heads see the vision tower alone, so that no answer can leak into them
 
     def __init__(self, records: Sequence[Record], processor: Any, tokens: SpecialTokens, config: DataConfig) -> None:
         self.records = list(records)
@@ -109,6 +126,13 @@ class ForensicDataset(Dataset):
         Raises:
             DataFormatError: unreadable image or mask.
         """
+        record, sample, sizes, masks = self._opened(index)
+        turns = self._turns(record, sizes, sample.processed_hw, masks)
+        return sample, segments(turns, self.template.system), sample.processed_hw
+
+    def _opened(self, index: int) -> tuple[Record, Sample, list[tuple[int, int]], list[np.ndarray | None]]:
+        """A record with its images decoded, before any text: record and sample, regions hidden where a numbered sampler
+        asks for it; each image's (H, W) and its mask at that size."""
         record = self.records[index]
         images = [load_image(image, record.id, record.source) for image in record.images]
         sizes = [(image.height, image.width) for image in images]
@@ -119,9 +143,19 @@ class ForensicDataset(Dataset):
         ]
         if self.region_masking is not None and isinstance(index, Draw):
             record, images, masks = mask_regions(self.region_masking, index, record, images, masks, processed)
-        turns = self._turns(record, sizes, processed, masks)
+        return record, self._sample(record, images, sizes, processed, masks), sizes, masks
+
+    def _sample(
+        self,
+        record: Record,
+        images: list[Image.Image],
+        sizes: list[tuple[int, int]],
+        processed: list[tuple[int, int]],
+        masks: Sequence[np.ndarray | None],
+    ) -> Sample:
+        """A sample without ids; masks come at the images' own sizes."""
         mask_sizes = processed if self.config.mask_resolution == "processed" else sizes
-        sample = Sample(
+        return Sample(
             record_id=record.id,
             images=images,
             input_ids=[],
@@ -129,12 +163,14 @@ class ForensicDataset(Dataset):
             cls_labels=[IGNORE_INDEX if t.label is None else t.label for t in record.targets],
             masks=[m if m is None else resize_mask(m, s) for m, s in zip(masks, mask_sizes, strict=True)],
             mask_sizes_hw=mask_sizes,
+            processed_hw=processed,
         )
-        return sample, segments(turns, self.template.system), processed
 
     @property
     def heads_may_read_answers(self) -> bool:
         """Whether any record has a forensic token after answer text, so that teacher forcing would leak the target."""
+        if not self.heads_read_text:
+            return False
         if self._may_leak is None:
             rendered = next((record for record in self.records if not record.turns), None)  # one template for them all
             records = [*([rendered] if rendered else []), *(record for record in self.records if record.turns)]
@@ -152,7 +188,7 @@ class ForensicDataset(Dataset):
         for index in indices:
             sample = self[index]
             turns = question_turns(self.records[index], self.template)
-            processed = self._processed(self.records[index], [(image.height, image.width) for image in sample.images])
+            processed = sample.processed_hw
             run = self.tokens.run * len(sample.images)
             pieces = [*segments(turns, self.template.system, for_generation=True), Segment(run, False)]
             sample.input_ids, sample.labels = self._render(self.records[index], pieces, processed)
@@ -285,26 +321,6 @@ def num_image_tokens(processed_hw: tuple[int, int], image_processor: Any) -> int
     return processed_hw[0] * processed_hw[1] // cell**2
 
 
-def read_sources(sources: Sequence[SourceConfig], what: str) -> list[Record]:
-    """Records of every source in order; a weight w repeats a source's records w times (the fraction by even stride).
-
-    Raises:
-        ConfigError: no source. DataFormatError: see the readers.
-    """
-    if not sources:
-        raise ConfigError(
-            f"data.{what} is empty; give the path of a JSON or JSONL file, e.g. data.{what}=[train.jsonl]"
-        )
-    records: list[Record] = []
-    for source in sources:
-        own = read_records(source.path, source.format, source.root, source.options)
-        if source.weight <= 0:
-            raise ConfigError(f"data.{what}: weight of {source.path} is {source.weight}; expected a number above 0")
-        count = max(1, round(len(own) * source.weight))
-        records += [own[i * len(own) // count] for i in range(count)] if source.weight < 1 else _repeat(own, count)
-    return records
-
-
 def load_dataset(
     sources: Sequence[SourceConfig], what: str, processor: Any, tokens: SpecialTokens, config: DataConfig
 ) -> ForensicDataset:
@@ -313,28 +329,32 @@ def load_dataset(
     Raises:
         DataFormatError: lists the problems, one line each.
     """
-    records = read_sources(sources, what)
+    return checked_dataset(read_sources(sources, what), what, processor, tokens, config)
+
+
+def checked_dataset(
+    records: Sequence[Record],
+    what: str,
+    processor: Any,
+    tokens: SpecialTokens,
+    config: DataConfig,
+    kind: type[ForensicDataset] = ForensicDataset,
+) -> ForensicDataset:
+    """`load_dataset` for records that are read already.
+
+    Args:
+        kind: the class that wraps them; its `has_text` decides what is checked.
+    """
     if what == "eval" and config.max_eval_samples is not None:
         records = spread(records, config.max_eval_samples)
-    for warning in validate_for_training(records, tokens, check_pixels=False):
+    for warning in validate_for_training(records, tokens, check_pixels=False, has_text=kind.has_text):
         logger.warning("%s", warning.message)
-    dataset = ForensicDataset(records, processor, tokens, config)
+    dataset = kind(records, processor, tokens, config)
     errors = dataset.check_lengths()
     if errors:
         problems = [Problem("error", error.record or "", str(error)) for error in errors]
         raise InvalidDataError(f"{len(errors)} of {len(records)} records of data.{what} cannot be used", problems)
     return dataset
-
-
-def spread(records: Sequence[Record], count: int) -> list[Record]:
-    """`count` records at even distances, so that an ordered file keeps its mixture."""
-    if count >= len(records):
-        return list(records)
-    return [records[i * len(records) // count] for i in range(count)]
-
-
-def _repeat(records: list[Record], count: int) -> list[Record]:
-    return [records[i % len(records)] for i in range(count)]
 
 
 def _warn_of_leaks(records: Sequence[Record], tokens: SpecialTokens) -> None:

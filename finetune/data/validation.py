@@ -83,6 +83,7 @@ def check_records(
     tokens: SpecialTokens,
     *,
     check_pixels: bool = True,
+    has_text: bool = True,
     progress: Callable[[Sequence[Record]], Iterable[Record]] | None = None,
 ) -> list[Problem]:
     """Every problem of a data set that is meant for training, in record order; [] when it is fit for use.
@@ -91,6 +92,8 @@ def check_records(
         records: as read.
         tokens: the model's vocabulary.
         check_pixels: decode every image and mask; otherwise only ask whether the files exist.
+        has_text: False for a run that trains on images, labels and masks alone: conversations are not looked at, and a
+            record needs an image.
         progress: wraps the iteration, e.g. `tqdm`.
     """
     if not records:
@@ -98,7 +101,8 @@ def check_records(
         return [Problem("error", "", str(error))]
     problems: list[Problem] = []
     for record in progress(records) if progress else records:
-        errors = [*_conversation_errors(record, tokens), *_file_errors(record, check_pixels)]
+        about_text = _conversation_errors(record, tokens) if has_text else _picture_errors(record)
+        errors = [*about_text, *_file_errors(record, check_pixels)]
         problems += [Problem("error", record.id, str(error)) for error in errors]
     labels = {target.label for record in records for target in record.targets} - {None}
     if len(labels) == 1:
@@ -114,14 +118,14 @@ def check_records(
 
 
 def validate_for_training(
-    records: Sequence[Record], tokens: SpecialTokens, *, check_pixels: bool = True
+    records: Sequence[Record], tokens: SpecialTokens, *, check_pixels: bool = True, has_text: bool = True
 ) -> list[Problem]:
     """`check_records`, raising on errors; the warnings are returned for the caller to print.
 
     Raises:
         InvalidDataError: lists the first 20 errors, one line each.
     """
-    problems = check_records(records, tokens, check_pixels=check_pixels)
+    problems = check_records(records, tokens, check_pixels=check_pixels, has_text=has_text)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         num_bad = len({problem.record for problem in errors})
@@ -204,6 +208,20 @@ def _conversation_errors(record: Record, tokens: SpecialTokens) -> Iterable[Data
                 fix=f"remove it; an image is written {IMAGE_PLACEHOLDER}",
             )
     yield from _token_errors(record, tokens, len(record.images) or num_placeholders)
+
+
+def _picture_errors(record: Record) -> Iterable[DataFormatError]:
+    """What a run without text cannot use: a record without an image, an image of which nothing is known."""
+    if not record.images:
+        yield _error(record, "no image, and this run reads images alone", fix="remove the record, or train with text")
+    unknown = [index for index, target in enumerate(record.targets) if target.label is None and not target.has_mask]
+    if unknown:
+        yield _error(
+            record,
+            f"image {unknown[0]} has neither label nor mask",
+            field="labels",
+            fix="add the label (0 real, 1 tampered) or a mask, or remove the record",
+        )
 
 
 def _token_errors(record: Record, tokens: SpecialTokens, num_images: int) -> Iterable[DataFormatError]:

@@ -1,0 +1,85 @@
+"""Records of the files a run names: read, mixed by weight, thinned out, and divided where no validation file is given.
+
+Nothing is decoded here. The division is by group, so that no picture is on both sides; `splits.py` divides data sets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from finetune.config import SourceConfig
+from finetune.data.readers import read_records
+from finetune.data.splits import GroupBy
+from finetune.errors import ConfigError
+from finetune.schema import Record
+
+
+def read_sources(sources: Sequence[SourceConfig], what: str) -> list[Record]:
+    """Records of every source in order; a weight w repeats a source's records w times (the fraction by even stride).
+
+    Raises:
+        ConfigError: no source. DataFormatError: see the readers.
+    """
+    if not sources:
+        raise ConfigError(
+            f"data.{what} is empty; give the path of a JSON or JSONL file, e.g. data.{what}=[train.jsonl]"
+        )
+    records: list[Record] = []
+    for source in sources:
+        own = read_records(source.path, source.format, source.root, source.options)
+        if source.weight <= 0:
+            raise ConfigError(f"data.{what}: weight of {source.path} is {source.weight}; expected a number above 0")
+        count = max(1, round(len(own) * source.weight))
+        records += [own[i * len(own) // count] for i in range(count)] if source.weight < 1 else _repeat(own, count)
+    return records
+
+
+def spread(records: Sequence[Record], count: int) -> list[Record]:
+    """`count` records at even distances, so that an ordered file keeps its mixture."""
+    if count >= len(records):
+        return list(records)
+    return [records[i * len(records) // count] for i in range(count)]
+
+
+def _repeat(records: list[Record], count: int) -> list[Record]:
+    return [records[i % len(records)] for i in range(count)]
+
+
+def hold_back(records: Sequence[Record], ratio: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Whole groups of records set aside for validation, about `ratio` of them in all.
+
+    Groups are taken in an order that the seed and their names decide, each if it brings the share nearer to `ratio`; at
+    least one is taken and one left. A record that a weight has repeated is validated on once.
+
+    Args:
+        records: as `read_sources` gives them.
+        ratio: in (0, 1).
+
+    Returns:
+        Records to train on and to validate on, in their order.
+
+    Raises:
+        ConfigError: all records are of one group.
+    """
+    keys = [GroupBy().key(record) for record in records]
+    sizes: dict[str, int] = {}
+    for key in keys:
+        sizes[key] = sizes.get(key, 0) + 1
+    if len(sizes) < 2:
+        raise ConfigError(
+            f"data.val_ratio divides by group, and all {len(records)} records are of one group "
+            f"('{next(iter(sizes), '')}'); give a validation file in data.eval"
+        )
+    wanted, taken = ratio * len(records), 0
+    chosen: set[str] = set()
+    order = sorted(sizes, key=lambda key: hashlib.blake2b(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest())
+    for key in order:
+        if abs(taken + sizes[key] - wanted) < abs(taken - wanted) and len(chosen) + 1 < len(sizes):
+            chosen.add(key)
+            taken += sizes[key]
+    if not chosen:
+        chosen.add(min(order, key=lambda key: sizes[key]))
+    held = [record for record, key in zip(records, keys, strict=True) if key in chosen]
+    kept = [record for record, key in zip(records, keys, strict=True) if key not in chosen]
+    return kept, list({id(record): record for record in held}.values())
