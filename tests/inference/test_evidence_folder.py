@@ -1,0 +1,130 @@
+"""The output folder of an inspection: belongs to one run, survives a kill at any byte, opens in a spreadsheet."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetune.errors import ConfigError, DataFormatError
+from finetune.inference.evidence_folder import CSV_COLUMNS, EvidenceFolder, failed_row, file_stamp, file_stem
+
+IDENTITY = {"settings": {"heatmap_threshold": 0.5}, "model": {"heads.safetensors": "ab"}}
+
+
+def row(name: str, explanation: str = '第一行\n第二行, "引号"', error: str | None = None) -> dict[str, Any]:
+    filled = failed_row(name, f"photos/{name}", [3, 4], error or "")
+    return {**filled, "label": 1, "score": 0.75, "boxes": [[0, 1, 2, 3]], "explanation": explanation, "prompt": "p"}
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def begun(folder: Path, names: list[str], **options: Any) -> EvidenceFolder:
+    out = EvidenceFolder(folder / "r.csv", folder / "evidence", options.pop("identity", IDENTITY), **options)
+    with out:
+        for name in names:
+            out.write(row(name))
+    return out
+
+
+def test_rows_are_in_the_csv_as_they_come_and_excel_can_read_it(tmp_path: Path) -> None:
+    begun(tmp_path, ["a.jpg", "b.jpg"])
+    assert (tmp_path / "r.csv").read_bytes().startswith(b"\xef\xbb\xbfid,")
+    rows = read_csv(tmp_path / "r.csv")
+    assert [r["id"] for r in rows] == ["a.jpg", "b.jpg"]
+    assert rows[0]["explanation"] == '第一行\n第二行, "引号"'
+    assert rows[0]["boxes"] == "[[0, 1, 2, 3]]"
+    assert tuple(rows[0]) == CSV_COLUMNS
+
+
+def test_a_run_goes_on_from_any_byte_of_its_journal(tmp_path: Path) -> None:
+    begun(tmp_path, ["a", "b", "c"])
+    journal = tmp_path / "evidence" / "results.jsonl"
+    whole = journal.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    stamps = {name: [3, 4] for name in "abcd"}
+    for cut in (*range(0, len(whole), 97), *ends):
+        journal.write_bytes(whole[:cut])
+        complete = sum(end <= cut for end in ends)
+        out = EvidenceFolder(tmp_path / "r.csv", tmp_path / "evidence", IDENTITY)
+        assert out.is_resumed
+        todo = out.pending(stamps)
+        assert todo == list("abcd")[complete:]
+        with out:
+            for name in todo:
+                out.write(row(name))
+        assert [r["id"] for r in read_csv(tmp_path / "r.csv")] == list("abcd")
+
+
+def test_failed_and_changed_images_are_tried_again(tmp_path: Path) -> None:
+    begun(tmp_path, ["a", "changed"])
+    out = EvidenceFolder(tmp_path / "r.csv", tmp_path / "evidence", IDENTITY)
+    with out:
+        out.write(row("bad", error="image is truncated"))
+    again = EvidenceFolder(tmp_path / "r.csv", tmp_path / "evidence", IDENTITY)
+    assert again.pending({"a": [3, 4], "bad": [3, 4], "changed": [3, 5]}) == ["bad", "changed"]
+    with again:
+        again.write(row("bad"))
+    assert [(r["id"], r["error"]) for r in read_csv(tmp_path / "r.csv")] == [("a", ""), ("bad", "")]
+
+
+def test_another_runs_folder_is_refused_and_overwrite_removes_what_it_wrote(tmp_path: Path) -> None:
+    out = begun(tmp_path, ["a"])
+    with out:
+        out.save_pictures("a", np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5), np.float32))
+    (tmp_path / "evidence" / "notes.txt").write_text("mine")
+    other = {"settings": {"heatmap_threshold": 0.6}, "model": {"heads.safetensors": "ab"}}
+    with pytest.raises(ConfigError) as error:
+        EvidenceFolder(tmp_path / "r.csv", tmp_path / "evidence", other)
+    for word in ("another run", "settings.heatmap_threshold was 0.5, now it is 0.6", "--overwrite"):
+        assert word in str(error.value)
+    assert len(read_csv(tmp_path / "r.csv")) == 1
+    begun(tmp_path, ["b"], identity=other, overwrite=True)
+    assert [r["id"] for r in read_csv(tmp_path / "r.csv")] == ["b"]
+    assert not list((tmp_path / "evidence" / "overlays").iterdir())
+    assert (tmp_path / "evidence" / "notes.txt").read_text() == "mine"
+
+
+def test_files_that_are_of_no_run_are_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("mine")
+    with pytest.raises(ConfigError, match=r"r\.csv, which exists and is of no run"):
+        EvidenceFolder(tmp_path / "r.csv", tmp_path / "evidence", IDENTITY)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.jpg").write_text("mine")
+    with pytest.raises(ConfigError, match=r"files that are of no vision inference, e\.g\. a\.jpg"):
+        EvidenceFolder(tmp_path / "new.csv", folder, IDENTITY)
+    assert [path.name for path in folder.iterdir()] == ["a.jpg"]
+    with pytest.raises(ConfigError, match="is a file"):
+        EvidenceFolder(tmp_path / "new.csv", tmp_path / "r.csv", IDENTITY)
+
+
+def test_a_journal_that_is_damaged_in_its_middle_is_not_gone_on_from(tmp_path: Path) -> None:
+    begun(tmp_path, ["a", "b"])
+    journal = tmp_path / "evidence" / "results.jsonl"
+    journal.write_bytes(b"\0\0" + journal.read_bytes())
+    with pytest.raises(DataFormatError, match=r"results\.jsonl:1"):
+        EvidenceFolder(tmp_path / "r.csv", tmp_path / "evidence", IDENTITY)
+
+
+def test_file_names_are_unique_and_do_not_depend_on_other_images() -> None:
+    ids = ["a.jpg", "a.png", "x/a.jpg", "x__a.jpg", "图 1.jpg", "图_1.jpg", "../a.jpg", "a" * 300, "a" * 301, "..", ""]
+    stems = [file_stem(name) for name in ids]
+    assert len(set(stems)) == len(ids)
+    assert stems[0] == "a.jpg"
+    assert all(0 < len(stem) < 120 and "/" not in stem and not stem.startswith(".") for stem in stems)
+
+
+def test_the_stamp_of_a_file_changes_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    assert file_stamp(str(file)) is None
+    file.write_text("1")
+    before = file_stamp(str(file))
+    file.write_text("12")
+    assert file_stamp(str(file)) != before
