@@ -109,6 +109,7 @@ class Prediction:
         text_label: verdict written in `text`, None where it could not be read.
         text_polygons: regions written in `text`, in pixels of the original image, None where it could not be read.
         size_hw: (H, W) of the image after EXIF rotation.
+        raw_score: the head's own probability where `score` was calibrated, else None.
     """
 
     id: str
@@ -122,3 +123,4 @@ class Prediction:
     size_hw: tuple[int, int]
     text_label: int | None = None
     text_polygons: tuple[Polygon, ...] | None = None
+    raw_score: float | None = None

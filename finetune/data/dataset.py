@@ -271,17 +271,7 @@ class ForensicDataset(Dataset):
         Raises:
             DataFormatError: an image too narrow for Qwen2.5-VL.
         """
-        try:
-            return [processed_size(size, self.processor.image_processor) for size in sizes]
-        except ValueError as error:  # smart_resize refuses aspect ratios of 200 and more
-            raise DataFormatError(
-                "image cannot be resized for the model",
-                record=record.id,
-                source=record.source,
-                found=", ".join(f"{width}x{height}" for height, width in sizes),
-                expected="width and height within a factor of 200",
-                fix="crop the image, or remove the record",
-            ) from error
+        return processed_sizes(sizes, self.processor.image_processor, record.id, record.source)
 
     def _render(
         self, record: Record, pieces: Sequence[Segment], processed: Sequence[tuple[int, int]]
@@ -313,6 +303,27 @@ def processed_size(size_hw: tuple[int, int], image_processor: Any) -> tuple[int,
         min_pixels=image_processor.size["shortest_edge"],
         max_pixels=image_processor.size["longest_edge"],
     )
+
+
+def processed_sizes(
+    sizes: Sequence[tuple[int, int]], image_processor: Any, record_id: str, source: str | None = None
+) -> list[tuple[int, int]]:
+    """`processed_size` of each image of a record.
+
+    Raises:
+        DataFormatError: an image too narrow for Qwen2.5-VL.
+    """
+    try:
+        return [processed_size(size, image_processor) for size in sizes]
+    except ValueError as error:  # smart_resize refuses aspect ratios of 200 and more
+        raise DataFormatError(
+            "image cannot be resized for the model",
+            record=record_id,
+            source=source,
+            found=", ".join(f"{width}x{height}" for height, width in sizes),
+            expected="width and height within a factor of 200",
+            fix="crop the image, or remove the record",
+        ) from error
 
 
 def num_image_tokens(processed_hw: tuple[int, int], image_processor: Any) -> int:

@@ -1,14 +1,15 @@
 """From images to predictions: verdict and mask from one prefill pass, the text by generation after it.
 
 The predictor sees questions only (`Query`), never a target or a reference answer. With `tokens_first` the forensic
-tokens are part of the prompt; with `text_first` the model writes its answer first and the heads read its tokens.
+tokens are part of the prompt; with `text_first` the model writes its answer first and the heads read its tokens. Where
+the heads read the vision tower (`heads.source: vision`) they need no text at all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from finetune.config import GenerationConfig
 from finetune.data.answer_polygons import Coordinates, PolygonFrame
 from finetune.data.chat import Segment, Template, encode, load_template, prompt, segments
 from finetune.data.collator import MODEL_KEYS, ForensicCollator
-from finetune.data.dataset import Sample, num_image_tokens, processed_size
+from finetune.data.dataset import Sample, num_image_tokens, processed_size, processed_sizes
 from finetune.data.images import load_image
 from finetune.data.masks import polygons_from_mask
 from finetune.inference.answers import read_answers
@@ -45,10 +46,14 @@ def query_for_image(path: str, template: Template) -> Query:
 
 @dataclass
 class _HeadResult:
-    """Heads of one batch: score and (H, W) float32 scores for each of the N images, None where no head ran."""
+    """Heads of one batch: score and (H, W) float32 scores for each of the N images, None where no head ran.
+
+    raw: the score before calibration, None without one.
+    """
 
     scores: list[float | None]
     masks: list[np.ndarray | None]
+    raw: list[float | None]
 
 
 class Predictor:
@@ -59,6 +64,7 @@ class Predictor:
         generation: thresholds, batch size and decoding.
         template, layout: default to what the model was trained with.
         device: `auto` takes a GPU if there is one.
+        calibration: from the heads' logits (N,) to scores in [0, 1]; by default their sigmoid.
     """
 
     def __init__(
@@ -69,8 +75,10 @@ class Predictor:
         template: Template | None = None,
         layout: str | None = None,
         device: str = "auto",
+        calibration: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self.bundle = bundle
+        self.calibration = calibration
         self.generation = generation or GenerationConfig()
         self.template = template or trained_template(bundle)
         self.layout = layout or bundle.settings.get("layout", "tokens_first")
@@ -80,6 +88,11 @@ class Predictor:
         self.model: Any = bundle.model.to(self.device).eval()
         self.collator = ForensicCollator(bundle.processor, bundle.tokens, padding_side="left")
         self._lock = threading.Lock()  # rope_deltas is state on the model
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether there is a language model; without one `text` stays empty."""
+        return bool(self.bundle.base.config.has_language)
 
     def predict(self, queries: Iterable[Query], *, with_text: bool = True) -> Iterator[list[Prediction]]:
         """One list of predictions (one per image) for each query, in order.
@@ -93,17 +106,62 @@ class Predictor:
         """
         for batch in batched(queries, self.generation.batch_size):
             images = [[load_image(image, query.id) for image in query.images] for query in batch]
-            with self._lock, torch.inference_mode():
-                if self.layout == "tokens_first":
-                    heads, texts = self._tokens_first(batch, images, with_text)
-                else:
-                    heads, texts = self._text_first(batch, images)
-            yield from self._predictions(batch, images, heads, texts if with_text else [""] * len(batch))
+            yield from self.predict_batch(batch, images, with_text=with_text)
 
-    # ---- the two layouts ----
+    def predict_batch(
+        self, queries: Sequence[Query], images: Sequence[Sequence[Image.Image]], *, with_text: bool = True
+    ) -> list[list[Prediction]]:
+        """`predict` for queries whose images are open already, in one forward pass.
+
+        Args:
+            images: for each query its images, RGB and upright.
+
+        Raises:
+            DataFormatError: an image too narrow for the model.
+        """
+        with_text = with_text and self.writes_text
+        with self._lock, torch.inference_mode():
+            if self.bundle.base.reads_tower:
+                heads, texts = self._from_tower(queries, images, with_text)
+            elif self.layout == "tokens_first":
+                heads, texts = self._tokens_first(queries, images, with_text)
+            else:
+                heads, texts = self._text_first(queries, images)
+        return list(self._predictions(queries, images, heads, texts if with_text else [""] * len(queries)))
+
+    def write(
+        self, queries: Sequence[Query], images: Sequence[Sequence[Image.Image]], *, uses_adapter: bool = True
+    ) -> list[str]:
+        """The language model's answers to questions, without forensic tokens: no head has a say in them.
+
+        Args:
+            images: as in `predict_batch`.
+            uses_adapter: False takes an adapter (such as the vision LoRA) off while the answers are written.
+
+        Raises:
+            ConfigError: the language model was left out. DataFormatError: an image too narrow for the model.
+        """
+        samples = [self._sample(query, pictures, "") for query, pictures in zip(queries, images, strict=True)]
+        has_adapter = hasattr(self.model, "disable_adapter")
+        as_asked = contextlib.nullcontext() if uses_adapter or not has_adapter else self.model.disable_adapter()
+        with self._lock, torch.inference_mode(), as_asked:
+            return self._generate(self._inputs(samples))
+
+    # ---- where the heads read ----
+
+    def _from_tower(
+        self, queries: Sequence[Query], images: Sequence[Sequence[Image.Image]], with_text: bool
+    ) -> tuple[_HeadResult, list[str]]:
+        """Heads on the vision tower: the images alone; a text is asked for apart from them."""
+        pairs = list(zip(queries, images, strict=True))
+        output = self.model(**self._inputs([self._pictures(query, pictures) for query, pictures in pairs]))
+        heads = self._read_heads([output], sum(len(pictures) for pictures in images))
+        if not with_text:
+            return heads, [""] * len(pairs)
+        return heads, self._generate(self._inputs([self._sample(query, pictures, "") for query, pictures in pairs]))
 
     def _tokens_first(
-        self, queries: Sequence[Query], images: list[list[Image.Image]], with_text: bool
+        self, queries: Sequence[Query], images: Sequence[Sequence[Image.Image]], with_text: bool
     ) -> tuple[_HeadResult, list[str]]:
         """Prompt + forensic tokens: their states are in the prefill, which is also generation's first step."""
         samples = [
@@ -120,7 +178,9 @@ class Predictor:
                 texts = [""] * len(samples)
         return self._read_heads(captured, num_images), texts
 
-    def _text_first(self, queries: Sequence[Query], images: list[list[Image.Image]]) -> tuple[_HeadResult, list[str]]:
+    def _text_first(
+        self, queries: Sequence[Query], images: Sequence[Sequence[Image.Image]]
+    ) -> tuple[_HeadResult, list[str]]:
         """Generate the answer, then read the heads at the tokens the model itself wrote.
 
         Where it did not write them all, they are appended to its answer.
@@ -146,14 +206,20 @@ class Predictor:
 
     # ---- pieces ----
 
-    def _sample(self, query: Query, images: list[Image.Image], run: str) -> Sample:
+    def _pictures(self, query: Query, images: Sequence[Image.Image]) -> Sample:
+        """The images of a query alone, as the vision tower's heads read them."""
+        sizes = [(image.height, image.width) for image in images]
+        processed_sizes(sizes, self.bundle.processor.image_processor, query.id)  # refuses what cannot be resized
+        return Sample(query.id, list(images), [], [], mask_sizes_hw=sizes)
+
+    def _sample(self, query: Query, images: Sequence[Image.Image], run: str) -> Sample:
         sizes = [(image.height, image.width) for image in images]
         image_processor = self.bundle.processor.image_processor
-        processed = [processed_size(size, image_processor) for size in sizes]
+        processed = processed_sizes(sizes, image_processor, query.id)
         pieces = [*segments(query.turns, self.template.system, for_generation=True), Segment(run, False)]
         counts = [num_image_tokens(size, image_processor) for size in processed]
         input_ids, labels = encode(pieces, self.bundle.tokenizer, counts)
-        return Sample(query.id, images, input_ids, labels, mask_sizes_hw=sizes)
+        return Sample(query.id, list(images), input_ids, labels, mask_sizes_hw=sizes)
 
     def _inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
         batch = self.collator(samples)
@@ -203,7 +269,7 @@ class Predictor:
 
     def _read_heads(self, captured: list[Any], num_images: int) -> _HeadResult:
         """Scores and masks of the N images; a model with heads that did not run is a bug, never a score of 0.5."""
-        result = _HeadResult([None] * num_images, [None] * num_images)
+        result = _HeadResult([None] * num_images, [None] * num_images, [None] * num_images)
         if not captured:
             if self.bundle.base.has_heads and num_images:
                 raise RuntimeError(
@@ -212,16 +278,24 @@ class Predictor:
             return result
         output = captured[0]
         if output.cls_logits is not None:
-            scores = output.cls_logits.float().sigmoid().tolist()
-            for image, score in zip(output.cls_image_index.tolist(), scores, strict=True):
+            logits = output.cls_logits.float()
+            scores = raw = logits.sigmoid().tolist()
+            if self.calibration is not None:
+                scores = self.calibration(logits.cpu().numpy()).tolist()
+            for image, score, own in zip(output.cls_image_index.tolist(), scores, raw, strict=True):
                 result.scores[image] = score
+                result.raw[image] = own if self.calibration is not None else None
         if output.mask_logits is not None:
             for image, logits in zip(output.mask_image_index.tolist(), output.mask_logits, strict=True):
                 result.masks[image] = logits.float().sigmoid().cpu().numpy()
         return result
 
     def _predictions(
-        self, queries: Sequence[Query], images: list[list[Image.Image]], heads: _HeadResult, texts: Sequence[str]
+        self,
+        queries: Sequence[Query],
+        images: Sequence[Sequence[Image.Image]],
+        heads: _HeadResult,
+        texts: Sequence[str],
     ) -> Iterator[list[Prediction]]:
         first = 0
         for query, pictures, text in zip(queries, images, texts, strict=True):
@@ -245,6 +319,7 @@ class Predictor:
                         size_hw=(picture.height, picture.width),
                         text_label=None if answer is None else answer.label,
                         text_polygons=None if answer is None else answer.polygons,
+                        raw_score=heads.raw[first + k],
                     )
                 )
             first += len(pictures)
