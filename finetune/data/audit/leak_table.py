@@ -155,12 +155,26 @@ def _prompt_note(texts: list[str], codes: np.ndarray, labels: np.ndarray) -> str
     return " | ".join(told)
 
 
+def _oddness(table: Table, feature: str, numbers: np.ndarray) -> np.ndarray:
+    """(N,) how far images of one class are from what is usual in it: its median, or its commonest value."""
+    if feature in table.numbers:
+        values = np.array(table.numbers[feature])[numbers]
+        known = values[~np.isnan(values)]
+        return np.abs(values - np.median(known)) if len(known) else np.zeros(len(numbers))
+    if feature in table.categories:
+        codes = table.categories[feature].array()[numbers]
+        return -np.bincount(codes)[codes].astype(np.float64)
+    return np.zeros(len(numbers))
+
+
 def _examples(table: Table, feature: str) -> tuple[Example, ...]:
-    """Two real and two tampered images with their values."""
+    """Two real and two tampered images with their values, those that are most like their class."""
     labels = np.array(table.labels)
     examples = []
     for label in (0, 1):
-        for number in np.flatnonzero(labels == label)[: MAX_EXAMPLES // 4].tolist():
+        numbers = np.flatnonzero(labels == label)
+        order = np.argsort(_oddness(table, feature, numbers), kind="stable")
+        for number in numbers[order][: MAX_EXAMPLES // 4].tolist():
             record = table.records[number]
             note = ""
             if feature in table.numbers:

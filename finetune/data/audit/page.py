@@ -169,15 +169,12 @@ def _findings(audit: Audit, records: Mapping[int, Record]) -> str:
 
 def _finding(finding: Finding, records: Mapping[int, Record]) -> str:
     clue = finding.details.get("note")
-    # Pictures show nothing about how a file is saved or named: there the values stand alone.
-    has_pictures = finding.check not in ("leak_container", "leak_combined", "leak_name", "leak_prompt")
-    known = records if has_pictures else {}
     return (
         f'<article class="finding {finding.severity}"><h3><span class="tag">{bilingual(*_SEVERITY[finding.severity])}'
         f"</span><span>{bilingual(title(finding, 'zh'), title(finding))}</span></h3>"
         f"{f'<p class=clue>{esc(clue)}</p>' if clue else ''}"
         f"<p>{bilingual(advice(finding, 'zh'), advice(finding))}</p>"
-        f'<div class="examples">{"".join(_example(example, known) for example in finding.examples)}</div></article>'
+        f'<div class="examples">{"".join(_example(example, records) for example in finding.examples)}</div></article>'
     )
 
 

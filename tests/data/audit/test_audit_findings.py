@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Callable
@@ -355,6 +356,31 @@ def test_the_page_and_the_json(make_set: MakeSet, tmp_path: Path) -> None:
     assert told["errors"] == result.num_errors > 0
     assert {"check", "severity", "count", "examples", "title", "title_zh", "advice"} <= set(told["findings"][0])
     assert told["counts"]["splits"]["data"]["real"] == 12
+
+
+@pytest.mark.parametrize(
+    ("real", "fake", "clue"),
+    [
+        (None, as_jpeg(90), "leak_container:extension"),
+        (as_jpeg(90), exif, "leak_container:has_exif"),
+        (as_jpeg(95), as_jpeg(70), "leak_container:jpeg_tables"),
+    ],
+)
+def test_a_clue_in_the_container_is_shown_with_pictures_of_both_classes(
+    make_set: MakeSet, tmp_path: Path, real: Callable[..., str] | None, fake: Callable[..., str], clue: str
+) -> None:
+    sources = find_sources([str(make_set(save=by_class(real, fake)))])
+    result = run_audit(sources, AuditSettings(workers=1), progress=False)
+    finding = found(result)[clue]
+    values = [example.note for example in finding.examples]
+    assert len(values) == 4
+    assert values[0] == values[1] != values[2] == values[3]  # what is usual in each class
+    write_audit(result, sources, tmp_path / "out")
+    page = (tmp_path / "out" / "audit.html").read_text(encoding="utf-8")
+    (article,) = (part for part in page.split("<article")[1:] if title(finding) in html.unescape(part))
+    assert article.count("data:image/jpeg;base64,") == 4
+    assert article.count("真实") >= 2
+    assert article.count("伪造") >= 2
 
 
 def test_the_result_does_not_depend_on_the_number_of_workers(make_set: MakeSet) -> None:
