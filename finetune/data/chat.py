@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 Layout = Literal["tokens_first", "text_first"]
 LAYOUTS: tuple[Layout, ...] = ("tokens_first", "text_first")
+BUILT_IN = ("zh", "en")
 VISION_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
 IMAGE_PAD = "<|image_pad|>"
 _ANSWER_FIELDS = {"tokens", "cls", "mask_tokens", "result", "mask", "evidence"}
@@ -93,6 +94,21 @@ def load_template(name: str) -> Template:
     except yaml.YAMLError as error:
         raise ConfigError(f"data.template {name} is not valid YAML: {' '.join(str(error).split())}") from error
     return _check_template(name, tree)
+
+
+def template_of(record: Record, template: Template) -> Template:
+    """The built-in template of a record's own language (`provenance.language`), where `template` is one of another.
+
+    So a set in two languages is asked in the language it answers in. A template of the user's own holds for all.
+    """
+    language = record.provenance.get("language")
+    is_other = language in BUILT_IN and template.name in BUILT_IN and language != template.name
+    return _built_in(str(language)) if is_other else template
+
+
+@cache
+def _built_in(name: str) -> Template:
+    return load_template(name)
 
 
 def template_problem(template: Template, layout: Layout) -> str | None:
@@ -171,6 +187,7 @@ def conversation(
         DataFormatError: a record without turns has an image without label.
     """
     if not record.turns:
+        template = template_of(record, template)
         question = prompt(template, len(record.images), key=record.id)
         answer = render_answer(record, template, tokens, layout, polygons)
         return (Turn("user", question), Turn("assistant", answer))
@@ -223,7 +240,7 @@ def question_turns(record: Record, template: Template) -> tuple[Turn, ...]:
     user's, its words are dropped.
     """
     if not record.turns:
-        return (Turn("user", prompt(template, len(record.images), key="")),)
+        return (Turn("user", prompt(template_of(record, template), len(record.images), key="")),)
     last_image = max((i for i, turn in enumerate(record.turns) if IMAGE_PLACEHOLDER in turn.content), default=-1)
     end = next(
         (i for i, turn in enumerate(record.turns) if turn.role == "assistant" and i > last_image), len(record.turns)

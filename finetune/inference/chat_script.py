@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune.data.chat import Template, load_template, prompt
+from finetune.data.chat import Template, load_template, prompt, template_of
 from finetune.data.images import image_size_hw
 from finetune.data.readers import read_records
 from finetune.data.readers.options import options_from
@@ -126,7 +126,7 @@ def dialogue_of(record: Record, template: Template) -> Dialogue:
         DataFormatError: `<image>` and images differ in number, nothing is asked, or a user's text holds control tokens.
     """
     if not record.turns:
-        text = prompt(template, len(record.images))
+        text = prompt(template_of(record, template), len(record.images))
         return _new(record, None, [Question(text, tuple(range(len(record.images))), None)])
     placed = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in record.turns)
     if placed != len(record.images):

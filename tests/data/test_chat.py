@@ -62,6 +62,34 @@ def test_phrasing_is_fixed_by_the_record(zh: Template) -> None:
     assert prompt(zh, 3).count("<image><image><image>") == 1
 
 
+def test_a_record_is_asked_in_the_language_it_answers_in(zh: Template, tmp_path: Path) -> None:
+    """`provenance.language` against a built-in template; a template of the user's own holds for every record."""
+    english = load_template("en")
+    saved = Template.from_dict(json.loads(json.dumps(zh.to_dict())))  # as a trained folder brings it along
+    own_file = tmp_path / "own.yaml"
+    own_file.write_text(yaml.safe_dump({k: v for k, v in zh.to_dict().items() if k != "name"}), encoding="utf-8")
+    own = load_template(str(own_file))
+    for name, language, given, expected in (
+        ("a", "en", zh, english),
+        ("b", "en", saved, english),
+        ("c", "zh", english, zh),
+        ("d", "zh", zh, zh),
+        ("e", "en", own, own),
+        ("f", "fr", zh, zh),
+        ("g", None, english, english),
+        ("h", ["en"], zh, zh),
+    ):
+        provenance = {} if language is None else {"language": language}
+        for targets in ((REAL,), (REAL, FAKE)):
+            asked = dataclasses.replace(record(*targets, name=name), provenance=provenance)
+            question, answer = conversation(asked, given, TOKENS, "tokens_first")
+            assert question.content == prompt(expected, len(targets), key=name)
+            assert answer.content == render_answer(asked, expected, TOKENS, "tokens_first")
+            assert question_turns(asked, given) == (Turn("user", prompt(expected, len(targets))),)
+    written = dataclasses.replace(record(REAL, turns=(("user", "<image>真伪？"),)), provenance={"language": "en"})
+    assert question_turns(written, zh) == written.turns
+
+
 def test_text_first_is_verbatim_the_answer_of_the_spec(zh: Template) -> None:
     """`{"result": real<cls>, "mask": [[x...], [y...], ...]<mask_1>...<mask_32>}`: no quotes, tokens inside."""
     answer = render_answer(record(REAL), zh, TOKENS, "text_first")
