@@ -87,7 +87,9 @@ class DataConfig:
 
     train: list[SourceConfig] = field(default_factory=list)
     eval: list[SourceConfig] = field(default_factory=list)
-    template: str = "zh"  # zh, en, or the path of a YAML like finetune/data/templates/zh.yaml
+    # zh, en, or the path of a YAML like finetune/data/templates/zh.yaml. A record that names its provenance.language is
+    # asked in that one where the template is a built-in one.
+    template: str = "zh"
     layout: Literal["tokens_first", "text_first"] = "tokens_first"
     max_length: int = 4096  # tokens; a longer record is an error that names it, image tokens are never cut
     min_pixels: int = 3136  # bounds of the processed image, Qwen2.5-VL's smart resize
