@@ -19,8 +19,17 @@ from torch import nn
 
 from finetune.config import LoraConfig, VisionLoraConfig, VisionTopConfig
 from finetune.errors import ConfigError
+from finetune.models.configuration import HEAD_MODULES
 from finetune.models.continuing import Brought, Rank, merge_whole, put_back, take_off
-from finetune.models.groups import HEAD_GROUPS, LORA_GROUPS, collapsed, group_problems, needs_adapter, plain_name
+from finetune.models.groups import (
+    HEAD_GROUPS,
+    LORA_GROUPS,
+    collapsed,
+    group_problems,
+    keeps_tower,
+    needs_adapter,
+    plain_name,
+)
 from finetune.models.loading import Bundle
 from finetune.models.qwen_forensics_model import QwenForensicsForConditionalGeneration
 
@@ -58,13 +67,40 @@ def set_trainable(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     modules = _module_paths(model, groups, vision_top)
+    kept: list[str] = []
+    if bundle.tower is not None and not keeps_tower(groups):
+        bundle = replace(bundle, tower=None)
+        kept = [name for name in HEAD_MODULES if hasattr(model, name)]  # the base that an adapter stands on lacks them
+    if bundle.tower is not None:
+        return _train_parts(bundle, groups, modules, lora, vision_lora, brought)
     if brought is not None or needs_adapter(groups):
         layers = _lora_layers(model, groups, lora, vision_lora, modules)
-        return replace(bundle, model=_wrap(bundle, groups, modules, layers, lora, brought))
+        return replace(bundle, model=_wrap(bundle, groups, modules, layers, lora, brought, kept))
     for path in modules:
         for parameter in model.get_submodule(path).parameters():
             parameter.requires_grad_(True)
     return bundle
+
+
+def _train_parts(
+    bundle: Bundle,
+    groups: Sequence[str],
+    modules: Sequence[str],
+    lora: LoraConfig,
+    vision_lora: VisionLoraConfig,
+    brought: Brought | None,
+) -> Bundle:
+    """Heads in place, LoRA of the tower alone in PEFT, so that its folder goes onto a plain Qwen2.5-VL as well."""
+    model = bundle.base
+    wrapped: Any = model
+    layers = _lora_layers(model, groups, lora, vision_lora, modules)
+    if layers or brought is not None:
+        default = replace(lora, r=vision_lora.r, alpha=vision_lora.alpha)
+        wrapped = _wrap(bundle, groups, [], layers, default, brought)
+    for path in modules:
+        for parameter in model.get_submodule(path).parameters():
+            parameter.requires_grad_(True)
+    return replace(bundle, model=wrapped)
 
 
 def lora_matches(model: nn.Module, pattern: str) -> list[str]:
@@ -158,13 +194,15 @@ def _wrap(
     layers: Mapping[str, Rank],
     lora: LoraConfig,
     brought: Brought | None,
+    kept: Sequence[str] = (),
 ) -> Any:
+    """The PEFT model; `kept` are modules it holds whole although they need not train."""
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     model = bundle.base
-    saved = list(modules)
+    saved = _outermost([*modules, *kept])
     has_rows = "new_tokens" in groups
     everywhere = dict(layers)
     if brought is not None:

@@ -53,6 +53,11 @@ def needs_adapter(groups: Sequence[str]) -> bool:
     return has_lora or ("new_tokens" in groups and "lm_full" not in groups)
 
 
+def keeps_tower(groups: Sequence[str]) -> bool:
+    """Whether all that trains is heads and LoRA of the tower: then heads on the tower are saved without their base."""
+    return {*groups} <= {*HEAD_GROUPS, "vision_lora"}
+
+
 def plain_name(name: str) -> str:
     """A parameter's name as in the unwrapped model: without what DDP and PEFT put in front of and into it."""
     path = re.sub(r"^(module\.)?(base_model\.model\.)?", "", name)

@@ -31,6 +31,7 @@ from finetune.models.qwen_forensics_model import (  # noqa: E402
     QwenForensicsConfig,
     QwenForensicsForConditionalGeneration,
 )
+from finetune.models.vision_parts import PARTS_SECTION, BaseTower, write_parts  # noqa: E402
 from finetune.special_tokens import SpecialTokens  # noqa: E402
 
 # bitsandbytes, which PEFT imports, warns that a kernel it could download is missing; it works without.
@@ -50,6 +51,8 @@ class Bundle:
 
     model: a `QwenForensicsForConditionalGeneration`, or a PeftModel around one.
     has_new_heads: whether the heads are freshly initialised, so that their verdicts mean nothing yet.
+    tower: the base of heads on the vision tower, whose weights are not copied on saving; None: saved as a whole model
+        or as an adapter.
     settings: what other layers want to find again beside the weights (template, layout, origin); plain JSON, not read
     here.
     """
@@ -59,6 +62,7 @@ class Bundle:
     tokens: SpecialTokens
     settings: dict[str, Any] = field(default_factory=dict)
     has_new_heads: bool = False
+    tower: BaseTower | None = None
 
     @property
     def base(self) -> QwenForensicsForConditionalGeneration:
@@ -108,18 +112,24 @@ def load_bundle(
     source = adapter or config.path
     _check_folder(source)
     saved = _saved_config(source)
+    from finetune.models.vision_loading import open_vision, reads_tower  # which itself loads through this module
+
+    if reads_tower(config, saved, heads):
+        return open_vision(config, heads, min_pixels=min_pixels, max_pixels=max_pixels, device_map=device_map)
     processor, tokens, new_ids = load_vocabulary(source, tokens, min_pixels, max_pixels)
     base_path = base_model_path(adapter) if adapter and adapter == config.path else config.path
     _check_folder(base_path)
     if adapter and _saved_config(base_path) is None:  # a plain base lacks rows for the tokens the adapter brings
         new_ids = processor.tokenizer.convert_tokens_to_ids(list(tokens.all))
     settings_of_model = _model_settings(saved, heads, processor, tokens)
+    settings_of_model["has_language"] = config.language != "skip" and (saved is None or saved.has_language)
     if build_base is not None:
         model = build_base(settings_of_model)
     else:
         model = load_model(base_path, config, settings_of_model, device_map)
     _check_tokenizer(source, processor, model)
-    grow_embeddings(model, len(processor.tokenizer), new_ids)
+    if model.config.has_language:
+        grow_embeddings(model, len(processor.tokenizer), new_ids)
     settings = saved_settings(source)
     if adapter:
         wrapped = load_adapter(model, adapter)
@@ -153,7 +163,8 @@ def saved_settings(source: str | Path) -> dict[str, Any]:
     """What other layers wrote beside a model (`Bundle.settings`); {} where there is nothing."""
     file = Path(source) / SETTINGS
     settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    settings.pop(SECTION, None)  # describes the folder's files, not the model
+    for section in (SECTION, PARTS_SECTION):
+        settings.pop(section, None)  # describes the folder's files, not the model
     return settings
 
 
@@ -266,18 +277,29 @@ def _brings_heads(wrapped: Any) -> bool:
 def save_bundle(
     bundle: Bundle, out_dir: str | Path, state_dict: dict[str, Any] | None = None, max_shard_size: str | None = None
 ) -> None:
-    """Write a folder that `load_bundle` opens: weights or adapter, our config, tokenizer, processor."""
+    """Write a folder that `load_bundle` opens: weights, adapter or vision parts, our config, tokenizer, processor."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    sections: dict[str, Any] = {}
+    if bundle.tower is not None:
+        sections[PARTS_SECTION] = write_parts(bundle.model, bundle.tower, out_dir, state_dict)
+    else:
+        _write_weights(bundle, out_dir, state_dict, max_shard_size)
+    save_processor(bundle.processor, out_dir)
+    settings = json.dumps({**bundle.settings, **sections}, indent=2, ensure_ascii=False)
+    (out_dir / SETTINGS).write_text(settings, encoding="utf-8")
+
+
+def _write_weights(
+    bundle: Bundle, out_dir: Path, state_dict: dict[str, Any] | None, max_shard_size: str | None
+) -> None:
+    """A whole model, or an adapter with its configuration."""
     arguments: dict[str, Any] = {} if bundle.model is bundle.base else {"save_embedding_layers": False}
     if max_shard_size is not None:
         arguments["max_shard_size"] = max_shard_size
     bundle.model.save_pretrained(out_dir, state_dict=state_dict, **arguments)
     if bundle.model is not bundle.base:
         bundle.base.config.save_pretrained(out_dir)
-    save_processor(bundle.processor, out_dir)
-    settings = json.dumps(bundle.settings, indent=2, ensure_ascii=False)
-    (out_dir / SETTINGS).write_text(settings, encoding="utf-8")
 
 
 def save_processor(processor: Any, out_dir: str | Path) -> None:
@@ -290,9 +312,17 @@ def save_processor(processor: Any, out_dir: str | Path) -> None:
 
 
 def load_model(
-    path: str, config: ModelConfig, settings: dict[str, Any], device_map: Any = None
+    path: str,
+    config: ModelConfig,
+    settings: dict[str, Any],
+    device_map: Any = None,
+    *,
+    ignores_heads: bool = False,
 ) -> QwenForensicsForConditionalGeneration:
     """The model of a plain folder or one of ours, with the configuration fields of `settings`; no adapter.
+
+    Args:
+        ignores_heads: leave head weights of the folder unread instead of refusing those without a place.
 
     Raises:
         ModelLoadError: folder incomplete, pickled, or weights that do not fit.
@@ -328,7 +358,7 @@ def load_model(
         raise ModelLoadError(
             f"{path}: {len(missing)} weights are missing, e.g. '{missing[0]}'; this is not a complete checkpoint"
         )
-    if any(key.split(".")[0] in HEAD_MODULES for key in unexpected):
+    if not ignores_heads and any(key.split(".")[0] in HEAD_MODULES for key in unexpected):
         raise ModelLoadError(
             f"{path}: the folder holds head weights that this configuration has no place for, e.g. '{unexpected[0]}'; "
             "leave `heads` as they were saved"

@@ -24,6 +24,8 @@ from transformers.utils import logging as transformers_logging
 
 from finetune.errors import CheckpointError, ModelLoadError
 from finetune.models.loading import Bundle, refuse_pickle
+from finetune.models.plain import attach_heads
+from finetune.models.vision_parts import LORA_DIR
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +247,11 @@ def load_weights(bundle: Bundle, folder: str | Path) -> None:
         ModelLoadError: the folder is incomplete or belongs to another model or another choice of trained groups.
     """
     refuse_pickle(folder)
-    if bundle.model is bundle.base:
+    if bundle.tower is not None:
+        attach_heads(bundle.base, folder)
+        if bundle.model is not bundle.base:
+            _load_adapter(bundle, Path(folder) / LORA_DIR)
+    elif bundle.model is bundle.base:
         _load_whole(bundle, Path(folder))
     else:
         _load_adapter(bundle, Path(folder))
