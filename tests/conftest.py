@@ -100,6 +100,31 @@ def _build_tiny(folder: Path, *, tie_word_embeddings: bool) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vision_parts(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as stage C leaves it, on `tiny_dir`: heads on the tower with noise for training, LoRA; read only."""
+    import torch
+
+    from finetune.config import HeadsConfig, LoraConfig, ModelConfig, VisionLoraConfig
+    from finetune.models.adapters import set_trainable
+    from finetune.models.loading import load_bundle, save_bundle
+
+    heads = HeadsConfig(
+        source="vision", vision_layers=[0, 2], hidden_size=16, num_layers=1, num_heads=2, num_queries=3
+    )  # fmt: skip
+    bundle = load_bundle(ModelConfig(path=str(tiny_dir), dtype="float32"), heads=heads)
+    groups = ["neck", "cls_head", "mask_head", "vision_lora"]
+    bundle = set_trainable(bundle, groups, LoraConfig(), VisionLoraConfig(blocks=[0, 2], r=4, alpha=8))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in bundle.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("vision") / "c"
+    save_bundle(bundle, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def photo_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A native JSONL of small generated images of odd sizes, with their files beside it; read only.
 

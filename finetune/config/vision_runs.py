@@ -89,6 +89,7 @@ class VisionInferenceConfig(VisionModelSettings):
     use_lora_for_text: bool = False  # leave the vision LoRA on while the language model looks at the image
     explanation_batch_size: int | None = None  # null: batch_size, or 1 with a temperature, so that a resume repeats it
     max_regions: int = 5  # regions named in the evidence
+    overlay_side: int = 1600  # longer side of an overlay at most, in pixels
     min_region_area: float = 0.0005  # smaller regions, as a share of the image, are not named (the largest always is)
 
 
@@ -179,6 +180,7 @@ def _check(config: VisionModelSettings, where: str) -> None:
         counts |= {
             "generation.max_new_tokens": (config.generation.max_new_tokens, 1),
             "max_regions": (config.max_regions, 1),
+            "overlay_side": (config.overlay_side, 64),
             "explanation_batch_size": (config.explanation_batch_size or 1, 1),
         }
         _check_text(config, where)

@@ -104,16 +104,20 @@ class EvidenceFolder:
             self.rows.pop(name, None)
         return todo
 
-    def save_pictures(self, image_id: str, overlay: UInt8, mask_scores: Any) -> tuple[str, str]:
-        """Write overlay and heat map (8-bit PNG, score times 255); their paths below the evidence folder."""
+    def save_pictures(self, image_id: str, overlay: UInt8, mask_scores: Any) -> tuple[str, str | None]:
+        """Write overlay and heat map (8-bit PNG, score times 255); their paths below the evidence folder.
+
+        Heads without a map have no heat map: None.
+        """
         name = f"{file_stem(image_id)}.png"
         paths = f"{OVERLAYS}/{name}", f"{HEAT_MAPS}/{name}"
         try:
             Image.fromarray(overlay).save(self.dir / paths[0])
-            save_mask_png(mask_scores, self.dir / paths[1])
+            if mask_scores is not None:
+                save_mask_png(mask_scores, self.dir / paths[1])
         except OSError as error:
             raise _unwritable(self.dir / paths[0], error) from error
-        return paths
+        return paths[0], None if mask_scores is None else paths[1]
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add the row of one image, to the journal first; `row` has every key of `CSV_COLUMNS`, `prompt`, `stamp`."""

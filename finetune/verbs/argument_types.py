@@ -19,7 +19,7 @@ class VerbParser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         """As the base class, which the intermixed parsing itself calls for each of its two passes."""
-        if self._is_inside:
+        if self._is_inside or self._subparsers is not None:  # a verb that only leads to further verbs
             return super().parse_known_args(args, namespace)
         self._is_inside = True
         try:

@@ -1,0 +1,252 @@
+"""`forensics vision infer` from a folder of images to CSV, pictures and explanations: resumed, bad images, refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune.cli import main
+from finetune.config.vision_runs import VisionInferenceConfig, load_vision_config
+from finetune.inference import vision_inference
+from finetune.inference.explaining import Explainer
+from finetune.inference.vision_inference import load_models, named_images
+
+THRESHOLD = 0.45
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five sound images, one in a folder below, and three that cannot be used."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more").mkdir()
+    sizes = {"a.png": (90, 60), "b.jpg": (64, 120), "c.png": (56, 56), "d.png": (200, 150), "more/a.png": (70, 80)}
+    for number, (name, size) in enumerate(sizes.items()):
+        rng = np.random.default_rng(number)
+        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(folder / name)
+    (folder / "cut.jpg").write_bytes((folder / "b.jpg").read_bytes()[:900])
+    (folder / "empty.png").write_bytes(b"")
+    Image.new("RGB", (900, 3)).save(folder / "narrow.png")
+    return folder
+
+
+GOOD = ["a.png", "b.jpg", "c.png", "d.png", "more/a.png"]
+
+
+@pytest.fixture
+def settings(tiny_dir: Path, vision_parts: Path, tmp_path: Path) -> Path:
+    tree = {
+        "base_model_path": str(tiny_dir),
+        "visual_lora": {"path": str(vision_parts / "vision_lora"), "layers": [0, 2]},
+        "head_checkpoint": str(vision_parts / "heads.safetensors"),
+        "heatmap_threshold": THRESHOLD,
+        "batch_size": 3,
+        "num_workers": 2,
+        "user_prompt": ["{evidence}为什么？", "得分{score}，区域：{regions}"],
+        "generation": {"max_new_tokens": 4, "temperature": 0.9, "top_p": 0.9},
+        "output": {"csv": str(tmp_path / "r.csv"), "evidence_dir": str(tmp_path / "evidence")},
+        "device": "cpu",
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    return path
+
+
+def rows_of(path: Path) -> dict[str, dict[str, str]]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: row for row in rows}
+
+
+def infer(settings: Path, *arguments: str) -> int:
+    return main(["vision", "infer", "--config", str(settings), *arguments])
+
+
+def only_verdicts(*more: str) -> tuple[str, ...]:
+    return ("--set", "explain=false", *more)
+
+
+def test_a_folder_becomes_rows_pictures_and_explanations_and_bad_images_do_not_stop_it(
+    settings: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert infer(settings, str(photos)) == 1
+    captured = capsys.readouterr()
+    for name in ("cut.jpg", "empty.png", "narrow.png"):
+        assert any(name in line and line.startswith("failed:") for line in captured.err.splitlines())
+    assert "8 images" in captured.out
+    assert "3 failed" in captured.out
+    assert "visual.blocks.0.attn.qkv" in captured.out  # loaded LoRA modules are printed by name
+    rows = rows_of(tmp_path / "r.csv")
+    assert set(rows) == {*GOOD, "cut.jpg", "empty.png", "narrow.png"}
+    assert rows["narrow.png"]["error"]
+    assert rows["narrow.png"]["score"] == ""
+    journal = [json.loads(line) for line in (tmp_path / "evidence" / "results.jsonl").read_text("utf-8").splitlines()]
+    by_id = {row["id"]: row for row in journal}
+    for name in GOOD:
+        row = rows[name]
+        heat = np.asarray(Image.open(tmp_path / "evidence" / row["heatmap"]))
+        original = Image.open(photos / name)
+        assert heat.shape == (original.height, original.width)
+        assert Image.open(tmp_path / "evidence" / row["overlay"]).size == original.size
+        assert 0 <= float(row["score"]) <= 1
+        for x0, y0, x1, y1 in json.loads(row["boxes"]):
+            assert 0 <= x0 < x1 <= original.width
+            assert 0 <= y0 < y1 <= original.height
+            assert heat[y0:y1, x0:x1].max() >= round(255 * THRESHOLD)
+        question = by_id[name]["prompt"]
+        assert question.startswith("<image>")
+        assert row["regions"] in question
+        assert f"{float(row['score']):.2f}" in question
+        assert row["explanation"] == by_id[name]["explanation"]
+    assert len({rows[name]["prompt_index"] for name in GOOD}) == 2
+
+
+def test_a_stopped_run_goes_on_and_ends_as_an_unbroken_one(
+    settings: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sampled explanations included: they depend on seed and id, not on what else ran before."""
+    images = [str(photos / name) for name in GOOD[:4]]
+    infer(settings, *images)
+    whole = rows_of(tmp_path / "r.csv")
+    second = ("--set", f"output.csv={tmp_path / 's.csv'}", f"output.evidence_dir={tmp_path / 'second'}", "batch_size=1")
+    real = vision_inference.inspect
+
+    def dies_after_two(*arguments: Any) -> Any:
+        for number, row in enumerate(real(*arguments)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vision_inference, "inspect", dies_after_two)
+        assert infer(settings, *reversed(images), *second) == 130
+    assert len(rows_of(tmp_path / "s.csv")) == 2
+    assert infer(settings, *images, *second) == 0
+    assert "2 of 4 images are done already" in capsys.readouterr().out
+    resumed = rows_of(tmp_path / "s.csv")
+    assert set(resumed) == set(whole)
+    for name, row in whole.items():
+        for column in ("label", "boxes", "regions", "prompt_index", "explanation", "overlay"):
+            assert resumed[name][column] == row[column], (name, column)
+        assert float(resumed[name]["score"]) == pytest.approx(float(row["score"]), abs=1e-5)
+
+
+def test_another_run_does_not_write_into_the_folder(
+    settings: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = str(photos / "a.png")
+    assert infer(settings, image, *only_verdicts()) == 0
+    before = (tmp_path / "r.csv").read_bytes()
+    assert infer(settings, image, *only_verdicts("heatmap_threshold=0.6")) == 2
+    error = capsys.readouterr().err
+    assert "settings.heatmap_threshold was 0.45, now it is 0.6" in error
+    assert "--overwrite" in error
+    assert (tmp_path / "r.csv").read_bytes() == before
+    assert infer(settings, image, *only_verdicts("heatmap_threshold=0.6"), "--overwrite") == 0
+    assert infer(settings, image, *only_verdicts("heatmap_threshold=0.6", "batch_size=1", "num_workers=0")) == 0
+
+
+def test_verdicts_alone_do_not_load_the_language_model(settings: Path, photos: Path) -> None:
+    for explain in (False, True):
+        config = load_vision_config(settings, [f"explain={str(explain).lower()}"], VisionInferenceConfig)
+        predictor, _ = load_models(config)
+        assert predictor.writes_text == explain
+        assert hasattr(predictor.bundle.base, "lm_head") == explain
+
+
+def test_the_language_model_sees_the_images_without_the_vision_lora_unless_asked(settings: Path, photos: Path) -> None:
+    """The LoRA serves the heads; the language model was trained on the tower as it was."""
+    config = load_vision_config(settings, ["generation.temperature=0"], VisionInferenceConfig)
+    predictor, _ = load_models(config)
+    seen: list[torch.Tensor] = []
+    handle = predictor.bundle.base.model.visual.merger.register_forward_hook(lambda *a: seen.append(a[2].clone()))
+    explainer = Explainer(predictor, config)
+    picture = Image.open(photos / "a.png").convert("RGB")
+    (((prediction,)),) = predictor.predict_batch([_query("a.png")], [[picture]], with_text=False)
+    finding = vision_inference.find("a.png", "a.png", picture, prediction, config)
+    explainer.explain([finding])
+    config.use_lora_for_text = True
+    explainer.explain([finding])
+    handle.remove()
+    with_lora, without, asked = seen
+    assert torch.equal(with_lora, asked)
+    assert not torch.allclose(with_lora, without, atol=1e-3)
+    config.overlay_as_second_image = True
+    assert [p.size for p in explainer.pictures(finding)] == [picture.size, picture.size]
+    assert explainer.question(finding)[1].count("<image>") == 2
+
+
+def _query(name: str) -> Any:
+    from finetune.inference.predictor import Query
+    from finetune.schema import ImageInput
+
+    return Query(name, (ImageInput(path=name),), ())
+
+
+def test_a_calibration_beside_the_heads_is_used(
+    settings: Path, photos: Path, vision_parts: Path, tmp_path: Path
+) -> None:
+    from finetune.metrics.calibration import Calibration
+
+    Calibration(method="temperature", temperature=4.0).save(tmp_path / "calibration.json")
+    image = str(photos / "a.png")
+    assert infer(settings, image, *only_verdicts(f"calibration={tmp_path / 'calibration.json'}")) == 0
+    row = rows_of(tmp_path / "r.csv")["a.png"]
+    raw = float(row["raw_score"])
+    logit = np.log(raw / (1 - raw))
+    assert float(row["score"]) == pytest.approx(1 / (1 + np.exp(-logit / 4)), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"user_prompt": "{scores}"}, ["unknown placeholder {scores}", "did you mean {score}"]),
+        ({"visual_lora": {"layers": [1, 2]}}, ["visual_lora.layers is [1, 2]", "blocks [0, 2]"]),
+        ({"visual_lora": {"path": "nowhere"}}, ["nowhere", "adapter_config.json"]),
+        ({"head_checkpoint": "best.pt"}, ["best.pt", "pickle"]),
+        ({"head_checkpoint": "nowhere"}, ["nowhere", "does not exist"]),
+        ({"base_model_path": "nowhere/at/all"}, ["nowhere/at/all"]),
+        ({"calibration": "nowhere.json"}, ["nowhere.json", "no file"]),
+        ({"classification_threshold": 1.01}, ["classification_threshold", "0 to 1"]),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_written(
+    settings: Path,
+    photos: Path,
+    tmp_path: Path,
+    change: dict[str, Any],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tree = json.loads(settings.read_text("utf-8"))
+    lora = {**tree["visual_lora"], **change.get("visual_lora", {})}
+    settings.write_text(json.dumps({**tree, **change, "visual_lora": lora}), encoding="utf-8")
+    assert infer(settings, str(photos / "a.png")) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    for word in words:
+        assert word in errors[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
+
+
+def test_heads_on_tokens_are_not_taken(
+    settings: Path, tiny_dir: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert infer(settings, str(photos / "a.png"), "--set", f"head_checkpoint={tiny_dir}") == 2
+    assert "has no heads; expected heads on the vision tower" in capsys.readouterr().err
+
+
+def test_ids_are_the_paths_below_the_folder_and_differ(tmp_path: Path) -> None:
+    for name in ("x/a.png", "x/y/a.png", "z/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    found = named_images([str(tmp_path / "x"), str(tmp_path / "z"), str(tmp_path / "x" / "a.png")])
+    assert list(found) == ["a.png", "y/a.png", (tmp_path / "z" / "a.png").as_posix()]
+    assert list(found.values()) == [str(tmp_path / name) for name in ("x/a.png", "x/y/a.png", "z/a.png")]
