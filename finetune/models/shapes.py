@@ -40,7 +40,7 @@ VISION: dict[str, Any] = {
 def build_on_meta(
     shape: Shape, heads: HeadsConfig, token_ids: tuple[list[int], list[int]] | None = None
 ) -> QwenForensicsForConditionalGeneration:
-    """Our class at the published size, without storage.
+    """Our class at the published size, without storage; no language model where the heads need the tower alone.
 
     Args:
         token_ids: ids of the cls and of the mask tokens; without them no token row can train.
@@ -61,6 +61,7 @@ def build_on_meta(
         heads=to_dict(heads),
         cls_token_ids=cls_ids,
         mask_token_ids=mask_ids,
+        has_language=not (heads.enabled and heads.source == "vision"),
     )
     with torch.device("meta"):
         return QwenForensicsForConditionalGeneration(config)
