@@ -43,9 +43,10 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     if arguments.max_samples is not None:
         records = spread(records, arguments.max_samples)
     predictor = load_predictor(arguments)
-    _refuse_unusable(records, predictor)
+    with_text = predictor.writes_text and not arguments.no_text
+    refuse_unusable(records, predictor)
     start = time.monotonic()
-    results, samples = run_model(predictor, records, arguments)
+    results, samples = run_model(predictor, records, arguments, with_text)
     metrics = results.metrics(arguments.threshold)
     score_sets = {"model": results.score_set()}
     if not arguments.no_baselines:
@@ -55,7 +56,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         score_sets |= baseline_scores
     metrics["run"] = run_facts(predictor, arguments, time.monotonic() - start)
     out_dir = Path(arguments.out)
-    _write(out_dir / "metrics.json", metrics)
+    write_json(out_dir / "metrics.json", metrics)
     write_report(
         out_dir / "report.html",
         title="Forensics evaluation · 取证评测报告",
@@ -73,14 +74,14 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
 
 def run_model(
-    predictor: Predictor, records: Sequence[Record], arguments: argparse.Namespace
+    predictor: Predictor, records: Sequence[Record], arguments: argparse.Namespace, with_text: bool
 ) -> tuple[EvaluationResults, list[ReportSample]]:
     """Predict every record, write each prediction, and keep what metrics and report need."""
-    results = EvaluationResults(arguments.mask_threshold, with_text=not arguments.no_text)
+    results = EvaluationResults(arguments.mask_threshold, with_text=with_text)
     samples: list[ReportSample] = []
     shown = {record.id for record in spread(records, arguments.report_samples)}
     answers = predictor.predict(
-        queries_of(records, lambda record: question_turns(record, predictor.template)), with_text=not arguments.no_text
+        queries_of(records, lambda record: question_turns(record, predictor.template)), with_text=with_text
     )
     with PredictionWriter(arguments.out) as writer:
         for record, predictions in zip(
@@ -90,13 +91,14 @@ def run_model(
                 writer.write(prediction)
                 target = record.targets[index]
                 mask = load_mask(target, prediction.size_hw, record.id, record.source)
-                f1 = results.add(prediction, target.label, mask, Origin(record.group, _operation(record)))
+                f1 = results.add(prediction, target.label, mask, Origin(record.group, operation_name(record)))
                 if record.id in shown:
-                    samples.append(_report_sample(record, index, prediction, mask, f1))
+                    samples.append(report_sample(record, index, prediction, mask, f1))
     return results, samples
 
 
-def _report_sample(record: Record, index: int, prediction: Prediction, mask: Any, f1: float | None) -> ReportSample:
+def report_sample(record: Record, index: int, prediction: Prediction, mask: Any, f1: float | None) -> ReportSample:
+    """The card of one image of a record; the image is read once more."""
     return ReportSample(
         id=prediction.id,
         image=load_image(record.images[index], record.id, record.source),
@@ -108,25 +110,30 @@ def _report_sample(record: Record, index: int, prediction: Prediction, mask: Any
         f1=f1,
         text=prediction.text,
         parse_ok=prediction.parse_ok if prediction.text else None,
-        operation=_operation(record),
+        operation=operation_name(record),
     )
 
 
-def _operation(record: Record) -> str:
+def operation_name(record: Record) -> str:
     """Name of the tampering operation that a generated record knows, else ""."""
     operation = record.provenance.get("operation") or {}
     return str(operation.get("name", "")) if isinstance(operation, dict) else ""
 
 
-def _refuse_unusable(records: Sequence[Record], predictor: Predictor) -> None:
-    """Every unreadable file or contradictory target at once, before the first prediction."""
+def refuse_unusable(records: Sequence[Record], predictor: Predictor) -> None:
+    """Every unreadable file or contradictory target at once, before the first prediction.
+
+    Raises:
+        DataFormatError: no label at all, or a list of what cannot be used.
+    """
     if all(target.label is None for record in records for target in record.targets):
         raise DataFormatError(
             "no image has a label, so there is nothing to evaluate",
             expected="labels 0 (real) or 1 (tampered)",
             fix="use forensics predict for unlabelled images",
         )
-    validate_for_training(records, predictor.bundle.tokens, check_pixels=False)
+    has_text = not predictor.bundle.base.reads_tower
+    validate_for_training(records, predictor.bundle.tokens, check_pixels=False, has_text=has_text)
 
 
 def run_facts(predictor: Predictor, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -153,6 +160,7 @@ def training_history(model_path: str) -> list[dict[str, Any]]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
 
-def _write(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a file of indented JSON and make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -21,14 +21,14 @@ class PredictionWriter:
     the text states, null where it could not be read.
     """
 
-    def __init__(self, out_dir: str | Path) -> None:
-        self.out_dir = Path(out_dir)
+    def __init__(self, out_dir: str | Path, name: str = "predictions.jsonl") -> None:
+        self.out_dir, self.name = Path(out_dir), name
         self._file: TextIO | None = None
         self._names: set[str] = set()
 
     def __enter__(self) -> PredictionWriter:
         (self.out_dir / "masks").mkdir(parents=True, exist_ok=True)
-        self._file = (self.out_dir / "predictions.jsonl").open("w", encoding="utf-8")
+        self._file = (self.out_dir / self.name).open("w", encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,10 +16,13 @@ from finetune.inference.report_charts import histogram, roc_chart, training_char
 from finetune.inference.report_markup import DASH, as_number, bilingual, esc, format_number, format_seconds
 from finetune.inference.report_table import BASELINE_NAMES, format_table, table_html, tiles_html
 
-__all__ = ["ReportSample", "ScoreSets", "format_table", "render_report", "write_report"]
+__all__ = ["ReportSample", "ScoreSets", "Section", "format_table", "render_report", "write_report"]
 
 ScoreSets = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 """Name (`model`, `ela`, `noise_variance`) to (labels (N,) 0/1, image scores (N,) in [0, 1])."""
+
+Section = tuple[str, tuple[str, str], str]
+"""Anchor, (Chinese, English) heading and HTML of a section."""
 
 _FACTS: dict[str, tuple[str, str]] = {
     "model": ("模型", "Model"),
@@ -48,6 +51,7 @@ def write_report(
     score_sets: ScoreSets | None = None,
     threshold: float = 0.5,
     mask_threshold: float = 0.5,
+    more: Sequence[Section] = (),
 ) -> Path:
     """Write the report and make its folder.
 
@@ -62,6 +66,7 @@ def write_report(
         score_sets: labels and scores of *all* evaluated images for histogram and ROC; by default those of `samples`.
         threshold: decision threshold of the image score.
         mask_threshold: decision threshold of a pixel.
+        more: further sections, between the scores and the training.
 
     Returns:
         The path written.
@@ -75,6 +80,7 @@ def write_report(
         score_sets=score_sets,
         threshold=threshold,
         mask_threshold=mask_threshold,
+        more=more,
     )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +98,7 @@ def render_report(
     score_sets: ScoreSets | None = None,
     threshold: float = 0.5,
     mask_threshold: float = 0.5,
+    more: Sequence[Section] = (),
 ) -> str:
     """The page of `write_report` as a string."""
     facts = {**_as_mapping(metrics.get("run")), **(run or {})}
@@ -99,6 +106,7 @@ def render_report(
     sections = (
         _section("metrics", ("结果", "Results"), tiles_html(metrics) + table_html(metrics) + _reading_note()),
         _section("scores", ("分数", "Scores"), _score_charts(scored, threshold)),
+        *(_section(*section) for section in more),
         _section("training", ("训练过程", "Training"), f'<div class="charts">{training_charts(history)}</div>'),
         _section("samples", ("样本", "Samples"), _samples_html(samples, mask_threshold)),
     )
@@ -107,15 +115,16 @@ def render_report(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f'<meta name="color-scheme" content="light dark">\n<title>{esc(title)}</title>\n<style>{CSS}</style>\n</head>\n'
-        f"<body>\n{_header(title, facts)}\n<main>\n{''.join(sections)}</main>\n"
+        f"<body>\n{_header(title, facts, more)}\n<main>\n{''.join(sections)}</main>\n"
         f'<dialog id="zoom"><img alt=""><p></p></dialog>\n<script>{SCRIPT}</script>\n</body>\n</html>\n'
     )
 
 
-def _header(title: str, facts: Mapping[str, Any]) -> str:
+def _header(title: str, facts: Mapping[str, Any], more: Sequence[Section]) -> str:
     links = (
         ("metrics", "结果", "Results"),
         ("scores", "分数", "Scores"),
+        *((anchor, *names) for anchor, names, _ in more),
         ("training", "训练", "Training"),
         ("samples", "样本", "Samples"),
     )

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.inference.report_markup import as_number, bilingual, esc, svg_bilingual
+from finetune.metrics.thresholds import precision_recall_curve, roc_curve
 
 Points = list[tuple[float, float]]
 
@@ -153,14 +154,25 @@ def roc_chart(sets: Mapping[str, tuple[Sequence[int], Sequence[float]]], names: 
 
 def roc_points(labels: Sequence[int], scores: Sequence[float]) -> Points:
     """(false-alarm rate, detection rate) at every distinct score, (0, 0) to (1, 1); [] where a class is missing."""
-    truth, values = np.asarray(labels) == 1, np.asarray(scores, dtype=np.float64)
-    if truth.all() or not truth.any():
-        return []
-    order = np.argsort(-values, kind="stable")
-    last_of_tie = np.append(np.diff(values[order]) != 0, True)
-    hits = np.cumsum(truth[order])[last_of_tie] / truth.sum()
-    false = np.cumsum(~truth[order])[last_of_tie] / (~truth).sum()
-    return [(0.0, 0.0), *zip(false.tolist(), hits.tolist(), strict=True)]
+    return [(false, hit) for _, false, hit in roc_curve(scores, labels)]
+
+
+def precision_recall_chart(labels: Sequence[int], scores: Sequence[float]) -> str:
+    """Precision over recall of the model, with the share of tampered images, which guessing reaches; "" with one class.
+
+    Args:
+        labels: (N,) 0 real, 1 tampered.
+        scores: (N,) in [0, 1].
+    """
+    points = [(recall, precision) for _, recall, precision in precision_recall_curve(scores, labels)]
+    if not points:
+        return ""
+    share = float(np.mean(np.asarray(labels) == 1))
+    axes = _Axes((0.0, 1.0), (0.0, 1.0))
+    body = [axes.grid(("召回率", "recall")), axes.path([(0, share), (1, share)], "line chance")]
+    body.append(axes.path([(0.0, points[0][1]), *points], "line c1"))
+    legend = [Series("本模型", "this model", "c1", points)]
+    return _figure(("精确率-召回率曲线", "Precision-recall curve"), body, legend, "precision over recall")
 
 
 def thin(points: Points, limit: int = MAX_POINTS) -> Points:

@@ -50,8 +50,8 @@ ROWS: tuple[MetricRow, ...] = (
     MetricRow("image", "recall_fake", "篡改图召回", "Recall, tampered", "up"),
     MetricRow("image", "n_real", "真实图数量", "Authentic images", "count"),
     MetricRow("image", "n_fake", "篡改图数量", "Tampered images", "count"),
-    MetricRow("localization", "f1", "像素 F1 @0.5", "Pixel F1 @0.5", "up"),
-    MetricRow("localization", "iou", "IoU @0.5", "IoU @0.5", "up"),
+    MetricRow("localization", "f1", "像素 F1", "Pixel F1", "up"),
+    MetricRow("localization", "iou", "IoU", "IoU", "up"),
     MetricRow("localization", "dice", "Dice", "Dice", "up"),
     MetricRow("localization", "auc", "像素 AUC", "Pixel AUC", "up"),
     MetricRow("localization", "f1_best_threshold", "最佳阈值 F1", "F1 at best threshold", "up"),
@@ -85,9 +85,9 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
 
 
 def baseline_keys(metrics: Mapping[str, Any]) -> list[str]:
-    """The known baselines in fixed order, then any other one of metrics.json."""
+    """The baselines of metrics.json: the known ones first, in fixed order."""
     found = _mapping(metrics.get("baselines"))
-    return [*BASELINE_NAMES, *(name for name in found if name not in BASELINE_NAMES)]
+    return [name for name in BASELINE_NAMES if name in found] + [name for name in found if name not in BASELINE_NAMES]
 
 
 def baseline_label(name: str) -> tuple[str, str]:
