@@ -100,9 +100,16 @@ class DataConfig:
     polygon_coordinates: Literal["absolute", "relative"] = (
         "absolute"  # absolute: pixels of the resized image, as Qwen2.5-VL; relative: 0..1000 of its sides, as Qwen2-VL
     )
+    val_ratio: float = 0.0  # share of `train` set aside for evaluation, by group, where `eval` names nothing
+    val_seed: int = 0  # decides which groups; the same in every stage of a run
     max_eval_samples: int | None = None
     num_workers: int = 0
     class_balanced: bool = True  # draw real and tampered equally often
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether the run evaluates at all."""
+        return bool(self.eval) or self.val_ratio > 0
 
 
 @dataclass
@@ -179,9 +186,16 @@ class TrainConfig:
     eval_steps: int = 200
     early_stopping_patience: int | None = None  # evaluations without improvement
     metric_for_best: str = "eval_score"
+    best_folders: dict[str, str] = field(
+        default_factory=dict
+    )  # further folders beside best/, each with the metric it is best by, e.g. {best_val_iou: eval_pixel_iou}
     save_total_limit: int = 2
     logging_steps: int = 10
     text_retention: bool = True  # at evaluations, measure how far the text has moved from the base model's
+    heatmap_snapshots: int = 0  # of so many evaluation images, drawn at every evaluation under heatmaps/
+    feature_cache: Literal[False] | str = (
+        False  # off; a folder for the frozen tower's features, which stages may share; auto: output_dir/features
+    )
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     resume: str | None = None  # a checkpoint folder, or "auto" for the last one of output_dir
     trainer_args: dict[str, Any] = field(default_factory=dict)
@@ -225,6 +239,7 @@ class StageConfig:
     init_from: str = "previous"  # previous, base, the name of an earlier stage, or the folder of a model or adapter
     seed: int | None = None
     model: dict[str, Any] = field(default_factory=dict)  # dtype, quantization, attn_implementation
+    heads: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)

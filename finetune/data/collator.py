@@ -61,9 +61,9 @@ class ForensicCollator:
             mask_sizes_hw: N pairs, the size each mask is compared at.
             cls_image_index, mask_image_index: which of the N images have tokens of each kind.
             record_ids: B names.
-            In a run without text the first three lines are absent. With a feature cache: feature_keys, N names, and
-            cached_maps, per image its maps or None; pixel_values then holds the decoded images only (numbers in
-            pixel_index), which are all of them where the expert reads pixels.
+            In a run without text the first three lines are absent. With a feature cache: feature_keys and
+            feature_sizes_hw, N names and original (H, W), and cached_maps, per image its maps or None; pixel_values
+            then holds the decoded images only (numbers in pixel_index), all of them where the expert reads pixels.
         """
         has_text = any(sample.input_ids for sample in samples)
         batch: dict[str, Any] = self._text(samples) if has_text else {}
@@ -88,6 +88,7 @@ class ForensicCollator:
             found["image_grid_thw"] = torch.tensor([(1, h // patch, w // patch) for h, w in sizes], dtype=torch.long)
             found["feature_keys"] = [entry.key for entry in features]
             found["cached_maps"] = [entry.maps for entry in features]
+            found["feature_sizes_hw"] = [entry.size_hw for entry in features]
             found["pixel_index"] = [i for i, entry in enumerate(features) if entry.is_decoded]
         return found
 

@@ -32,12 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 class CachedFeatures(NamedTuple):
-    """Of one image: its key in the feature cache, its maps (C, h, w), one per tower block, where they are there, and
-    whether the sample holds the image too."""
+    """Of one image: its key in the feature cache, its maps (C, h, w), one per tower block, where they are there,
+    whether the sample holds the image too, and the image's own (H, W)."""
 
     key: str
     maps: list[Tensor] | None
     is_decoded: bool
+    size_hw: tuple[int, int]
 
 
 @dataclass

@@ -56,7 +56,7 @@ class PictureDataset(ForensicDataset):
             if is_decoded:
                 images.append(load_image(image, record.id, record.source))
             sizes.append(found[1] if found is not None else (images[-1].height, images[-1].width))
-            entries.append(CachedFeatures(key, None if found is None else found[0], is_decoded))
+            entries.append(CachedFeatures(key, None if found is None else found[0], is_decoded, sizes[-1]))
         processed = self._processed(record, sizes)
         pairs = zip(record.targets, sizes, strict=True)
         masks = [load_mask(target, size, record.id, record.source) for target, size in pairs]

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TypeVar
 
 from finetune.config import SourceConfig
 from finetune.data.readers import read_records
 from finetune.data.splits import GroupBy
 from finetune.errors import ConfigError
 from finetune.schema import Record
+
+T = TypeVar("T")
 
 
 def read_sources(sources: Sequence[SourceConfig], what: str) -> list[Record]:
@@ -35,8 +38,8 @@ def read_sources(sources: Sequence[SourceConfig], what: str) -> list[Record]:
     return records
 
 
-def spread(records: Sequence[Record], count: int) -> list[Record]:
-    """`count` records at even distances, so that an ordered file keeps its mixture."""
+def spread(records: Sequence[T], count: int) -> list[T]:
+    """`count` records (or their numbers) at even distances, so that an ordered file keeps its mixture."""
     if count >= len(records):
         return list(records)
     return [records[i * len(records) // count] for i in range(count)]

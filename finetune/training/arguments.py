@@ -47,7 +47,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "fp16": precision == "fp16",
         f"{checkpointing}_checkpointing": train.gradient_checkpointing,
         f"{checkpointing}_checkpointing_kwargs": {"use_reentrant": False},
-        "eval_strategy": "steps" if config.data.eval else "no",
+        "eval_strategy": "steps" if config.data.has_eval else "no",
         "eval_steps": train.eval_steps,
         "save_strategy": "steps",
         "save_steps": train.eval_steps,
@@ -58,6 +58,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "dataloader_num_workers": config.data.num_workers,
+        "dataloader_persistent_workers": bool(config.data.num_workers and config.train.feature_cache),  # they know keys
         "ddp_find_unused_parameters": False,
         "use_cpu": not has_cuda,
         "dataloader_pin_memory": has_cuda,

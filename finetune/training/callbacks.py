@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from finetune.errors import ConfigError
 from finetune.training.sampling import ClassBalancedSampler
 
 logger = logging.getLogger(__name__)
+
+CALIBRATION = "calibration.json"
+"""In every folder of a best model: how its scores become probabilities, fitted on the evaluation images."""
 
 
 class TimeBudgetCallback(TrainerCallback):
@@ -88,7 +92,8 @@ class BestModelCallback(TrainerCallback):
     ) -> None:
         if not metrics or self.metric not in metrics:
             known = ", ".join(sorted(metrics or {}))
-            raise ConfigError(f"train.metric_for_best '{self.metric}' is not among the evaluation's metrics: {known}")
+            key = "train.metric_for_best" if self.out_dir.name == "best" else f"train.best_folders.{self.out_dir.name}:"
+            raise ConfigError(f"{key} '{self.metric}' is not among the evaluation's metrics: {known}")
         if self._judge(metrics[self.metric], state.global_step):
             self._save(state, metrics)
         elif self.patience is not None and self.bad_evaluations >= self.patience:
@@ -119,6 +124,9 @@ class BestModelCallback(TrainerCallback):
         self.trainer.save_model(str(fresh))
         if not state.is_world_process_zero:
             return
+        calibration = self.trainer.last_calibration()
+        if calibration is not None:
+            calibration.save(fresh / CALIBRATION)
         record = {"step": state.global_step, "metric": self.metric, "value": self.best, "metrics": metrics}
         (fresh / "best.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)
@@ -126,3 +134,32 @@ class BestModelCallback(TrainerCallback):
             self.out_dir.rename(old)
         fresh.rename(self.out_dir)
         shutil.rmtree(old, ignore_errors=True)
+
+
+class BestFolders(TrainerCallback):
+    """Further folders beside `best/`, each kept by a metric of its own; one callback, since the Trainer wants no class
+    twice.
+
+    Args:
+        metrics: folder name -> metric.
+    """
+
+    def __init__(self, out_dir: str | Path, metrics: Mapping[str, str]) -> None:
+        self.keepers = [BestModelCallback(Path(out_dir) / name, metric, None) for name, metric in metrics.items()]
+        self.trainer: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for keeper in self.keepers:
+            keeper.trainer = self.trainer
+            keeper.on_train_begin(args, state, control)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        for keeper in self.keepers:
+            keeper.on_evaluate(args, state, control, metrics=metrics)

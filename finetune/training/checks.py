@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from finetune.losses.criterion import TERMS
 from finetune.models.groups import EXCLUSIVE, GROUPS
 from finetune.training.adversarial import adversarial_problems
 from finetune.training.evaluation import METRICS
+from finetune.training.feature_cache import cache_problems
 from finetune.training.region_masking import masking_problems
 
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "eval_steps", "logging_steps")
@@ -38,6 +40,8 @@ def run_problems(config: RunConfig) -> list[str]:
         *_group_problems(config),
         *_number_problems(config),
         *_metric_problems(config),
+        *_data_problems(config),
+        *_heads_problems(config),
         *_resume_problems(config),
         *_template_problems(config),
         *masking_problems(config.region_masking),
@@ -104,8 +108,52 @@ def _metric_problems(config: RunConfig) -> list[str]:
             problems.append(
                 f"train.early_stopping_patience is {train.early_stopping_patience}; expected 1 or more, or null"
             )
-        if not config.data.eval:
+        if not config.data.has_eval:
             problems.append("train.early_stopping_patience needs data.eval: without it nothing is evaluated")
+    for folder, metric in train.best_folders.items():
+        if metric not in metrics:
+            problems.append(f"train.best_folders.{folder} is '{metric}'; {_advice(metric, metrics)}")
+        if not re.fullmatch(r"best_\w+", folder):
+            problems.append(f"train.best_folders names '{folder}'; expected a name like best_val_auc")
+    for name, is_set in (("best_folders", train.best_folders), ("heatmap_snapshots", train.heatmap_snapshots)):
+        if is_set and not config.data.has_eval:
+            problems.append(f"train.{name} needs data.eval or data.val_ratio: without one nothing is evaluated")
+    if train.heatmap_snapshots < 0:
+        problems.append(f"train.heatmap_snapshots is {train.heatmap_snapshots}; expected a number from 0 on")
+    return problems
+
+
+def _data_problems(config: RunConfig) -> list[str]:
+    data, loss = config.data, config.loss
+    problems = []
+    if not 0 <= data.val_ratio < 1:
+        problems.append(f"data.val_ratio is {data.val_ratio}; expected a share of the training data, from 0 to below 1")
+    for name in ("bce_pos_weight", "cls_pos_weight", "temperature"):
+        if not (getattr(loss, name) > 0 and math.isfinite(getattr(loss, name))):
+            problems.append(f"loss.{name} is {getattr(loss, name)}; expected a number above 0")
+    if not 0 < loss.evidence_share <= 1:
+        problems.append(f"loss.evidence_share is {loss.evidence_share}; expected a share of the pixels, up to 1")
+    return problems
+
+
+def _heads_problems(config: RunConfig) -> list[str]:
+    """What heads on the vision tower cannot do, and what a feature cache cannot hold."""
+    heads, loss, model = config.heads, config.loss, config.model
+    is_vision = heads.enabled and heads.source == "vision"
+    problems = []
+    if loss.text and model.language == "skip":
+        problems.append(
+            f"loss.text is {loss.text} with model.language: skip, which leaves out the model that would read and write "
+            "text; set loss.text to 0, or model.language to load"
+        )
+    if is_vision and heads.mask == "none":
+        problems += [
+            f"loss.{name} is {getattr(loss, name)} with heads.mask: none, so there is no map; set it to 0"
+            for name, term in TERMS.items()
+            if term.output in ("mask_logits", "mask_features") and getattr(loss, name)
+        ]
+    if config.train.feature_cache and config.train.feature_cache != "auto":
+        problems += cache_problems(config)
     return problems
 
 

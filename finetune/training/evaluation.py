@@ -12,13 +12,14 @@ import torch
 from finetune.data.collator import MODEL_KEYS
 from finetune.errors import TrainingDivergedError
 from finetune.losses.criterion import Criterion
+from finetune.metrics.calibration import Calibration, calibrate
 from finetune.metrics.classification import image_metrics
 from finetune.metrics.localization import pixel_metrics
 from finetune.special_tokens import IGNORE_INDEX
 
 METRICS = (
-    "loss", "score", "auroc", "balanced_accuracy", "recall_real", "recall_fake", "f1", "pixel_f1", "pixel_iou",
-    "false_positive_area",
+    "loss", "score", "auroc", "accuracy", "balanced_accuracy", "recall_real", "recall_fake", "f1", "pixel_f1",
+    "pixel_iou", "false_positive_area",
 )  # fmt: skip
 """What an evaluation can give, besides `loss_<term>`; a metric without the images it needs is left out."""
 
@@ -29,6 +30,7 @@ class EvaluationState:
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
+        self.logits: list[float] = []
         self.scores: list[float] = []
         self.labels: list[int] = []
         self.pixel_f1: list[float] = []
@@ -40,7 +42,7 @@ class EvaluationState:
         for name in other.counts:
             self.sums[name] += other.sums[name]
             self.counts[name] += other.counts[name]
-        for name in ("scores", "labels", "pixel_f1", "pixel_iou", "false_positive_area"):
+        for name in ("logits", "scores", "labels", "pixel_f1", "pixel_iou", "false_positive_area"):
             getattr(self, name).extend(getattr(other, name))
 
     def metrics(self, weights: dict[str, float]) -> dict[str, float]:
@@ -53,7 +55,7 @@ class EvaluationState:
         result["loss"] = sum(weights.get(name, 0.0) * value for name, value in terms.items())
         if self.labels:
             image = image_metrics(np.array(self.scores), np.array(self.labels))
-            for name in ("auroc", "balanced_accuracy", "recall_real", "recall_fake", "f1"):
+            for name in ("auroc", "accuracy", "balanced_accuracy", "recall_real", "recall_fake", "f1"):
                 if image.get(name) is not None:
                     result[name] = float(image[name])  # type: ignore[arg-type]
         if self.pixel_f1:
@@ -65,10 +67,17 @@ class EvaluationState:
         result["score"] = sum(goals) / len(goals) if goals else -result["loss"]
         return result
 
+    def calibration(self) -> Calibration | None:
+        """How these images' scores become probabilities; None without images of both classes, or with a logit that is
+        not finite."""
+        if set(self.labels) != {0, 1} or not np.isfinite(self.logits).all():
+            return None
+        return calibrate(self.logits, self.labels)
+
 
 def forward(model: Any, batch: dict[str, Any]) -> Any:
     """The model's outputs for a collator's batch; no key-value cache, which nothing here would read."""
-    keys = (*MODEL_KEYS, "vision_offsets")  # the last one of an attacked batch
+    keys = (*MODEL_KEYS, "vision_offsets", "tower_maps")  # of an attacked batch; of one with cached features
     return model(**{key: batch[key] for key in keys if key in batch}, use_cache=False)
 
 
@@ -99,10 +108,12 @@ def collect_heads(outputs: Any, batch: dict[str, Any], state: EvaluationState) -
         outputs: of a batch whose head states cannot have read an answer.
     """
     if outputs.cls_logits is not None:
-        scores = outputs.cls_logits.float().sigmoid().tolist()
-        for score, image in zip(scores, outputs.cls_image_index.tolist(), strict=True):
+        logits = outputs.cls_logits.float()
+        scores = logits.sigmoid().tolist()
+        for logit, score, image in zip(logits.tolist(), scores, outputs.cls_image_index.tolist(), strict=True):
             label = int(batch["cls_labels"][image])
             if label != IGNORE_INDEX:
+                state.logits.append(logit)
                 state.scores.append(score)
                 state.labels.append(label)
     if outputs.mask_logits is None:

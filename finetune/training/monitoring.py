@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.data.images import load_image
+from finetune.data.sources import spread
 from finetune.training.evaluation import forward
 from finetune.training.retention import WARN_ABOVE, TextRetention
 
@@ -38,7 +42,8 @@ class Throughput:
     def count(self, batch: Mapping[str, Any]) -> None:
         """Take a batch in."""
         self.images += len(batch["cls_labels"])
-        self.tokens += int(batch["attention_mask"].sum())
+        if "attention_mask" in batch:  # not in a run without text
+            self.tokens += int(batch["attention_mask"].sum())
 
     def pause(self, seconds: float) -> None:
         """Time that was not training."""
@@ -101,7 +106,7 @@ class Watch(TrainerCallback):
         """On every rank, since a forward pass may be a step of all of them; only the main one writes."""
         if "tensorboard" not in args.report_to or self.trainer.eval_dataset is None:
             return
-        shown = pictures(self.trainer, NUM_PICTURES)
+        shown = pictures(self.trainer, shown_records(self.trainer.eval_dataset)[:NUM_PICTURES])
         writer = next((c.tb_writer for c in self.trainer.callback_handler.callbacks if hasattr(c, "tb_writer")), None)
         if state.is_world_process_zero and writer is not None:
             for name, picture in shown.items():
@@ -128,15 +133,42 @@ def evaluation_warnings(metrics: Mapping[str, float]) -> list[str]:
     return found
 
 
+def shown_records(dataset: Any) -> list[int]:
+    """Numbers of the records that have an image."""
+    return [index for index, record in enumerate(dataset.records) if record.images]
+
+
+class HeatmapSnapshots(TrainerCallback):
+    """Draws the same evaluation images at every evaluation: `heatmaps/step-N/ID.png`, see `pictures`.
+
+    Args:
+        count: how many, at even distances over the evaluation set.
+    """
+
+    def __init__(self, out_dir: str | Path, count: int) -> None:
+        self.folder, self.count = Path(out_dir) / "heatmaps", count
+        self.trainer: Any = None
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """On every rank, as `Watch._show`; only the main one writes."""
+        candidates = shown_records(self.trainer.eval_dataset)
+        drawn = pictures(self.trainer, spread(candidates, self.count))
+        if not state.is_world_process_zero or not drawn:
+            return
+        folder = self.folder / f"step-{state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, picture in drawn.items():
+            Image.fromarray(picture).save(folder / (re.sub(r"[^\w.-]+", "_", name)[:100] + ".png"))
+
+
 @torch.no_grad()
-def pictures(trainer: Any, count: int) -> dict[str, np.ndarray]:
-    """Of the first evaluation records with an image: the image, its target and its predicted mask side by side.
+def pictures(trainer: Any, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    """Of evaluation records with an image: the first image, its target and its predicted mask side by side.
 
     Returns:
         Name by record id -> (H, 3 W, 3) uint8; the tampered area is tinted red.
     """
     dataset, found = trainer.eval_dataset, {}
-    indices = [i for i, record in enumerate(dataset.records) if record.images][:count]
     was_training = trainer.model.training
     trainer.model.eval()
     for index in indices:
@@ -145,11 +177,11 @@ def pictures(trainer: Any, count: int) -> dict[str, np.ndarray]:
         if outputs.mask_logits is None:
             continue
         scores = outputs.mask_logits[0].float().sigmoid().cpu().numpy()
-        sample = dataset[index]
-        image = np.asarray(sample.images[0].resize(scores.shape[::-1]))
-        target = sample.masks[0] if sample.masks else None
-        truth = np.zeros_like(scores) if target is None else _resized(target, scores.shape)
-        found[f"{index}_{sample.record_id}"] = np.concatenate([image, tinted(image, truth), tinted(image, scores)], 1)
+        record, target = dataset.records[index], batch["mask_targets"][0]
+        opened = load_image(record.images[0], record.id, record.source)
+        image = np.asarray(opened.resize(scores.shape[::-1]))
+        truth = np.zeros_like(scores) if target is None else _resized(target.cpu().numpy(), scores.shape)
+        found[f"{index}_{record.id}"] = np.concatenate([image, tinted(image, truth), tinted(image, scores)], 1)
     trainer.model.train(was_training)
     return found
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,26 @@ import yaml
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from finetune.config import RunConfig, to_dict
-from finetune.data.dataset import ForensicDataset, load_dataset
+from finetune.config import ModelConfig, RunConfig, to_dict
+from finetune.data.dataset import ForensicDataset, checked_dataset
+from finetune.data.pictures import PictureDataset
+from finetune.data.sources import hold_back, read_sources
 from finetune.errors import ConfigError
+from finetune.losses.criterion import TERMS
+from finetune.metrics.calibration import Calibration
 from finetune.models.adapters import set_trainable
 from finetune.models.groups import trainable_table
 from finetune.models.loading import Bundle, load_bundle
 from finetune.special_tokens import SpecialTokens
 from finetune.training.arguments import training_arguments
-from finetune.training.callbacks import BestModelCallback, TimeBudgetCallback
+from finetune.training.callbacks import CALIBRATION, BestFolders, BestModelCallback, TimeBudgetCallback
 from finetune.training.checks import check_run
-from finetune.training.monitoring import Watch
+from finetune.training.evaluation_table import EvaluationTable
+from finetune.training.feature_cache import FeatureCache, cache_folder
+from finetune.training.monitoring import HeatmapSnapshots, Watch
 from finetune.training.reproducibility import run_record
 from finetune.training.retention import TextRetention
-from finetune.training.sharding import built_whole, check_sharding, keep_heads_whole
+from finetune.training.sharding import built_whole, check_sharding, keep_heads_whole, zero_stage
 from finetune.training.trainer import ForensicTrainer
 
 logger = logging.getLogger(__name__)
@@ -67,6 +75,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         "best": None if best is None else best.best,
     }
     if trainer.is_world_process_zero():
+        _keep_calibration(out_dir)
         _write_json(out_dir / "run_record.json", record)
         _write_json(out_dir / "history.json", trainer.state.log_history)
         if stopped:
@@ -101,7 +110,7 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
     _say(is_main, f"model {config.model.path}")
     with built_whole(args):
         bundle = load_bundle(
-            config.model,
+            _model_config(config),
             SpecialTokens(config.tokens.num_cls, config.tokens.num_mask),
             config.heads,
             min_pixels=config.data.min_pixels,
@@ -136,16 +145,29 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
     callbacks: list[Any] = [TimeBudgetCallback()]
     best = None
     if eval_set is not None:
-        patience = config.train.early_stopping_patience
-        best = BestModelCallback(Path(config.output_dir) / "best", config.train.metric_for_best, patience)
-        callbacks.append(best)
-        callbacks.append(watch := Watch(config.output_dir, _retention(config, bundle)))
+        callbacks += _evaluation_callbacks(config, bundle)
+        best = next(callback for callback in callbacks if isinstance(callback, BestModelCallback))
     trainer = ForensicTrainer(bundle, config, args, train_set, eval_set, callbacks)
     if eval_set is not None:
-        trainer.retention = watch.retention
+        trainer.retention = next(callback.retention for callback in callbacks if isinstance(callback, Watch))
     for callback in callbacks:
         callback.trainer = trainer
+    _use_feature_cache(config, trainer)
     return trainer, best, record
+
+
+def _keep_calibration(out_dir: Path) -> None:
+    """The best model's calibration also beside the run's other results, and a line about it."""
+    file = out_dir / "best" / CALIBRATION
+    if not file.is_file():
+        return
+    shutil.copyfile(file, out_dir / CALIBRATION)
+    found = Calibration.load(file)
+    if found.ece:
+        print(
+            f"calibration: {found.method}; expected calibration error {found.ece['none']:.3f} -> "
+            f"{found.ece[found.method]:.3f}, cross-fitted on {found.num_images} images"
+        )
 
 
 def _retention(config: RunConfig, bundle: Bundle) -> TextRetention | None:
@@ -156,12 +178,72 @@ def _retention(config: RunConfig, bundle: Bundle) -> TextRetention | None:
     return TextRetention(bundle, config.output_dir, config.model.path)
 
 
+def reads_pictures_only(config: RunConfig) -> bool:
+    """Whether a run trains on images and their targets alone: no conversation is rendered, no language model needed."""
+    return config.heads.enabled and config.heads.source == "vision" and not config.loss.text
+
+
+def _model_config(config: RunConfig) -> ModelConfig:
+    """`model` with its `language` decided."""
+    if config.model.language != "auto":
+        return config.model
+    return replace(config.model, language="skip" if reads_pictures_only(config) else "load")
+
+
 def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, ForensicDataset | None]:
+    """Training and evaluation data.
+
+    Raises:
+        DataFormatError, ConfigError: as `checked_dataset`, `read_sources` and `hold_back`.
+    """
     data = config.data
-    train_set = load_dataset(data.train, "train", bundle.processor, bundle.tokens, data)
-    if not data.eval:
-        return train_set, None
-    return train_set, load_dataset(data.eval, "eval", bundle.processor, bundle.tokens, data)
+    records, held = read_sources(data.train, "train"), None
+    if data.eval:
+        held = read_sources(data.eval, "eval")
+    elif data.val_ratio:
+        records, held = hold_back(records, data.val_ratio, data.val_seed)
+    kind = PictureDataset if reads_pictures_only(config) else ForensicDataset
+    found = []
+    for what, own in (("train", records), ("eval", held)):
+        if own is not None:
+            found.append(checked_dataset(own, what, bundle.processor, bundle.tokens, data, kind))
+            found[-1].heads_read_text = config.heads.source != "vision"
+    return found[0], found[1] if held is not None else None
+
+
+def _evaluation_callbacks(config: RunConfig, bundle: Bundle) -> list[Any]:
+    """What follows every evaluation; the keeper of `best/` comes first."""
+    train, out_dir = config.train, Path(config.output_dir)
+    terms = [name for name in TERMS if getattr(config.loss, name)]
+    callbacks: list[Any] = [
+        BestModelCallback(out_dir / "best", train.metric_for_best, train.early_stopping_patience),
+        EvaluationTable(out_dir, terms),
+        Watch(out_dir, _retention(config, bundle)),
+    ]
+    if train.best_folders:
+        callbacks.append(BestFolders(out_dir, train.best_folders))
+    if train.heatmap_snapshots:
+        callbacks.append(HeatmapSnapshots(out_dir, train.heatmap_snapshots))
+    return callbacks
+
+
+def _use_feature_cache(config: RunConfig, trainer: ForensicTrainer) -> None:
+    """Let the trainer keep the frozen tower's features where the run asks for it.
+
+    Raises:
+        ConfigError: no room, or weights that are spread over the ranks.
+    """
+    folder = cache_folder(config)
+    if folder is None:
+        return
+    if zero_stage(trainer.args) == 3:
+        raise ConfigError("train.feature_cache needs whole weights on every rank, which ZeRO-3 cuts up; use ZeRO-2")
+    precision = trainer.accelerator.mixed_precision
+    trainer.features = FeatureCache(
+        trainer.bundle.base, trainer.bundle.processor, folder, trainer.accelerator.autocast, precision
+    )
+    line = trainer.features.prepare([trainer.train_dataset, trainer.eval_dataset])
+    _say(trainer.is_world_process_zero(), line)
 
 
 def _write_start(config: RunConfig, table: str, record: dict[str, Any]) -> None:

@@ -22,12 +22,14 @@ from finetune.data.collator import ForensicCollator
 from finetune.data.dataset import ForensicDataset
 from finetune.errors import ConfigError, TrainingDivergedError
 from finetune.losses.criterion import Criterion, total
+from finetune.metrics.calibration import Calibration
 from finetune.models.groups import group_of
 from finetune.models.loading import Bundle, save_bundle
 from finetune.training.adversarial import attacked, make_attack
 from finetune.training.callbacks import SamplerEpochCallback
 from finetune.training.checkpoint import load_weights
 from finetune.training.evaluation import EvaluationState, collect_heads, evaluate_losses, forward
+from finetune.training.feature_cache import FeatureCache
 from finetune.training.monitoring import Throughput
 from finetune.training.muon import MuonAdamW, is_matrix
 from finetune.training.progress import ProgressLines
@@ -76,13 +78,15 @@ class ForensicTrainer(CheckpointingTrainer):
         self._rates: dict[str, float] = {}
         self.throughput = Throughput()
         self.retention: TextRetention | None = None
+        self.features: FeatureCache | None = None
+        self.last_evaluation: EvaluationState | None = None  # over all ranks
         self.window_place = 0  # of the next micro-batch in its accumulation window
         self._attack_gains: list[float] = []
         self.attack = make_attack(config, bundle, zero_stage(args))
         super().__init__(
             model=bundle.model,
             args=args,
-            data_collator=ForensicCollator(bundle.processor, bundle.tokens),
+            data_collator=ForensicCollator(bundle.processor, bundle.tokens, heads_source=config.heads.source),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=callbacks,
@@ -142,6 +146,11 @@ class ForensicTrainer(CheckpointingTrainer):
             return data.to(self.args.device)
         return super()._prepare_input(data)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device, and with the frozen tower's features where they are cached."""
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if self.features is None else self.features.complete(inputs)
+
     # ---- loss ----
 
     def compute_loss(
@@ -158,7 +167,8 @@ class ForensicTrainer(CheckpointingTrainer):
         if terms:
             loss, means = total(terms, num_items_in_batch)
         else:  # e.g. a text-only batch where the text weight is 0
-            loss, means = outputs.logits.float().sum() * 0, {}
+            anything = outputs.cls_logits if outputs.logits is None else outputs.logits
+            loss, means = anything.float().sum() * 0, {}
         if not bool(torch.isfinite(loss.detach())):
             values = ", ".join(f"{name} {float(value):g}" for name, value in means.items())
             raise TrainingDivergedError(
@@ -326,10 +336,15 @@ class ForensicTrainer(CheckpointingTrainer):
             state = EvaluationState()
             for other in gathered:
                 state.add(other)
+        self.last_evaluation = state
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in state.metrics(self.criterion.weights).items()}
         if self.retention is not None and self.retention.rows:
             metrics[f"{metric_key_prefix}_text_drift"] = self.retention.drift(model)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(state.labels))
+
+    def last_calibration(self) -> Calibration | None:
+        """Fitted on the images of the last evaluation, None where there is nothing to fit."""
+        return None if self.last_evaluation is None else self.last_evaluation.calibration()
 
     # ---- saving and loading ----
 

@@ -1,0 +1,89 @@
+"""`log.csv`: one row per evaluation, for a spreadsheet. Every other number is in history.json and TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+FILE = "log.csv"
+METRICS = {
+    "auroc": "eval_auroc",
+    "accuracy": "eval_accuracy",
+    "balanced_accuracy": "eval_balanced_accuracy",
+    "f1": "eval_f1",
+    "iou": "eval_pixel_iou",
+    "dice": "eval_pixel_f1",
+    "false_positive_area": "eval_false_positive_area",
+}
+"""Column -> name of the metric. `f1` is of the images; `dice`, of the maps at 0.5, is the same number as pixel F1."""
+COLUMNS = ("epoch", "step", "seconds", "learning_rate", "train_loss", "eval_loss", *METRICS)
+
+
+class EvaluationTable(TrainerCallback):
+    """Keeps `log.csv`; a resumed run goes on with the rows up to its step.
+
+    Args:
+        terms: loss terms with a weight; each has a column `eval_loss_TERM`.
+    """
+
+    def __init__(self, out_dir: str | Path, terms: Sequence[str]) -> None:
+        self.path = Path(out_dir) / FILE
+        self.columns = (*COLUMNS, *(f"eval_loss_{name}" for name in terms))
+        self.rows: list[dict[str, str]] = []
+        self.trainer: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.rows = []
+        if self.trainer.resumed_from is not None and self.path.is_file():
+            with self.path.open(encoding="utf-8", newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state.global_step]
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        values = row(state.log_history, metrics or {}, state.global_step, self.trainer.budget.elapsed())
+        self.rows = [old for old in self.rows if int(old["step"]) != state.global_step]
+        self.rows.append({column: _written(values.get(column)) for column in self.columns})
+        with self.path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def row(
+    history: Sequence[Mapping[str, Any]], metrics: Mapping[str, float], step: int, seconds: float
+) -> dict[str, float | None]:
+    """The values of an evaluation; None where the run has no such number.
+
+    Args:
+        history: the Trainer's log. `train_loss` is the mean over its entries since the evaluation before this one,
+            `learning_rate` the newest.
+        metrics: of the evaluation. seconds: of training so far, evaluations included.
+    """
+    before = max((entry["step"] for entry in history if "eval_loss" in entry and entry["step"] < step), default=-1)
+    losses = [entry["loss"] for entry in history if "loss" in entry and before < entry["step"] <= step]
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+    found: dict[str, float | None] = {
+        "epoch": history[-1].get("epoch") if history else None,
+        "step": step,
+        "seconds": round(seconds, 1),
+        "learning_rate": rates[-1] if rates else None,
+        "train_loss": sum(losses) / len(losses) if losses else None,
+        **{column: metrics.get(name) for column, name in METRICS.items()},
+    }
+    return found | {name: value for name, value in metrics.items() if name.startswith("eval_loss")}
+
+
+def _written(value: float | None) -> str:
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.6g}"
