@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def fill_heads(model: QwenForensicsForConditionalGeneration, stored: StoredHeads
     tensors = stored.tensors
     allowed: tuple[str, ...] = ()
     if then.source != "vision":
-        is_same = then.noise_residual == now.noise_residual
+        is_same = replace(then.noise_residual, to_language=False) == now.noise_residual  # that layer stays behind
         tensors = {name: value for name, value in tensors.items() if is_same and name.startswith("noise_residual.")}
         allowed = ("",)
     else:
