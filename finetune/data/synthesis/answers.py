@@ -171,10 +171,9 @@ def size_words(region: dict[str, Any], language: str) -> str:
 
 
 def difficulty(operation: dict[str, Any], degradations: list[dict[str, Any]]) -> str:
-    """How hard the edit is to see, a name of `LEVELS`; from its strength, its size and what came after it."""
-    points = 0
-    points += operation["mean_abs_change"] < 20
-    points += operation["mean_abs_change"] < 8
+    """How hard the edit is to see, a name of `LEVELS`: from what the finished picture still shows of it, from its size
+    and from what came after it."""
+    points = sum(operation["visible_change"] < levels for levels in (20, 8, 4))
     points += operation["area"] < 0.06
     points += bool(operation.get("colour_match", 0) > 0.5 or operation.get("blend") == "poisson")
     points += operation["name"] in ("copy_move", "remove", "inpaint_diffusion")  # texture of the picture's own kind

@@ -221,7 +221,7 @@ def _check_settings(settings: OperationSettings) -> None:
         f"weights >= 0 of {', '.join(SHAPES)}, at least one above 0",
     )
     _require(0 <= settings.max_feather <= 20, "max_feather", settings.max_feather, "0..20 px")
-    for name in ("poisson", "donor_match"):
+    for name in ("poisson", "donor_match", "min_visible_share"):
         _require(0 <= getattr(settings, name) <= 1, name, getattr(settings, name), "a fraction in [0, 1]")
     _require(1 <= settings.diffusion_steps <= 1000, "diffusion_steps", settings.diffusion_steps, "1..1000")
     _require(settings.diffusion_guidance >= 0, "diffusion_guidance", settings.diffusion_guidance, ">= 0")

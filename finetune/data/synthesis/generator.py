@@ -42,7 +42,7 @@ from finetune.errors import ForensicsError
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def synthesize(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import cv2
 import numpy as np
 
 from finetune.data.synthesis.config import SynthConfig
@@ -71,14 +70,14 @@ class Sample:
 
 
 def plan_tasks(config: SynthConfig, split: str) -> list[SampleTask]:
-    """The samples of one split in order: exact counts of both classes and of each operation, in random places.
+    """The samples of one split in order: exact counts of both classes and of each planned operation, in random places.
 
     With `config.paired` the training split's authentic and tampered images are two by two of the same picture, as far
     as there are as many of both; either may stand first, and the number of the first is the pair's.
     """
     count = {"train": config.num_train, "eval": config.num_eval, "val": config.num_val}[split]
     tampered = round(config.tampered_fraction * count)
-    names = [name for name in OPERATIONS if config.operations.get(name, 0) > 0]
+    names = _operations(config)
     weights = np.array([config.operations[name] for name in names])
     bounds = np.rint(np.cumsum(weights / weights.sum()) * tampered)
     which = np.searchsorted(bounds, np.arange(count), side="right")  # len(names) = authentic
@@ -91,10 +90,17 @@ def plan_tasks(config: SynthConfig, split: str) -> list[SampleTask]:
     return [SampleTask(split, i, (*names, None)[int(kind)], pairs.get(i)) for i, kind in enumerate(which)]
 
 
+def _operations(config: SynthConfig) -> list[str]:
+    """Those with a weight, in the order of `OPERATIONS`."""
+    return [name for name in OPERATIONS if config.operations.get(name, 0) > 0]
+
+
 def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Sample:
     """Make one image in memory.
 
     Size, degradations, container and host come from streams of their own, drawn before anything depends on the label.
+    An operation of which nothing would show on its host (a copy of clear sky on clear sky) gives way to the first other
+    one of the configuration that does; another host would make tampered pictures a selection of the authentic ones.
 
     Raises:
         DataFormatError: the host is so flat that no operation shows in it.
@@ -120,24 +126,34 @@ def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Samp
     }
     if task.pair is not None:
         provenance["pair"] = f"{task.split}-{config.seed}-{task.pair:06d}"
+
+    def finish(image: np.ndarray) -> np.ndarray:
+        return apply_plan(image, plan, final_hw)
+
     if task.operation is None:
-        return Sample(apply_plan(host, plan, final_hw), None, photo, provenance, host, host, None)
+        return Sample(finish(host), None, photo, provenance, host, host, None)
 
     def draw_donor(rng: np.random.Generator) -> Donor:
         return develop(_draw_donor_photo(pool, photo, is_grey, rng), size_hw, rng, is_grey, pool, variation)
 
-    try:
-        result = tamper(host, task.operation, rng_edit, config.operation_settings, draw_donor)
-    except NoVisibleEditError as error:
+    refusals: list[str] = []
+    for name in (task.operation, *(name for name in _operations(config) if name != task.operation)):
+        try:
+            result = tamper(host, name, rng_edit, config.operation_settings, draw_donor, finish)
+            break
+        except NoVisibleEditError as error:
+            refusals.append(str(error))
+    else:
         raise DataFormatError(
-            str(error), record=task.id, field="photo", found=photo.name, fix="remove photographs that are nearly flat"
-        ) from error
-    provenance["operation"] = {"name": task.operation, **result.parameters}
-    image = apply_plan(result.image, plan, final_hw)
-    mask = result.mask
-    if mask.shape != tuple(final_hw):
-        mask = cv2.resize(mask.astype(np.float32), final_hw[::-1], interpolation=cv2.INTER_LINEAR) >= 0.5
-    return Sample(image, mask, photo, provenance, host, result.image, result.mask)
+            "; ".join(refusals),
+            record=task.id,
+            field="photo",
+            found=photo.name,
+            fix="remove photographs that are nearly flat",
+        )
+    planned = {"instead_of": task.operation} if name != task.operation else {}
+    provenance["operation"] = {"name": name, **planned, **result.parameters}
+    return Sample(result.finished, result.finished_mask, photo, provenance, host, result.image, result.mask)
 
 
 def _draw_host(pool: Sequence[Photo], rng: np.random.Generator, grey_weight: float) -> Photo:

@@ -34,7 +34,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 def provenance(name: str = "splice", **operation: Any) -> dict[str, Any]:
     """Of a tampered image: easy to see, a tenth of the picture, upper left."""
-    parameters = {"name": name, "mean_abs_change": 30.0, "area": 0.1, "shape": "ellipse", **operation}
+    parameters = {"name": name, "visible_change": 30.0, "area": 0.1, "shape": "ellipse", **operation}
     region = {"place": "upper left", "share": 0.1}
     return {"operation": parameters, "degradations": [], "region": region, "difficulty": "easy"}
 
@@ -141,12 +141,12 @@ def test_where_a_copy_came_from() -> None:
 
 
 def test_difficulty_grows_with_what_hides_the_edit() -> None:
-    plain = {"name": "splice", "mean_abs_change": 40.0, "area": 0.2, "colour_match": 0.0}
+    plain = {"name": "splice", "visible_change": 40.0, "area": 0.2, "colour_match": 0.0}
     assert difficulty(plain, []) == "easy"
-    assert difficulty({**plain, "mean_abs_change": 10.0, "area": 0.03}, []) == "medium"
-    assert difficulty({**plain, "mean_abs_change": 5.0, "area": 0.03}, [{"name": "blur", "sigma": 0.5}]) == "hard"
+    assert difficulty({**plain, "visible_change": 10.0, "area": 0.03}, []) == "medium"
+    assert difficulty({**plain, "visible_change": 5.0, "area": 0.03}, [{"name": "blur", "sigma": 0.5}]) == "hard"
     order = [
-        LEVELS.index(difficulty({**plain, "mean_abs_change": change}, [{"name": "jpeg", "quality": 75}]))
+        LEVELS.index(difficulty({**plain, "visible_change": change}, [{"name": "jpeg", "quality": 75}]))
         for change in (40, 15, 5)
     ]
     assert order == sorted(order)

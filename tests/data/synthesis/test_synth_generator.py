@@ -15,11 +15,14 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from finetune.cli import main
+from finetune.data.chat import conversation, load_template
 from finetune.data.masks import rasterize_polygons
+from finetune.data.readers import read_records
 from finetune.data.synthesis import SynthConfig, generator, synthesize
 from finetune.data.synthesis.photos import find_photos
 from finetune.data.synthesis.samples import SampleTask, make_sample, plan_tasks
 from finetune.errors import DataFormatError, ForensicsError
+from finetune.special_tokens import SpecialTokens
 
 LEAK = 0.12
 """Largest distance of a one-feature AUROC from 0.5 on the 240 samples; the standard error of chance is 0.037."""
@@ -67,6 +70,20 @@ def test_records_are_complete_and_consistent(data_set: Path) -> None:
         assert {record["provenance"]["operation"]["name"] for record in tampered} == {
             name for name, weight in SynthConfig().operations.items() if weight
         }
+
+
+@pytest.mark.parametrize("template", ["zh", "en"])
+def test_with_both_languages_question_and_evidence_agree(data_set: Path, template: str) -> None:
+    def is_chinese(text: str) -> bool:
+        return any("\u4e00" <= letter <= "\u9fff" for letter in text)
+
+    seen = set()
+    for record in read_records(data_set / "train.jsonl"):
+        question, answer = conversation(record, load_template(template), SpecialTokens(), "tokens_first")
+        language = record.provenance["language"]
+        assert (is_chinese(question.content), is_chinese(answer.content)) == (language == "zh", language == "zh")
+        seen.add(language)
+    assert seen == {"zh", "en"}
 
 
 def test_polygons_cover_the_masks(data_set: Path) -> None:
@@ -281,6 +298,25 @@ def test_two_user_photos_are_enough_and_paths_stay_out_of_the_files(tmp_path: Pa
     assert len(manifest["photos"]) == 2
     for file in ("manifest.json", "train.jsonl", "eval_annotations.json"):
         assert str(tmp_path) not in (tmp_path / "out" / "set" / file).read_text(encoding="utf-8")
+
+
+def test_an_operation_that_cannot_show_gives_way_to_another_on_the_same_host(tmp_path: Path) -> None:
+    """A sky without a cloud: a copy of it on itself shows nothing, a retouch of its tone does."""
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        sky = np.array([110 + 15 * index, 160, 200]) + 2 * rng.standard_normal((300, 400, 1))
+        Image.fromarray(np.clip(sky, 0, 255).astype(np.uint8)).save(tmp_path / f"sky{index}.png")
+    weights = {"copy_move": 0.5, "retouch": 0.5}
+    config = SynthConfig(
+        num_val=0, num_train=24, num_eval=0, photos_dir=str(tmp_path), workers=1, operations=weights, seed=1
+    )
+    manifest = synthesize(config, tmp_path / "set", progress=False)
+    operations = [r["provenance"]["operation"] for r in read(tmp_path / "set", "train") if r["labels"] == [1]]
+    replaced = [operation for operation in operations if "instead_of" in operation]
+    assert replaced
+    assert all((each["name"], each["instead_of"]) == ("retouch", "copy_move") for each in replaced)
+    assert all(operation["visible_share"] >= 0.5 for operation in operations)
+    assert manifest["counts"]["train"]["operations"].get("retouch", 0) == 6 + len(replaced)
 
 
 def test_a_flat_user_photo_is_named(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ import pytest
 from scipy.sparse import lil_matrix
 from scipy.sparse.linalg import spsolve
 
+from finetune.data.synthesis.degradations import jpeg_round_trip
 from finetune.data.synthesis.operations import OPERATIONS, NoVisibleEditError, OperationSettings, Tampering, tamper
 from finetune.data.synthesis.operations.blending import membrane
 from finetune.data.synthesis.operations.patch_fill import patch_fill
 from finetune.data.synthesis.operations.splice import match_noise, noise_sigma
+from finetune.data.synthesis.operations.visibility import visible_change
 from finetune.data.synthesis.photos import develop, find_photos
 from finetune.data.synthesis.regions import DoesNotFitError
 
@@ -112,6 +114,70 @@ def test_an_invisible_edit_is_never_returned() -> None:
         for seed in range(12)
     ]
     assert max(redraws) > 0  # some draws copied flat onto flat
+
+
+def sky(seed: int, noise: float, trees: int = 46) -> np.ndarray:
+    """(196, 252, 3) uint8: a clear sky, brighter towards the horizon, with `noise` levels of grain; trees below."""
+    rng = np.random.default_rng(seed)
+    rows = np.linspace(0, 1, 196)[:, None, None]
+    levels = np.array([120, 160, 210]) + rows * np.array([60, 50, 30]) + noise * rng.standard_normal((196, 252, 1))
+    if trees:
+        levels[-trees:] = rng.integers(0, 120, (trees, 252, 3))
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+
+
+def test_what_counts_as_visible() -> None:
+    mask = np.zeros((196, 252), dtype=bool)
+    mask[40:120, 50:150] = True
+    clean, plain = sky(0, 0.0, trees=0), sky(0, 4.0, trees=0)
+    assert visible_change(plain, plain, mask) == (0.0, 0.0)
+    lifted = np.where(mask[..., None], plain + 2, plain)
+    mean, share = visible_change(plain, lifted.astype(np.uint8), mask)
+    assert 1.5 < mean <= 2.0  # the window reaches over the border of the region
+    assert share > 0.95
+    half = mask.copy()
+    half[:, :100] = False
+    part = np.where(half[..., None], plain + 8, plain).astype(np.uint8)
+    assert visible_change(plain, part, mask)[1] == pytest.approx(0.5, abs=0.08)
+    assert visible_change(plain, np.where(mask[..., None], clean, plain), mask)[1] > 0.9, "grain that is gone shows"
+    other = np.where(mask[..., None], sky(1, 4.0, trees=0), plain)
+    assert np.abs(other.astype(float) - plain)[mask].mean() > 3.0
+    assert visible_change(plain, other, mask)[1] < 0.3, "one patch of plain noise in place of another shows nothing"
+
+
+def test_an_edit_that_its_pixels_do_not_show_is_drawn_again() -> None:
+    """Sky filled with sky: three levels differ at every pixel, since noise differs from noise, and nothing is seen."""
+    shares = {}
+    for least in (0.0, OperationSettings().min_visible_share):
+        settings = replace(OperationSettings(), min_visible_share=least)
+        shares[least] = [
+            tamper(sky(seed, 4.5), "remove", np.random.default_rng(seed), settings, draw_donor).parameters
+            for seed in range(8)
+        ]
+    assert all(edit["mean_abs_change"] >= 3 for edit in shares[0.0])
+    assert sum(edit["visible_share"] < 0.5 for edit in shares[0.0]) >= 2
+    assert all(edit["visible_share"] >= 0.5 for edit in shares[0.5])
+    assert [e for e in shares[0.0] if e["visible_share"] >= 0.5] == [
+        again for e, again in zip(shares[0.0], shares[0.5], strict=True) if e["visible_share"] >= 0.5
+    ], "an edit that shows is not touched"
+
+
+def test_what_post_processing_swallows_is_not_labelled() -> None:
+    host = picture(3)
+    with pytest.raises(NoVisibleEditError):
+        tamper(host, "retouch", np.random.default_rng(0), OperationSettings(), draw_donor, lambda _: host)
+
+    def shrink(image: np.ndarray) -> np.ndarray:
+        return cv2.resize(jpeg_round_trip(image, 75), (189, 147), interpolation=cv2.INTER_AREA)
+
+    for seed in range(6):
+        result = tamper(host, "retouch", np.random.default_rng(seed), OperationSettings(), draw_donor, shrink)
+        assert np.array_equal(result.finished, shrink(result.image))
+        assert result.finished_mask.shape == (147, 189)
+        assert result.finished_mask.mean() == pytest.approx(result.mask.mean(), abs=0.01)
+        shown = visible_change(shrink(host), result.finished, result.finished_mask)
+        parameters = result.parameters
+        assert (parameters["visible_change"], parameters["visible_share"]) == pytest.approx(shown, abs=1e-3)
 
 
 def laplace_oracle(values: np.ndarray, region: np.ndarray) -> np.ndarray:

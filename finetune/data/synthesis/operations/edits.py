@@ -34,6 +34,9 @@ class OperationSettings:
         donor_match: chance in [0, 1] that a splice is chosen and adjusted to fit: the nearer in colour of two donors,
             the place of nearest colour, colour and noise moved towards the host's.
         min_change: least mean absolute difference inside the mask, in levels 0..255; below it the edit is drawn again.
+        min_visible_share: least share in [0, 1] of the mask where the finished picture differs from the same picture
+            without the edit, in colour or in grain, by one level or more (`visibility`); below it the edit is drawn
+            again. With half, most of what is marked can be seen in the pixels at all; 0 takes everything.
         mask_convention: whether the mask of a copy-move marks the pasted `target` only, or `source_and_target`.
         diffusion_model: folder of a diffusers inpainting pipeline, for `inpaint_diffusion` only.
         diffusion_steps: denoising steps.
@@ -67,6 +70,7 @@ class OperationSettings:
     poisson: float = 0.12
     donor_match: float = 0.15
     min_change: float = 3.0
+    min_visible_share: float = 0.5
     mask_convention: str = "target"
     diffusion_model: str | None = None
     diffusion_steps: int = 20
@@ -100,10 +104,18 @@ Operation = Callable[[np.ndarray, np.random.Generator, OperationSettings, DrawDo
 
 @dataclass(frozen=True)
 class Tampering:
-    """Result of `tamper`: image (H, W, 3) uint8 RGB, mask (H, W) bool, provenance parameters."""
+    """Result of `tamper`.
+
+    Args:
+        image, mask: (H, W, 3) uint8 RGB and (H, W) bool, before post-processing.
+        finished, finished_mask: the same after it, of the final size.
+        parameters: for the provenance.
+    """
 
     image: np.ndarray
     mask: np.ndarray
+    finished: np.ndarray
+    finished_mask: np.ndarray
     parameters: dict[str, Any]
 
 

@@ -43,8 +43,8 @@ def segment_region(
             small, parameters["segments"], parameters["compactness"], max_num_iter=5, start_label=0, channel_axis=2
         )
     else:
-        parameters = {"scale": round(float(np.exp(rng.uniform(np.log(30), np.log(200)))), 1)}
-        labels = felzenszwalb(small, scale=parameters["scale"], sigma=0.6, min_size=16, channel_axis=2)
+        parameters = {"segment_scale": round(float(np.exp(rng.uniform(np.log(30), np.log(200)))), 1)}
+        labels = felzenszwalb(small, scale=parameters["segment_scale"], sigma=0.6, min_size=16, channel_axis=2)
     chosen = _grow(labels, small, draw_share(area_range, rng), area_range, rng)
     if chosen is None:
         return None
