@@ -20,10 +20,9 @@ from transformers.modeling_outputs import ModelOutput  # noqa: E402
 from finetune.config import HeadsConfig, build  # noqa: E402
 from finetune.errors import ConfigError  # noqa: E402
 
-HEAD_MODULES = (
-    "cls_head", "mask_head", "noise_residual", "layer_mix", "stream_to_language", "neck", "mask_queries",
-)  # fmt: skip
-"""Attribute names of everything this class adds to Qwen2.5-VL."""
+TOWER_HEADS = ("neck", "mask_queries")
+HEAD_MODULES = ("cls_head", "mask_head", "noise_residual", "layer_mix", "stream_to_language", *TOWER_HEADS)
+"""Attribute names of everything this class adds to Qwen2.5-VL; `TOWER_HEADS` with `heads.source: vision` only."""
 
 
 class QwenForensicsConfig(Qwen2_5_VLConfig):

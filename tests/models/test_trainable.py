@@ -14,9 +14,12 @@ from finetune.config import LoraConfig
 from finetune.data.collator import MODEL_KEYS
 from finetune.errors import ConfigError
 from finetune.models.adapters import set_trainable
+from finetune.models.configuration import HEAD_MODULES, TOWER_HEADS
 from finetune.models.groups import group_of, parameter_groups, trainable_table
 from finetune.models.loading import Bundle
-from finetune.models.qwen_forensics_model import HEAD_MODULES
+
+TOKEN_HEADS = set(HEAD_MODULES) - set(TOWER_HEADS)
+"""Every module of heads on tokens."""
 
 STAGE_1 = ["new_tokens", "cls_head", "mask_head", "noise_residual"]
 LORA = LoraConfig(r=4, dropout=0.0)
@@ -65,7 +68,7 @@ def test_stage_one_moves_the_new_rows_and_the_heads(checkpoint: Path, photo_reco
         rows.append("base_model.model.lm_head.token_adapter.trainable_tokens_delta.default")
     assert names["new_tokens"] == rows  # golden list
     trained = [name for group in names.values() for name in group]
-    assert {name.split(".")[2] for name in trained} - {"model", "lm_head"} == set(HEAD_MODULES)
+    assert {name.split(".")[2] for name in trained} - {"model", "lm_head"} == TOKEN_HEADS
     assert all(".modules_to_save.default." in name for name in trained if name not in rows)
     table = trainable_table(bundle.model, STAGE_1, {"new_tokens": "0.001"}).splitlines()
     row_parameters = 33 * 64 * len(rows)
@@ -82,7 +85,7 @@ def test_stage_one_moves_the_new_rows_and_the_heads(checkpoint: Path, photo_reco
         assert is_row_moved.nonzero().flatten().tolist() == ids
     heads = {name for name in before if name.split(".")[0] in HEAD_MODULES}
     assert {name.removeprefix("base_model.model.").replace(".modules_to_save.default", "") for name in trained} >= heads
-    assert {name.split(".")[0] for name in heads & changed} == set(HEAD_MODULES)
+    assert {name.split(".")[0] for name in heads & changed} == TOKEN_HEADS
     if is_tied:
         assert torch.equal(after["model.language_model.embed_tokens.weight"], after["lm_head.weight"])
 
