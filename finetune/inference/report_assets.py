@@ -20,6 +20,10 @@ table.metrics{border-collapse:collapse;width:100%;font-variant-numeric:tabular-n
 .metrics .plot{width:150px;text-align:left}.metrics .plot .right{float:right}
 .metrics caption{text-align:left;padding:10px 14px 6px;font-weight:650;font-size:.9rem}
 .scroll.ops{max-width:760px}
+.metrics tr.used>*{background:var(--tile);box-shadow:inset 0 1px var(--accent),inset 0 -1px var(--accent)}
+.tables{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));align-items:start}
+.tables .metrics th,.tables .metrics td{padding:3px 12px}
+.tables .metrics thead th{white-space:normal}
 .dots{width:120px;height:16px;display:block}.dots .axis{stroke:var(--line);stroke-width:1.5}
 .dots .ci{stroke:var(--c1);stroke-width:5;opacity:.35;stroke-linecap:round}.dots .model{fill:var(--c1)}
 .dots .base{fill:var(--card);stroke:var(--soft);stroke-width:1.4}
