@@ -30,6 +30,7 @@ from finetune.models.groups import collapsed, parameter_groups, plain_name
 from finetune.models.loading import Bundle
 from finetune.models.qwen_forensics_model import QwenForensicsConfig, QwenForensicsForConditionalGeneration
 from finetune.models.shapes import SHAPES, build_on_meta
+from finetune.models.vision_parts import BaseTower
 from finetune.special_tokens import SpecialTokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +54,8 @@ def model_for(config: RunConfig) -> Bundle:
     """The configuration's model on the meta device; token ids are those the released tokenizer would give."""
     tokens = SpecialTokens(config.tokens.num_cls, config.tokens.num_mask)
     ids = list(range(500, 500 + tokens.num_cls)), list(range(600, 600 + tokens.num_mask))
-    size = next((size for size in SHAPES if size in config.model.path), None)
+    size = real_size(config)
+    has_language = config.heads.source == "tokens"
     if size is not None:
         model = build_on_meta(SHAPES[size], config.heads, ids)
     else:
@@ -62,11 +64,18 @@ def model_for(config: RunConfig) -> Bundle:
             "heads": to_dict(config.heads),
             "cls_token_ids": ids[0],
             "mask_token_ids": ids[1],
+            "has_language": has_language,
         }
         settings.pop("model_type")
         with torch.device("meta"):
             model = QwenForensicsForConditionalGeneration(QwenForensicsConfig(**settings))
-    return Bundle(model, None, tokens)
+    tower = None if has_language else BaseTower("base", "0" * 16)  # heads on the tower are saved without it
+    return Bundle(model, None, tokens, tower=tower)
+
+
+def real_size(config: RunConfig) -> str | None:
+    """3B or 7B, of the model that a run starts from or of the base under it; None for the tiny one."""
+    return next((size for size in SHAPES if size in f"{config.model.base} {config.model.path}"), None)
 
 
 def trainable(bundle: Bundle, groups: Sequence[str]) -> list[str]:
@@ -84,7 +93,7 @@ def trainable(bundle: Bundle, groups: Sequence[str]) -> list[str]:
 def trainable_of(run: RunConfig) -> list[str]:
     """The list of one stage; many configurations share one."""
     tree = to_dict(run)
-    size = next((size for size in SHAPES if size in run.model.path), "tiny")
+    size = real_size(run) or "tiny"
     keys = ("tokens", "heads", "lora", "vision_lora", "vision_top")
     key = json.dumps([size, run.train.trainable, *(tree[name] for name in keys)])
     if key not in FOUND:
