@@ -21,7 +21,8 @@ from finetune.data.fingerprints import MAX_DISTANCE, Fingerprint, are_alike, nea
 from finetune.errors import DataFormatError
 
 Kind = Literal["group", "bytes", "picture"]
-_WHAT = {"group": "records of one group", "bytes": "the same image file", "picture": "pictures that look the same"}
+WHAT = {"group": "records of one group", "bytes": "the same image file", "picture": "pictures that look the same"}
+"""Kind of overlap in words."""
 _PICTURE = 256
 _TOLD = 3
 """Overlaps of each kind that an error names."""
@@ -173,7 +174,7 @@ def assert_disjoint(index: ImageIndex, max_distance: int = MAX_DISTANCE) -> None
         cases = [describe(index, overlap) for overlap in own[:_TOLD]]
         if len(own) > _TOLD:
             cases.append(f"and {len(own) - _TOLD} more")
-        told.append(f"{len(own)} x {_WHAT[kind]} ({'; '.join(cases)})")
+        told.append(f"{len(own)} x {WHAT[kind]} ({'; '.join(cases)})")
     raise DataFormatError(
         "splits are not disjoint: " + ", ".join(told),
         expected="each group and each picture in one split only",

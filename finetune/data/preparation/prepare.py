@@ -17,7 +17,7 @@ from pathlib import Path
 import cv2
 from tqdm import tqdm
 
-from finetune.data.duplicates import ImageIndex, assert_disjoint, describe
+from finetune.data.duplicates import WHAT, ImageIndex, assert_disjoint, describe
 from finetune.data.parallel import ordered_map
 from finetune.data.preparation.config import PrepareConfig, PrepareSource, check
 from finetune.data.preparation.ledger import Entry, Ledger, read_ledger, write_rejected
@@ -54,7 +54,7 @@ class Prepared:
     seconds: float
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """For the terminal: what was read and divided, what was wrong, what was written."""
         told = [*self.splits.lines(), *(f"warning: {warning}" for warning in self.splits.warnings)]
         told += [f"warning: in several splits: {overlap}" for overlap in self.overlaps[:10]]
         if len(self.overlaps) > 10:
@@ -64,7 +64,10 @@ class Prepared:
                 f"warning: {self.rejected} records rejected; each with its reason in {self.out_dir / 'rejected.jsonl'}"
             )
         before = f", {self.num_done_before} of them by the interrupted run" if self.num_done_before else ""
-        told.append(f"{sum(self.written.values())} records in {self.out_dir}{before}; {self.seconds:.1f} s")
+        parts = ", ".join(f"{split} {count}" for split, count in self.written.items())
+        told.append(
+            f"{sum(self.written.values())} records written to {self.out_dir} ({parts}){before}; {self.seconds:.1f} s"
+        )
         return told
 
 
@@ -203,4 +206,5 @@ def _overlaps(config: PrepareConfig, ledger_path: Path) -> tuple[str, ...]:
             index.add(entry.id, entry.split, entry.group, print_)
     if config.splits.on_overlap == "error":
         assert_disjoint(index, config.splits.max_hash_distance)
-    return tuple(describe(index, overlap) for overlap in index.overlaps(config.splits.max_hash_distance))
+    overlaps = index.overlaps(config.splits.max_hash_distance)
+    return tuple(f"{WHAT[overlap.kind]}: {describe(index, overlap)}" for overlap in overlaps)

@@ -146,6 +146,7 @@ def test_skipped_records_are_counted_and_listed(tmp_path: Path, make_source: Mak
     done = run(config_for(tmp_path / "out", source, storage=storage, on_error="skip"))
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert done.rejected == len(rejected) == 4
+    assert f"8 records written to {tmp_path / 'out'} (train " in done.lines()[-1]
     assert [entry["index"] for entry in rejected] == [3, 4, 7, 8]
     assert [entry["source"] for entry in rejected] == [f"list.jsonl:{line}" for line in (4, 5, 8, 9)]
     assert rejected[0]["field"] == "labels[0]"
@@ -176,7 +177,8 @@ def test_the_same_picture_in_two_splits_is_an_error(tmp_path: Path, make_source:
     assert not (tmp_path / "out" / "manifest.json").exists()
     config = config_for(tmp_path / "out", source)
     config.splits.on_overlap = "warn"
-    assert len(run(config).overlaps) == 1
+    (overlap,) = run(config).overlaps
+    assert overlap.startswith("pictures that look the same: ")
 
 
 def test_several_sources_keep_their_own_division_and_names(tmp_path: Path, make_source: MakeSource) -> None:
