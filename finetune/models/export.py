@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ from finetune.models.loading import (
 from finetune.models.plain import CONFIG_FIELDS, SECTION, heads_settings, is_head, write_heads
 from finetune.models.qwen_forensics_model import QwenForensicsConfig
 from finetune.models.verification import TOLERANCE, Outputs, compare, outputs_of, plain_outputs, worst
+from finetune.models.vision_parts import parts_section, read_config
 
 REPORT = "merge_report.json"
+_READ = ModelConfig(dtype="float32", attn_implementation="sdpa", language="load")
 
 
 def merge_command(arguments: argparse.Namespace) -> int:
@@ -67,8 +70,8 @@ def merge(
     """Write a standalone folder and compare it with what it was made from; nothing is left of a failed attempt.
 
     Args:
-        model: base model, whole model of ours (then with `plain` or another `dtype`), or an adapter folder that names
-            its base. The base is read unquantised, also for an adapter trained on a 4-bit one.
+        model: base model, whole model of ours (then with `plain` or another `dtype`), or a folder that names its base:
+            an adapter, or vision heads. The base is read unquantised, also for an adapter trained on a 4-bit one.
         plain: write a plain Qwen2.5-VL with the heads beside it instead of a model of ours.
         dtype: of the stored weights, `auto` as the base's; heads stay float32.
         overwrite: replace an existing model folder once the new one is complete and verified.
@@ -81,12 +84,13 @@ def merge(
         ConfigError: an output folder that exists, or nothing to merge.
     """
     base = model
+    has_parts = parts_section(model) is not None
     if adapter is None and (Path(model) / ADAPTER_CONFIG).is_file():
         base, adapter = base_model_path(model), model
     out_dir = Path(out_dir)
-    _check_request(base, adapter, out_dir, plain=plain, dtype=dtype, overwrite=overwrite)
+    _check_request(base, adapter, out_dir, needs_merging=has_parts, plain=plain, dtype=dtype, overwrite=overwrite)
     stored = _stored_dtype(base, dtype)
-    bundle = load_bundle(ModelConfig(path=base, adapter=adapter, dtype="float32", attn_implementation="sdpa"))
+    bundle = load_bundle(replace(_READ, path=base, adapter=adapter))
     bundle.model.eval()
     if plain:
         _check_plain(bundle)
@@ -99,11 +103,12 @@ def merge(
         "tolerance": TOLERANCE,
     }
     before = outputs_of(bundle)
-    if adapter is not None:
+    if bundle.model is not bundle.base:
         bundle = _merged(bundle)
         report["merge"] = compare(before, merged := outputs_of(bundle))
     else:
         merged = before
+    bundle = replace(bundle, tower=None)  # the folder is to stand alone
     with _new_folder(out_dir) as folder:
         _round_weights(bundle, stored)
         if plain:
@@ -140,11 +145,16 @@ def describe(report: dict[str, Any]) -> str:
 # ---- what is asked for ----
 
 
-def _check_request(base: str, adapter: str | None, out_dir: Path, *, plain: bool, dtype: str, overwrite: bool) -> None:
+def _check_request(
+    base: str, adapter: str | None, out_dir: Path, *, needs_merging: bool, plain: bool, dtype: str, overwrite: bool
+) -> None:
     for source in filter(None, (base, adapter)):
         if Path(source).is_dir() and out_dir.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
             raise ConfigError(f"--out {out_dir} is or contains {source}, which is read; give another folder")
-    if adapter is None and not plain and dtype == "auto":
+    own = read_config(base)
+    if own is not None and not own.has_language and not needs_merging:
+        raise ConfigError(f"{base} was saved without its language model; merged models are checked by what they write")
+    if adapter is None and not needs_merging and not plain and dtype == "auto":
         raise ConfigError(
             f"nothing to merge: {base} is a whole model; give --adapter, or --plain or --dtype to write it in another "
             "form"
@@ -274,7 +284,7 @@ def _write_preprocessor(processor: Any, folder: Path) -> None:
 
 def _verify(folder: Path, expected: Outputs, report: dict[str, Any], *, plain: bool) -> None:
     """Read the folder as its users will and compare; raises where a difference exceeds the tolerance."""
-    reloaded = load_bundle(ModelConfig(path=str(folder), dtype="float32", attn_implementation="sdpa"))
+    reloaded = load_bundle(replace(_READ, path=str(folder)))
     reloaded.model.eval()
     report["reload"] = compare(expected, outputs_of(reloaded))
     if plain:

@@ -61,7 +61,7 @@ def probes(processor: Any, run: str) -> list[Any]:
 
 def outputs_of(bundle: Bundle) -> Outputs:
     """Outputs of a bundle; its model must be in evaluation mode."""
-    run = bundle.tokens.run if bundle.base.has_heads else ""
+    run = _run_of(bundle)
     logits, scores, masks = [], [], []
     with torch.inference_mode():
         for batch in probes(bundle.processor, run):
@@ -85,7 +85,7 @@ def plain_outputs(folder: Path, ours: Bundle) -> Outputs:
     odd = sorted([*info["missing_keys"], *info["unexpected_keys"]])
     if odd:
         raise ModelLoadError(f"{folder}: {len(odd)} weights are missing or left over in the plain model, '{odd[0]}'")
-    run = ours.tokens.run if ours.base.has_heads else ""
+    run = _run_of(ours)
     batches = probes(ours.processor, run)
     for found, expected in zip(probes(AutoProcessor.from_pretrained(folder), run), batches, strict=True):
         # Not the pixels: torchvision, if it is there, resizes by a hair's breadth differently from PIL.
@@ -115,6 +115,11 @@ def worst(differences: dict[str, Any]) -> float:
     values = [differences["logits"] / max(1.0, differences["largest_logit"])]
     values += [differences[name] for name in ("scores", "masks") if differences[name] is not None]
     return max(values)
+
+
+def _run_of(bundle: Bundle) -> str:
+    """The forensic tokens, where heads read them."""
+    return bundle.tokens.run if bundle.base.has_heads and not bundle.base.reads_tower else ""
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -290,3 +290,39 @@ def test_incomplete_folders(stage_c: Path, tiny_dir: Path, tmp_path: Path) -> No
         load_vision(tiny_dir, tmp_path / "bare")
     with pytest.raises(ModelLoadError, match="no heads there"):
         load_vision(tiny_dir, tmp_path)
+
+
+# ---- resuming and merging ----
+
+
+def test_a_checkpoint_of_parts_is_put_back(stage_c: Path, pixels: torch.Tensor) -> None:
+    from finetune.training.checkpoint import load_weights
+
+    expected = outputs(opened(stage_c), pixels)
+    groups = ["neck", "cls_head", "mask_head", "vision_lora"]
+    bundle = shaken(set_trainable(opened(stage_c), groups, LoraConfig(), LORA), "cls_head", "mask_", "neck", "lora_")
+    bundle.model.eval()
+    assert not same(outputs(bundle, pixels), expected)
+    load_weights(bundle, stage_c)
+    for found, wanted in zip(outputs(bundle, pixels), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    with pytest.raises(ModelLoadError):
+        load_weights(set_trainable(opened(stage_c), groups, LoraConfig(), replace(LORA, blocks=[1])), stage_c)
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_merged_parts_stand_alone(stage_c: Path, pixels: torch.Tensor, tmp_path: Path, is_plain: bool) -> None:
+    """Tower with LoRA in its weights, language model and heads in one folder; base and parts are no longer needed."""
+    from finetune.models.export import merge
+
+    report = merge(str(stage_c), None, tmp_path / "merged", plain=is_plain)
+    assert 0 <= report["merge"]["masks"] < 1e-4
+    assert report["base"] == str(stage_c)
+    merged = opened(tmp_path / "merged")
+    assert merged.model is merged.base
+    for found, expected in zip(outputs(merged, pixels), outputs(opened(stage_c), pixels), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    if is_plain:
+        plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "merged")
+        tower = dict(opened(tmp_path / "merged", language="load").base.model.visual.named_parameters())
+        assert all(torch.equal(p, tower[name]) for name, p in plain.model.visual.named_parameters())
