@@ -453,7 +453,7 @@ class Terminal:
     def end(self) -> int:
         """Exit status."""
         try:
-            return self.process.wait(timeout=30)
+            return self.process.wait(timeout=120)
         finally:
             if self.process.poll() is None:
                 self.process.send_signal(signal.SIGKILL)

@@ -43,7 +43,7 @@ def launch(repo_root: Path, kind: str, config: Path, *overrides: str) -> str:
         environment["PATH"] = f"{tools}{os.pathsep}{environment['PATH']}"
         launcher = ["accelerate", "launch", "--config_file", str(accelerate), "--main_process_port", "0"]
         command = [*launcher, str(repo_root / "sft_llm.py"), "--config", str(config)]
-    done = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
 

@@ -109,7 +109,7 @@ def run_ranks(configs: list[Path], out: Path, processes: int = 2) -> list[list[d
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return [torch.load(f"{out}.{rank}", weights_only=False) for rank in range(processes)]

@@ -103,7 +103,7 @@ def test_launched_as_a_process(repo_root: Path, write_config: Callable[..., Path
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 2
     assert done.stderr == "error: train.early_stopping_patience is 0; expected 1 or more, or null\n"

@@ -251,7 +251,7 @@ except ForensicsError as error:
 def test_a_full_disk_is_one_line_and_keeps_the_finished_shards(tmp_path: Path, source: Path, storage: str) -> None:
     out = tmp_path / "set"
     command = [sys.executable, "-c", FULL, str(out), str(source), storage]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
     assert done.stderr == ""
     (line,) = done.stdout.splitlines()
