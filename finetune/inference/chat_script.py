@@ -25,6 +25,7 @@ from finetune.errors import ConfigError, DataFormatError
 from finetune.inference.chat_summary import summarize, summary_text
 from finetune.inference.contestants import Contestants, contestants
 from finetune.inference.dialogue import ImageVerdict, Reply, Speaker
+from finetune.inference.image_memory import ImageMemory
 from finetune.inference.predictor import Query
 from finetune.inference.report_chat import write_chat_report
 from finetune.inference.visualization import save_mask_png
@@ -182,6 +183,8 @@ def run_script(models: Contestants, dialogues: Sequence[Dialogue], out: Path) ->
 def ask_batch(speaker: Speaker, name: str, dialogues: Sequence[Dialogue], folder: Path, first_number: int) -> None:
     """Every question of some dialogues, turn by turn, all dialogues that have one in the same batch."""
     contents: list[list[str]] = [[] for _ in dialogues]
+    num_images = sum(len(dialogue.record.images) for dialogue in dialogues)
+    speaker.memory = ImageMemory(speaker.bundle.base, num_images)  # none of them is encoded twice
     for t in range(max(len(dialogue.questions) for dialogue in dialogues)):
         rows = [row for row, dialogue in enumerate(dialogues) if t < len(dialogue.questions)]
         queries = [query_at(dialogues[row], t, contents[row]) for row in rows]

@@ -109,6 +109,7 @@ class ChatSession:
     def reset(self) -> None:
         """Forget images and turns; system prompt and model stay."""
         self.images, self.attached, self.exchanges = [], [], []
+        self.speaker.memory.clear()
 
     def switch(self, name: str) -> None:
         """Let another model answer from now on.

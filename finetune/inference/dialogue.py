@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from finetune.data.dataset import Sample
 from finetune.data.images import load_image
 from finetune.inference.answers import read_answers
+from finetune.inference.image_memory import ImageMemory
 from finetune.inference.predictor import Predictor, Query
 from finetune.schema import Turn
 from finetune.special_tokens import IGNORE_INDEX, IMAGE_PLACEHOLDER
@@ -65,7 +66,11 @@ class Reply:
 
 
 class Speaker(Predictor):
-    """A predictor that continues dialogues; see the module's description."""
+    """A predictor that continues dialogues; see the module's description. Takes the arguments of `Predictor`."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.memory = ImageMemory(self.bundle.base)
 
     @property
     def has_heads(self) -> bool:
@@ -119,7 +124,7 @@ class Speaker(Predictor):
         hooks: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([_Stop(stops)])}
         if on_text is not None:
             hooks["streamer"] = _Streamer(self.bundle.tokenizer, announce if is_first else None, on_text)
-        with self._lock, torch.inference_mode(), self._first_heads() as captured:
+        with self._lock, torch.inference_mode(), self.memory.used(), self._first_heads() as captured:
             written = self._generate_ids(self._inputs([self._prompt(asked) for asked in batch]), **hooks)
             if not is_first and self.has_heads and any(asked.num_new for asked in batch):
                 written = [self._with_run(ids, asked.num_new) for ids, asked in zip(written, batch, strict=True)]

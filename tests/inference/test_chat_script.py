@@ -21,6 +21,7 @@ from finetune.inference.chat_script import ask_batch, dialogue_of, query_at
 from finetune.inference.chat_summary import summarize
 from finetune.inference.contestants import contestants
 from finetune.inference.dialogue import Speaker
+from finetune.inference.image_memory import ImageMemory
 
 RUN = "<mask_1> - <mask_4>；真实性结论：<cls>"
 
@@ -128,6 +129,89 @@ def test_no_reference_reaches_the_model(users_file: Path, bundle: Any, monkeypat
     third = query_at(asked[0], 2, [bundle.tokens.run + own[0], own[1]])
     assert [turn.role for turn in third.turns] == ["user", "assistant"] * 2 + ["user"]
     assert own[0] in third.turns[1].content
+
+
+def test_dialogues_of_tables_and_parquet(users_file: Path, bundle: Any, tmp_path: Path) -> None:
+    """A CSV with questions or whole conversations, and a stored Parquet set, are asked like the JSON they came from."""
+    import csv
+
+    from finetune.config import GenerationConfig
+    from finetune.data.storage import open_writer
+
+    folder = users_file.parent
+    turns = [
+        {"role": "user", "content": "真吗？<image>"},
+        {"role": "assistant", "content": "SECRET"},
+        {"role": "user", "content": "为什么？"},
+    ]
+    with (folder / "asked.csv").open("w", encoding="utf-8", newline="") as stream:
+        rows = csv.DictWriter(stream, ["image_path", "label", "问题", "回答", "messages"])
+        rows.writeheader()
+        rows.writerow({"image_path": "a.png", "label": 1, "问题": "这张图片是真的吗？", "回答": "SECRET 伪造"})
+        rows.writerow({"image_path": "b.png", "messages": json.dumps(turns, ensure_ascii=False)})
+        rows.writerow({"image_path": "c.png", "label": 0})
+    table = dialogues(folder / "asked.csv")
+    assert [[(q.text, q.images, q.reference) for q in dialogue.questions] for dialogue in table.values()] == [
+        [("<image>这张图片是真的吗？", (0,), "SECRET 伪造")],
+        [("真吗？<image>", (0,), "SECRET"), ("为什么？", (), None)],
+        [(load_template("zh").prompts[0], (0,), None)],
+    ]
+    with open_writer(tmp_path / "stored", "eval", "parquet") as writer:
+        for record in read_records(users_file):
+            writer.write(record)
+    stored, plain = dialogues(tmp_path / "stored" / "eval"), dialogues(users_file)
+    speaker = Speaker(bundle, GenerationConfig(max_new_tokens=4))
+    for found in (table, stored, plain):
+        ask_batch(speaker, "m", list(found.values()), tmp_path / "masks", 0)
+    assert stored.keys() == plain.keys()
+    for name, dialogue in stored.items():
+        assert dialogue.questions == plain[name].questions
+        assert [turn["m"]["text"] for turn in dialogue.answers] == [turn["m"]["text"] for turn in plain[name].answers]
+
+
+def test_tables_say_what_is_wrong_with_a_conversation(photo_records: Path, tmp_path: Path) -> None:
+    image = photo_records.parent / "a.png"
+    for header, row, words in (
+        ("image_path,answer", f"{image},yes", "an answer without a question"),
+        ("image_path,messages", f"{image},no json", "messages are no JSON"),
+        (
+            "image_path,messages,question",
+            f'{image},"[{{""role"": ""user"", ""content"": ""a""}}]",b',
+            "keep one of them",
+        ),
+    ):
+        (tmp_path / "bad.csv").write_text(f"{header}\n{row}\n", encoding="utf-8")
+        with pytest.raises(DataFormatError, match=r"bad\.csv:2") as caught:
+            dialogues(tmp_path / "bad.csv")
+        assert words in str(caught.value)
+
+
+def test_no_image_is_encoded_twice(
+    users_file: Path, bundle: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Three turns on two images, and other dialogues beside them: texts, scores and masks as with every turn anew."""
+    from finetune.config import GenerationConfig
+
+    def asked(num_images: int) -> tuple[list[Any], int]:
+        monkeypatch.setattr("finetune.inference.chat_script.ImageMemory", lambda base, _: ImageMemory(base, num_images))
+        seen: list[int] = []
+        hook = bundle.base.model.visual.register_forward_pre_hook(
+            lambda _m, _a, kw: seen.append(len(kw["grid_thw"])), with_kwargs=True
+        )
+        found = list(dialogues(users_file).values())
+        ask_batch(Speaker(bundle, GenerationConfig(max_new_tokens=5)), "m", found, tmp_path / "masks", 0)
+        hook.remove()
+        return found, sum(seen)
+
+    (anew, often), (remembered, once) = asked(0), asked(8)
+    assert once == 5
+    assert often == 5 + 1 + 2  # by turn; within one a picture is encoded once in any case
+    for one, two in zip(anew, remembered, strict=True):
+        for ours, theirs in zip(one.answers, two.answers, strict=True):
+            assert ours["m"]["text"] == theirs["m"]["text"]
+            scores = ([v["score"] for v in answer["m"]["verdicts"]] for answer in (ours, theirs))
+            assert next(scores) == pytest.approx(next(scores), abs=1e-5)
+    assert "get_image_features" not in vars(bundle.base.model)  # the model is as it was
 
 
 # ---- side by side ----

@@ -23,9 +23,7 @@ FOUND = gather_evidence(0.875, 1, SCORES, (40, 80), threshold=0.4, heatmap_thres
 
 
 def test_every_placeholder_is_filled_and_other_braces_stay() -> None:
-    prompt = (
-        '<image>{verdict} {score} {percent} {threshold} {boxes} {width}x{height} {"a": {"b": 1}} {{score}} {1}'
-    )
+    prompt = '<image>{verdict} {score} {percent} {threshold} {boxes} {width}x{height} {"a": {"b": 1}} {{score}} {1}'
     expected = '<image>tampered 0.88 88% 0.4 [[0, 10, 20, 20]] 80x40 {"a": {"b": 1}} {score} {1}'
     assert fill_prompt(prompt, FOUND, "en") == expected
     for name in PLACEHOLDERS:

@@ -1,4 +1,5 @@
-"""Format `table`: CSV or TSV with a header; rows are read one at a time and become `annotation` objects.
+"""Format `table`: CSV or TSV with a header; rows are read one at a time. A row is an image with its targets (an
+`annotation` object), and a conversation too where there is a column of questions or of messages as JSON text.
 
 UTF-8 with or without BOM, GBK/GB18030 and UTF-16 with BOM are told apart by decoding the file once before it is read:
 what is valid UTF-8 is UTF-8, else what is valid GB18030 is that. Other encodings need `options.encoding`.
@@ -9,16 +10,18 @@ from __future__ import annotations
 import codecs
 import csv
 import difflib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.data.readers.annotation import ANNOTATION
-from finetune.data.readers.common import Item
+from finetune.data.readers.common import Item, build_record, read_images, read_turns
 from finetune.data.readers.options import Options
 from finetune.errors import DataFormatError
-from finetune.schema import Record
+from finetune.schema import Record, Turn
+from finetune.special_tokens import IMAGE_PLACEHOLDER
 
 TABLE_SUFFIXES = (".csv", ".tsv")
 TABLE_OPTIONS = ("columns", "encoding", "delimiter", "label_map")
@@ -33,7 +36,11 @@ _COLUMNS = {
     "id": ("id", "image_id", "编号"),
     "group": ("group", "分组"),
     "evidence": ("evidence", "依据", "判断依据"),
+    "messages": ("messages", "conversations", "对话"),
+    "question": ("question", "prompt", "instruction", "问题", "提问", "指令"),
+    "answer": ("answer", "output", "回答", "答案"),
 }
+_CONVERSATION = ("messages", "question", "answer")
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,8 @@ def _read_header(header: Sequence[str], name: str, options: Options) -> _Table:
             expected="a header with image_path, and mask_path, label, id, group as known",
             fix="set options.columns: {image_path: NAME}",
         )
-    missing = [each for field, names in _COLUMNS.items() if field not in columns for each in names if each.isascii()]
+    targets = {field: names for field, names in _COLUMNS.items() if field not in (*columns, *_CONVERSATION)}
+    missing = [each for names in targets.values() for each in names if each.isascii()]
     for index, cell in enumerate(cells):  # other columns are the user's own, but `lable` would lose the labels
         near = difflib.get_close_matches(cell.lower(), missing, n=1, cutoff=0.79)
         if index not in columns.values() and near and not named:
@@ -214,7 +222,34 @@ def _read_row(row: list[str], table: _Table, default_id: str, source: str, root:
         raise item.error("row without an image", field=table.header[table.columns["image_path"]], found=row)
     if "label" in fields:
         fields["label"] = _read_label(item, fields["label"], table)
-    return ANNOTATION.read(item)
+    if not any(field in fields for field in _CONVERSATION):
+        return ANNOTATION.read(item)
+    images = read_images(item)
+    return build_record(item, images, _read_turns(item, fields, len(images)), own_fields=_CONVERSATION)
+
+
+def _read_turns(item: Item, fields: dict[str, Any], num_images: int) -> tuple[Turn, ...]:
+    """The conversation of a row: its messages, or its question (with the image before it) and the answer."""
+    if "messages" in fields:
+        if "question" in fields or "answer" in fields:
+            raise item.error("a row with messages and with a question or answer", fix="keep one of them")
+        try:
+            messages = json.loads(fields["messages"])
+        except ValueError as error:
+            expected = '[{"role": "user", "content": "<image>..."}, ...] as JSON text'
+            raise item.error(
+                f"messages are no JSON ({error})", field="messages", found=fields["messages"][:80], expected=expected
+            ) from error
+        own = Item({**fields, "messages": messages}, item.record_id, item.source, item.root)
+        turns, inline_images = read_turns(own, "messages")
+        if inline_images:
+            raise item.error("images given twice", field="messages", fix="leave them to the column of images")
+        return turns
+    if "question" not in fields:
+        raise item.error("an answer without a question", fix="give the row a question, or leave the answer empty")
+    has_place = IMAGE_PLACEHOLDER in fields["question"]
+    question = Turn("user", fields["question"] if has_place else IMAGE_PLACEHOLDER * num_images + fields["question"])
+    return (question, Turn("assistant", fields["answer"])) if "answer" in fields else (question,)
 
 
 def _read_label(item: Item, text: str, table: _Table) -> int | None:
