@@ -6,6 +6,7 @@ Runs are really killed (`kill -9` on a process), disks are really full (a size l
 from __future__ import annotations
 
 import json
+import random
 import resource
 import shutil
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from child_process import At, killed_at, killed_while_saving, run_in_child
@@ -20,10 +22,12 @@ from safetensors.torch import load_file
 
 from finetune.cli import main
 from finetune.config import RunConfig
+from finetune.data.region_masking import RegionMasking
 from finetune.errors import CheckpointError
 from finetune.training import run
 from finetune.training.checkpoint import MANIFEST, STAGING, checkpoint_problem, checkpoints, resume_point
-from finetune.training.run import train
+from finetune.training.run import build_trainer, train
+from finetune.training.stages import run_stage
 
 Make = Callable[..., RunConfig]
 LORA = ["new_tokens", "cls_head", "mask_head", "noise_residual", "lm_lora"]
@@ -114,6 +118,85 @@ def test_other_runs_resume_bit_equal(make_config: Make, changes: dict[str, Any])
     assert run_in_child(killed_at("on_pre_optimizer_step", 3), config) == -signal.SIGKILL
     train(config)
     assert numbers(config.output_dir) == numbers(uninterrupted.output_dir)
+
+
+@pytest.mark.slow
+def test_killed_stage_with_masking_and_attacks_ends_bit_equal(make_config: Make) -> None:
+    """All that moves over a run at once: the second of two stages, regions masked more and more, attacked batches."""
+    moving = {
+        "region_masking": {"enabled": True, "begin": 0.0, "finish": 1.0, "start_share": 0.1, "end_share": 0.6},
+        "adversarial": {"share": 0.5, "steps": 2, "method": "pgd", "target": "features", "radius": 0.1},
+    }
+    first = {"name": "first", "train": {"max_steps": 2, "trainable": LORA[:-1]}}
+    settings = {**section(logging_steps=1), "stages": [first, {"name": "second", **moving}]}
+    outs = {name: make_config(name, **settings) for name in ("uninterrupted", "killed")}
+
+    def killed_body(config: RunConfig) -> None:
+        build = run.build_trainer
+
+        def building(config: RunConfig) -> Any:
+            built = build(config)
+            built[0].add_callback(At("on_pre_optimizer_step", 7, signal.SIGKILL))
+            return built
+
+        run.build_trainer = building
+        run_stage(config, "second")
+
+    for name, config in outs.items():
+        assert run_stage(config, "first") == 0
+        if name == "killed":
+            assert run_in_child(killed_body, config) == -signal.SIGKILL
+            assert checkpoints(Path(config.output_dir, "stage2"))[-1].name == "checkpoint-6"
+        assert run_stage(config, "second") == 0
+    ours, theirs = (Path(outs[name].output_dir, "stage2") for name in ("killed", "uninterrupted"))
+    assert numbers(ours) == numbers(theirs)
+    logged = [entry for entry in numbers(ours) if "adversarial_gain" in entry]
+    assert logged[-1]["step"] > 7
+    one, two = (load_file(out / "checkpoint-10" / "adapter_model.safetensors") for out in (ours, theirs))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+# ---- no hidden source of chance ----
+
+
+@pytest.mark.parametrize("changes", [{}, {"layout": "text_first"}, {"class_balanced": False}])
+def test_samples_and_batches_draw_from_no_global_generator(
+    make_config: Make, mixed_records: Path, changes: dict[str, Any]
+) -> None:
+    """A resumed run passes over the batches that were seen: a draw while they are made would be missing from then on.
+
+    So the generators are as before after every sample and batch, and a sample does not depend on where they stand.
+    """
+    data = {"train": [str(mixed_records)], "eval": [], "template": "zh", **changes}
+    masking = {"enabled": True, "start_share": 0.5, "probability": 1.0, "fill": "noise"}
+    config = make_config(data=data, region_masking=masking)
+    trainer = build_trainer(config)[0]
+    draws = list(trainer._get_train_sampler())
+    trainer.train_dataset.region_masking = RegionMasking(config.region_masking, config.seed, len(draws))
+    found = []
+    for seed in (0, 1):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        states = global_states()
+        samples = []
+        for draw in draws:
+            samples.append(trainer.train_dataset[draw])
+            assert global_states() == states, f"record {samples[-1].record_id}: made with a global generator"
+        batch = trainer.data_collator(samples)
+        assert global_states() == states, "the collator draws from a global generator"
+        found.append(batch)
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        same = torch.equal(value, found[1][key]) if isinstance(value, torch.Tensor) else True
+        assert same, f"{key} depends on a global generator"
+
+
+def global_states() -> tuple[Any, ...]:
+    """Python's, NumPy's and torch's global generators, comparable."""
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), (kind, keys.tobytes(), *rest), torch.get_rng_state().numpy().tobytes()  # type: ignore[union-attr]
 
 
 # ---- stop on request ----
