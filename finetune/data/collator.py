@@ -119,7 +119,8 @@ class ForensicCollator:
         index: list[int] = []
         first = 0
         for sample in samples:
+            count = len(sample.features) or len(sample.images)  # cached ones are not opened
             if self.heads_source == "vision" or not ids.isdisjoint(sample.input_ids):
-                index += range(first, first + len(sample.images))
-            first += len(sample.images)
+                index += range(first, first + count)
+            first += count
         return torch.tensor(index, dtype=torch.long)

@@ -115,6 +115,7 @@ def test_cached_images_are_not_opened_unless_their_pixels_are_wanted(
     assert torch.equal(batch["pixel_values"], torch.cat([parts[i] for i in wanted]))
     assert [entry is None for entry in batch["cached_maps"]] == [True, False, True]
     assert batch["cached_maps"][1] is maps
+    assert batch["cls_image_index"].tolist() == [0, 1, 2]
     assert batch["feature_keys"] == [Path(record.images[0].path or "").name for record in some]
     for ours, theirs in zip(batch["mask_targets"], plain["mask_targets"], strict=True):
         assert (ours is None and theirs is None) or torch.equal(ours, theirs)
