@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune.config.vision_runs import VisionEvalConfig, VisionInferenceConfig, load_vision_config
+from finetune.config.vision_runs import VisionEvalConfig, VisionInferenceConfig, check_output, load_vision_config
 from finetune.errors import ConfigError
 
 EVAL_KEYS = {
@@ -120,7 +120,6 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, change: dict[str, Any], 
         ({"generation": {"temperature": -1}}, ["generation.temperature"]),
         ({"generation": {"top_p": 0}}, ["generation.top_p"]),
         ({"generation": {"max_new_tokens": 0}}, ["generation.max_new_tokens"]),
-        ({"output.csv": ""}, ["output.csv", "missing"]),
         ({"min_region_area": 1.0}, ["min_region_area"]),
         ({"language": "fr"}, ["language", "zh, en"]),
     ],
@@ -130,6 +129,12 @@ def test_a_mistake_of_inference_is_named(tmp_path: Path, change: dict[str, Any],
         load_vision_config(write(tmp_path, INFERENCE_KEYS | change), [], VisionInferenceConfig)
     for word in words:
         assert word in str(error.value)
+
+
+def test_an_output_that_is_not_named(tmp_path: Path) -> None:
+    config = load_vision_config(write(tmp_path, INFERENCE_KEYS | {"output.csv": ""}), [], VisionInferenceConfig)
+    with pytest.raises(ConfigError, match=r"'output\.csv' is missing"):
+        check_output(config)
 
 
 @pytest.mark.parametrize(

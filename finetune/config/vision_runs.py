@@ -115,6 +115,17 @@ def load_vision_config(path: str | Path, overrides: Sequence[str], schema: type[
     return config
 
 
+def check_output(config: VisionInferenceConfig) -> None:
+    """Both places of the output are named.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name in ("csv", "evidence_dir"):
+        if not getattr(config.output, name):
+            raise ConfigError(f"'output.{name}' is missing; give it in the file, or with --set output.{name}=...")
+
+
 def _read(path: Path) -> dict[str, Any]:
     if path.suffix.lower() in (".yaml", ".yml"):
         return read_tree(path)
@@ -197,6 +208,3 @@ def _check_text(config: VisionInferenceConfig, where: str) -> None:
         raise ConfigError(f"{where}: 'generation.top_p' is {generation.top_p}; expected a number above 0, at most 1")
     if not 0 <= config.min_region_area < 1:
         raise ConfigError(f"{where}: 'min_region_area' is {config.min_region_area}; expected a share from 0 to 1")
-    for name in ("csv", "evidence_dir"):
-        if not getattr(config.output, name):
-            raise ConfigError(f"{where}: 'output.{name}' is missing; give it in the file or as output.{name}=...")

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from finetune.config import GenerationConfig, to_dict
-from finetune.config.vision_runs import VisionInferenceConfig, load_vision_config
+from finetune.config.vision_runs import VisionInferenceConfig, check_output, load_vision_config
 from finetune.data.dataset import processed_sizes
 from finetune.data.images import load_image
 from finetune.errors import ConfigError, DataFormatError
@@ -49,6 +49,7 @@ _FAILURES_SHOWN = 20
 def infer_command(arguments: argparse.Namespace) -> int:
     """Handler of `forensics vision infer`; exit status 0, or 1 where an image could not be used."""
     config = load_vision_config(arguments.config, arguments.overrides, VisionInferenceConfig)
+    check_output(config)
     given = [config.images] if isinstance(config.images, str) else config.images
     images = named_images(arguments.images or given)
     prompts_of(config)  # refuses before anything is loaded

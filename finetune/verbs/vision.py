@@ -86,6 +86,11 @@ def annotate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="share of the records that keep their question as it is (0)",
     )
+    parser.add_argument(
+        "--keep-targets",
+        action="store_true",
+        help="keep labels and masks, so that heads on forensic tokens train too (default: text only)",
+    )
     parser.set_defaults(handler=_annotate)
 
 
