@@ -21,7 +21,7 @@ from finetune.models.adapters import set_trainable
 from finetune.models.export import merge
 from finetune.models.loading import Bundle, load_adapter, load_bundle, save_bundle
 from finetune.models.shared_base import SharedBase
-from finetune.models.verification import TOLERANCE
+from finetune.models.verification import TOLERANCE, worst
 from finetune.special_tokens import SpecialTokens
 from finetune.training.checkpoint import load_weights
 
@@ -134,6 +134,16 @@ def test_what_belongs_to_a_model_travels_with_it(adapter_dir: Path, tied: Path, 
         assert old["image_processor_type"] == "Qwen2VLImageProcessor"
         assert old["max_pixels"] == found.image_processor.size["longest_edge"]
         assert AutoConfig.from_pretrained(tmp_path / "out").model_type == "qwen2_5_vl"
+
+
+def test_a_model_without_heads_becomes_plain(tied: Path, tmp_path: Path) -> None:
+    """No heads are put beside it, and none are made up when it is read again."""
+    bundle = load_bundle(ModelConfig(path=str(tied), dtype="float32"), heads=HeadsConfig(enabled=False))
+    save_bundle(set_trainable(bundle, ["lm_lora"], LoraConfig(r=4)), tmp_path / "adapter")
+    report = merge(str(tmp_path / "adapter"), None, tmp_path / "out", plain=True)
+    assert worst(report["plain"]) <= TOLERANCE
+    assert report["plain"]["scores"] is None
+    assert not (tmp_path / "out" / "heads.safetensors").exists()
 
 
 def test_whole_model_becomes_plain(untied: Path, photo_records: Path, tmp_path: Path) -> None:
