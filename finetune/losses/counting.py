@@ -24,7 +24,7 @@ def has_target(target: Tensor | None) -> bool:
 
 def is_tampered(target: Tensor | None) -> bool:
     """Whether the target has at least one tampered pixel."""
-    return target is not None and bool((target != 0).any())
+    return target is not None and bool(target.any())
 
 
 def is_authentic(target: Tensor | None) -> bool:
@@ -34,7 +34,7 @@ def is_authentic(target: Tensor | None) -> bool:
 
 def is_mixed(target: Tensor | None) -> bool:
     """Whether the target has both tampered and authentic pixels."""
-    return target is not None and is_tampered(target) and bool((target == 0).any())
+    return target is not None and is_tampered(target) and not bool(target.all())
 
 
 def text_count(targets: Tensor) -> int:

@@ -129,6 +129,15 @@ def test_signed_distance_by_hand_and_against_the_authors_code() -> None:
     np.testing.assert_allclose(L.signed_distance(torch.from_numpy(mask)).numpy(), authors - 0.5, atol=1e-6)
 
 
+def test_signed_distance_is_exact_at_the_size_of_photographs() -> None:
+    mask = np.zeros((480, 640), dtype=bool)
+    mask[[3, 200, 470], [5, 600, 20]] = True
+    mask[100:180, 300:420] = True
+    outward, inward = distance_transform_edt(~mask), distance_transform_edt(mask)
+    found = L.signed_distance(torch.from_numpy(mask)).numpy()
+    np.testing.assert_allclose(found, np.where(mask, 0.5 - inward, outward - 0.5), atol=1e-4)
+
+
 def test_boundary_by_hand() -> None:
     total, count = L.boundary_loss([torch.zeros(1, 4)], [torch.tensor([[0, 0, 0, 1]])])  # distances 2.5 1.5 .5 -.5
     assert count == 1
