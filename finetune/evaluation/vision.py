@@ -45,8 +45,9 @@ from finetune.evaluation.vision_files import (
     write_predictions,
 )
 from finetune.inference.output import PredictionWriter
-from finetune.inference.predictor import Predictor, Query, batched
+from finetune.inference.predictor import Predictor
 from finetune.inference.prefetch import prefetch
+from finetune.inference.queries import Query, batched
 from finetune.inference.report import ReportSample, format_table, write_report
 from finetune.inference.report_charts import precision_recall_chart
 from finetune.inference.report_thresholds import thresholds_html

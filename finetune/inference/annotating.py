@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +30,10 @@ from finetune.errors import ConfigError, DataFormatError
 from finetune.inference.evidence_folder import file_stem
 from finetune.inference.evidence_text import Language, find_regions, place_word
 from finetune.inference.explaining import Finding, prompts_of
-from finetune.inference.explanation_prompts import SYSTEM_PROMPTS, choose_prompt, fill_prompt
-from finetune.inference.predictor import Predictor, Query, batched
+from finetune.inference.explanation_prompts import SYSTEM_PROMPTS, choose_prompt, fill_prompt, literal_prompt
+from finetune.inference.predictor import Predictor
 from finetune.inference.prefetch import prefetch
+from finetune.inference.queries import Query, batched
 from finetune.inference.vision_inference import find
 from finetune.inference.vision_models import open_vision_predictor
 from finetune.schema import ImageInput, ImageTarget, Prediction, Record, Turn
@@ -202,13 +202,8 @@ def _question(record: Record, finding: Finding, config: VisionInferenceConfig, n
         prompts = prompts_of(config)
         chosen = prompts[choose_prompt(prompts, config.seed, record.id)]
     else:  # the overlay stands behind the image it belongs to
-        chosen = _literal(own).replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * num_images, 1)
+        chosen = literal_prompt(own).replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * num_images, 1)
     return fill_prompt(chosen, finding.evidence, config.language, num_images)
-
-
-def _literal(question: str) -> str:
-    """A user's question in which nothing is a placeholder."""
-    return re.sub(r"\{([A-Za-z_]\w*)\}", r"{{\1}}", question)
 
 
 def _save_overlay(out: Path, finding: Finding) -> str:

@@ -26,7 +26,7 @@ from finetune.inference.chat_summary import summarize, summary_text
 from finetune.inference.contestants import Contestants, contestants
 from finetune.inference.dialogue import ImageVerdict, Reply, Speaker
 from finetune.inference.image_memory import ImageMemory
-from finetune.inference.predictor import Query
+from finetune.inference.queries import Query
 from finetune.inference.report_chat import write_chat_report
 from finetune.inference.visualization import save_mask_png
 from finetune.schema import Record, Turn

@@ -22,7 +22,7 @@ from finetune.data.images import load_image
 from finetune.errors import ConfigError, DataFormatError
 from finetune.inference.contestants import Contestants
 from finetune.inference.dialogue import ImageVerdict, Reply, Speaker
-from finetune.inference.predictor import Query
+from finetune.inference.queries import Query
 from finetune.inference.visualization import overlay_mask
 from finetune.schema import ImageInput, Turn
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens

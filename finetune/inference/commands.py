@@ -15,7 +15,8 @@ from finetune.data.chat import load_template
 from finetune.data.images import load_image
 from finetune.errors import ConfigError, DataFormatError, ModelLoadError
 from finetune.inference.output import PredictionWriter
-from finetune.inference.predictor import Predictor, query_for_image
+from finetune.inference.predictor import Predictor
+from finetune.inference.queries import query_for_image
 from finetune.inference.visualization import overlay_mask
 from finetune.models.loading import load_bundle
 from finetune.schema import ImageInput, Prediction

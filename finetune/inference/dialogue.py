@@ -20,7 +20,8 @@ from finetune.data.dataset import Sample
 from finetune.data.images import load_image
 from finetune.inference.answers import read_answers
 from finetune.inference.image_memory import ImageMemory
-from finetune.inference.predictor import Predictor, Query
+from finetune.inference.predictor import Predictor
+from finetune.inference.queries import Query
 from finetune.schema import Turn
 from finetune.special_tokens import IGNORE_INDEX, IMAGE_PLACEHOLDER
 
@@ -123,7 +124,7 @@ class Speaker(Predictor):
         is_first = self.layout == "tokens_first"
         hooks: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([_Stop(stops)])}
         if on_text is not None:
-            hooks["streamer"] = _Streamer(self.bundle.tokenizer, announce if is_first else None, on_text)
+            hooks["streamer"] = AnswerStreamer(self.bundle.tokenizer, announce if is_first else None, on_text)
         with self._lock, torch.inference_mode(), self.memory.used(), self._first_heads() as captured:
             written = self._generate_ids(self._inputs([self._prompt(asked) for asked in batch]), **hooks)
             if not is_first and self.has_heads and any(asked.num_new for asked in batch):
@@ -237,7 +238,7 @@ class _Stop(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self._stops(), device=input_ids.device, dtype=torch.bool)
 
 
-class _Streamer(BaseStreamer):
+class AnswerStreamer(BaseStreamer):
     """Hands text on as soon as its characters are complete; the first token means that the prefill is done.
 
     Not transformers' TextStreamer: that one holds text back until a space, which JSON may not have for long.

@@ -23,7 +23,8 @@ from finetune.inference.explanation_prompts import (
     choose_prompt,
     fill_prompt,
 )
-from finetune.inference.predictor import Predictor, Query, batched
+from finetune.inference.predictor import Predictor
+from finetune.inference.queries import Query, batched
 from finetune.inference.visualization import UInt8
 from finetune.schema import ImageInput, Turn
 

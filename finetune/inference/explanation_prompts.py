@@ -100,6 +100,11 @@ def check_prompts(prompts: Sequence[str], num_images: int, where: str) -> None:
             )
 
 
+def literal_prompt(text: str) -> str:
+    """A user's own words as a prompt in which nothing is a placeholder."""
+    return re.sub(r"\{([A-Za-z_]\w*)\}", r"{{\1}}", text)
+
+
 def choose_prompt(prompts: Sequence[str], seed: int, image_id: str) -> int:
     """Index of the prompt an image gets: drawn evenly by seed and id, whatever other images there are."""
     digest = hashlib.blake2b(f"{seed}\0{image_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()

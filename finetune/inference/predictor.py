@@ -20,28 +20,15 @@ from torch import Tensor
 
 from finetune.config import GenerationConfig
 from finetune.data.answer_polygons import Coordinates, PolygonFrame
-from finetune.data.chat import Segment, Template, encode, load_template, prompt, segments
+from finetune.data.chat import Segment, Template, encode, load_template, segments
 from finetune.data.collator import MODEL_KEYS, ForensicCollator
 from finetune.data.dataset import Sample, num_image_tokens, processed_size, processed_sizes
 from finetune.data.images import load_image
 from finetune.data.masks import polygons_from_mask
 from finetune.inference.answers import read_answers
+from finetune.inference.queries import Query, batched
 from finetune.models.loading import Bundle
-from finetune.schema import ImageInput, Polygon, Prediction, Record, Turn
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is asked: images and the turns before the answer; no targets."""
-
-    id: str
-    images: tuple[ImageInput, ...]
-    turns: tuple[Turn, ...]
-
-
-def query_for_image(path: str, template: Template) -> Query:
-    """The template's question about one image file."""
-    return Query(path, (ImageInput(path=path),), (Turn("user", prompt(template, 1)),))
+from finetune.schema import Polygon, Prediction
 
 
 @dataclass
@@ -130,13 +117,19 @@ class Predictor:
         return list(self._predictions(queries, images, heads, texts if with_text else [""] * len(queries)))
 
     def write(
-        self, queries: Sequence[Query], images: Sequence[Sequence[Image.Image]], *, uses_adapter: bool = True
+        self,
+        queries: Sequence[Query],
+        images: Sequence[Sequence[Image.Image]],
+        *,
+        uses_adapter: bool = True,
+        **hooks: Any,
     ) -> list[str]:
         """The language model's answers to questions, without forensic tokens: no head has a say in them.
 
         Args:
             images: as in `predict_batch`.
             uses_adapter: False takes an adapter (such as the vision LoRA) off while the answers are written.
+            hooks: for `generate`, such as a streamer.
 
         Raises:
             ConfigError: the language model was left out. DataFormatError: an image too narrow for the model.
@@ -145,7 +138,7 @@ class Predictor:
         has_adapter = hasattr(self.model, "disable_adapter")
         as_asked = contextlib.nullcontext() if uses_adapter or not has_adapter else self.model.disable_adapter()
         with self._lock, torch.inference_mode(), as_asked:
-            return self._generate(self._inputs(samples))
+            return self._generate(self._inputs(samples), **hooks)
 
     # ---- where the heads read ----
 
@@ -246,8 +239,8 @@ class Predictor:
             rows.append(row[:end])
         return rows
 
-    def _generate(self, inputs: dict[str, Any]) -> list[str]:
-        return [self._decode(ids) for ids in self._generate_ids(inputs)]
+    def _generate(self, inputs: dict[str, Any], **hooks: Any) -> list[str]:
+        return [self._decode(ids) for ids in self._generate_ids(inputs, **hooks)]
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.bundle.tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -343,25 +336,3 @@ def trained_template(bundle: Bundle) -> Template:
     if stored is None:
         return load_template("zh")
     return Template.from_dict(stored)
-
-
-def queries_of(records: Iterable[Record], questions: Any) -> Iterator[Query]:
-    """Queries of records: images and questions, nothing else.
-
-    Args:
-        questions: function of a record giving the turns before its answer, e.g. `chat.question_turns`.
-    """
-    for record in records:
-        yield Query(record.id, record.images, questions(record))
-
-
-def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of up to `size` items."""
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -26,8 +26,9 @@ from finetune.inference.evidence_folder import EvidenceFolder, failed_row, file_
 from finetune.inference.evidence_overlay import draw_overlay
 from finetune.inference.evidence_text import boxes_text, gather_evidence, regions_text, verdict_word
 from finetune.inference.explaining import Explainer, Explanation, Finding, prompts_of
-from finetune.inference.predictor import Predictor, Query, batched
+from finetune.inference.predictor import Predictor
 from finetune.inference.prefetch import prefetch
+from finetune.inference.queries import Query, batched
 from finetune.inference.vision_models import open_vision_predictor
 from finetune.schema import ImageInput, Prediction
 

@@ -18,7 +18,8 @@ from finetune.data.dataset import ForensicDataset, processed_size
 from finetune.data.masks import rasterize_polygons
 from finetune.inference.answers import read_answers
 from finetune.inference.output import as_line
-from finetune.inference.predictor import Predictor, query_for_image
+from finetune.inference.predictor import Predictor
+from finetune.inference.queries import query_for_image
 from finetune.schema import ImageInput, ImageTarget, Record
 from finetune.special_tokens import IGNORE_INDEX, SpecialTokens
 

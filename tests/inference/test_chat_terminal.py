@@ -36,7 +36,8 @@ from finetune.inference.chat_session import ChatSession, place_images
 from finetune.inference.chat_text import COMMANDS, help_text
 from finetune.inference.contestants import contestants
 from finetune.inference.dialogue import Speaker
-from finetune.inference.predictor import Predictor, Query
+from finetune.inference.predictor import Predictor
+from finetune.inference.queries import Query
 from finetune.inference.terminal import StreamWrapper, display_width, fit, pad, table
 from finetune.models.loading import load_bundle
 from finetune.schema import ImageInput, Turn

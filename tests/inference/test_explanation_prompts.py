@@ -15,6 +15,7 @@ from finetune.inference.explanation_prompts import (
     check_prompts,
     choose_prompt,
     fill_prompt,
+    literal_prompt,
 )
 
 SCORES = np.zeros((40, 80), np.float32)
@@ -37,6 +38,11 @@ def test_a_prompt_without_placeholder_gets_the_evidence() -> None:
     assert fill_prompt("<image><image>为什么？", FOUND, "zh", 2) == f"<image><image>{text}\n为什么？"
     assert fill_prompt("看<image>，为什么？", FOUND, "zh") == f"{text}\n看<image>，为什么？"
     assert fill_prompt("为什么{regions}？", FOUND, "zh", 2) == f"<image><image>为什么{regions_text(FOUND, 'zh')}？"
+
+
+def test_the_users_own_words_are_not_filled_in() -> None:
+    text = "{score} {{score}} {a: 1} }{"
+    assert fill_prompt(literal_prompt(text), FOUND, "en").endswith("\n{score} {{score}} {a: 1} }{")
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])

@@ -17,7 +17,8 @@ from finetune.data.readers import read_records
 from finetune.errors import DataFormatError
 from finetune.inference.answers import canonical, read_answers
 from finetune.inference.output import PredictionWriter
-from finetune.inference.predictor import Predictor, Query, queries_of, query_for_image
+from finetune.inference.predictor import Predictor
+from finetune.inference.queries import Query, queries_of, query_for_image
 from finetune.schema import ImageInput, Prediction
 
 

@@ -184,7 +184,7 @@ def test_the_language_model_sees_the_images_without_the_vision_lora_unless_asked
 
 
 def _query(name: str) -> Any:
-    from finetune.inference.predictor import Query
+    from finetune.inference.queries import Query
     from finetune.schema import ImageInput
 
     return Query(name, (ImageInput(path=name),), ())
