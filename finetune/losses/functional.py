@@ -129,7 +129,7 @@ def signed_distance(mask: Tensor) -> Tensor:
     inside = np.ascontiguousarray((mask != 0).to(torch.uint8).cpu().numpy())
     if inside.all() or not inside.any():
         return torch.zeros(inside.shape, dtype=torch.float32)
-    outward, inward = (  # exact as scipy's `distance_transform_edt`, at a twentieth of its time
+    outward, inward = (  # as exact as scipy's `distance_transform_edt`, in a third of its time
         cv2.distanceTransform(part, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for part in (1 - inside, inside)
     )
     return torch.from_numpy(np.where(inside, 0.5 - inward, outward - 0.5).astype(np.float32))
