@@ -45,6 +45,13 @@ READERS: dict[str, Reader] = {
 }
 
 
+REPORT_OPTIONS = (
+    *("id_column", "image_column", "group_column", "fields", "optional", "level_field", "levels", "level_map"),
+    *("template", "encoding", "delimiter"),
+)
+"""Those of `finetune.data.reports.settings.ReportSettings`, which imports the readers (a test holds them together)."""
+
+
 @dataclass(frozen=True)
 class Format:
     """A format that is a whole file or folder.
@@ -80,12 +87,19 @@ def _read_stored(path: Path, root: str, options: Options) -> Entries:
     return iter_stored(path)
 
 
+def _read_reports(path: Path, root: str, options: Options) -> Entries:
+    from finetune.data.reports.table import read_reports  # imports the readers
+
+    return read_reports(path, root, options)
+
+
 FORMATS: dict[str, Format] = {
     "table": Format(read_table, TABLE_OPTIONS),
     "coco": Format(_read_coco, COCO_OPTIONS),
     "labelme": Format(_read_labelme, LABELME_OPTIONS),
     "folder": Format(_read_folder, FOLDER_OPTIONS),
     "stored": Format(_read_stored),
+    "reports": Format(_read_reports, REPORT_OPTIONS),
 }
 
 

@@ -11,7 +11,7 @@ import codecs
 import csv
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,25 +64,63 @@ def read_table(path: Path, root: str, options: Options) -> Iterator[tuple[str, s
     Raises:
         DataFormatError: no file, unknown encoding, no usable header.
     """
+    image_names = {*_COLUMNS["image_path"], str(options.mapping("columns").get("image_path", ""))}
+    rows = iter_rows(path, options, image_names)
+    header = next(rows, None)
+    if header is None:
+        return
+    assert not isinstance(header[2], DataFormatError)
+    table = _read_header(header[2], path.name, options)
+    for line, source, row in rows:
+        if isinstance(row, DataFormatError):
+            yield line, source, row
+            continue
+        try:
+            yield line, source, _read_row(row, table, f"{path.stem}:{line}", source, root)
+        except DataFormatError as error:
+            yield line, source, error
+
+
+def iter_rows(
+    path: Path, options: Options, image_names: Collection[str]
+) -> Iterator[tuple[str, str, list[str] | DataFormatError]]:
+    """(line, source, cells or what is wrong) of the header and then of every row that is not blank.
+
+    Args:
+        options: `encoding` and `delimiter` are read.
+        image_names: columns of which the header has one, by which the delimiter is recognised.
+
+    Raises:
+        DataFormatError: no file, unknown encoding, a damaged header.
+    """
     encoding = _encoding(path, options)
     with path.open(encoding=encoding, newline="") as stream:
-        delimiter = _delimiter(path, stream.readline(), options)
+        delimiter = _delimiter(path, stream.readline(), options, image_names)
         stream.seek(0)
         rows = _rows(csv.reader(stream, delimiter=delimiter, strict=True), path.name)
-        line, source, header = next(rows, ("1", path.name, []))
-        if isinstance(header, DataFormatError):
-            raise header
-        if not header:
+        header = next(rows, None)
+        if header is None:
             return
-        table = _read_header(header, path.name, options)
-        for line, source, row in rows:
-            if isinstance(row, DataFormatError):
-                yield line, source, row
-                continue
-            try:
-                yield line, source, _read_row(row, table, f"{path.stem}:{line}", source, root)
-            except DataFormatError as error:
-                yield line, source, error
+        if isinstance(header[2], DataFormatError):
+            raise header[2]
+        yield header
+        yield from rows
+
+
+def check_width(row: Sequence[str], header: Sequence[str], record: str, source: str) -> None:
+    """A row has a cell for every column of the header and nothing behind them.
+
+    Raises:
+        DataFormatError: it has not.
+    """
+    if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
+        raise DataFormatError(
+            f"row of {len(row)} cells under a header of {len(header)}",
+            record=record,
+            source=source,
+            found=row,
+            fix="put cells that hold the delimiter in double quotes, and write all of them",
+        )
 
 
 def _encoding(path: Path, options: Options) -> str:
@@ -126,7 +164,7 @@ def _decoding_error(path: Path, encoding: str) -> str | None:
     return None
 
 
-def _delimiter(path: Path, header: str, options: Options) -> str:
+def _delimiter(path: Path, header: str, options: Options, image_names: Collection[str]) -> str:
     """The given one; a tab in .tsv; else the first that makes the header hold an image column."""
     given = options.text("delimiter", "")
     if given:
@@ -135,7 +173,6 @@ def _delimiter(path: Path, header: str, options: Options) -> str:
         return given
     if path.suffix.lower() == ".tsv":
         return "\t"
-    image_names = {*_COLUMNS["image_path"], str(options.mapping("columns").get("image_path", ""))}
     for delimiter in _DELIMITERS:
         if {cell.strip().strip('"').lower() for cell in header.split(delimiter)} & {n.lower() for n in image_names}:
             return delimiter
@@ -204,14 +241,7 @@ def _read_header(header: Sequence[str], name: str, options: Options) -> _Table:
 
 
 def _read_row(row: list[str], table: _Table, default_id: str, source: str, root: str) -> Record:
-    if len(row) < len(table.header) or any(cell.strip() for cell in row[len(table.header) :]):
-        raise DataFormatError(
-            f"row of {len(row)} cells under a header of {len(table.header)}",
-            record=default_id,
-            source=source,
-            found=row,
-            fix="put cells that hold the delimiter in double quotes, and write all of them",
-        )
+    check_width(row, table.header, default_id, source)
     cells = {field: row[index].strip() for field, index in table.columns.items()}
     fields: dict[str, Any] = {field: cell for field, cell in cells.items() if cell}
     item = Item(fields, str(fields.get("id", default_id)), source, root)

@@ -220,6 +220,22 @@ def test_tables_of_any_cells(folder: Path, rows: list[list[str]], header: str, e
 
 @FAST
 @given(
+    rows=st.lists(st.lists(st.one_of(TEXT, PATH, st.sampled_from(["轻微", "**风险等级**:", "x"])), max_size=7)),
+    encoding=st.sampled_from(["utf-8", "gb18030", "utf-16"]),
+    options=st.one_of(
+        st.just({}),
+        st.dictionaries(st.sampled_from(["fields", "levels", "level_map", "optional", "template", "id_column"]), ANY),
+    ),
+)
+def test_report_tables_of_any_cells(folder: Path, rows: list[list[str]], encoding: str, options: Any) -> None:
+    header = "image_id,image_path,data_风险,data_纠正和预防建议,data_风险等级,data_缺陷描述\n"
+    text = header + "\n".join(",".join(row) for row in rows)
+    (folder / "f.csv").write_bytes(text.encode(encoding, "replace"))
+    check(folder / "f.csv", "reports", options)
+
+
+@FAST
+@given(
     data=st.one_of(
         st.binary(max_size=60), st.text("[]{},:\"\\'0123456789.eE-truefalsn \n\t", max_size=60).map(str.encode)
     ),
