@@ -116,7 +116,7 @@ def check_command(line: str) -> None:
         if script_path.name == "sft_llm.sh":
             check_verb(["train", "--config", *arguments[1:]])
         text = script_path.read_text("utf-8")
-        if "vision_lib.sh" in text:  # its flags are those of its --help
+        if "vision_lib.sh" in text or "vision_run_lib.sh" in text:  # its flags are those of its --help
             text = subprocess.run(["bash", str(script_path), "--help"], capture_output=True, text=True).stdout
             text = re.sub(r"(--[\w-]+)", r"\1)", text)
         for option in (word for word in arguments[1:] if word.startswith("--")):
@@ -138,6 +138,11 @@ def check_verb(arguments: list[str]) -> None:
             from finetune.data.preparation.config import PrepareConfig
 
             load_config(path, parsed.overrides, PrepareConfig)
+        elif arguments[0] == "vision":
+            from finetune.config.vision_runs import VisionEvalConfig, VisionInferenceConfig, load_vision_config
+
+            schema = VisionEvalConfig if arguments[1] == "evaluate" else VisionInferenceConfig
+            load_vision_config(path, parsed.overrides, schema)
         else:
             load_config(path, parsed.overrides)
 
