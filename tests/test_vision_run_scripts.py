@@ -33,7 +33,8 @@ def parsed(name: str, *arguments: str) -> argparse.Namespace:
 def test_flags_of_the_evaluation_set_their_keys() -> None:
     found = parsed(
         "eval", "--model_path", "it's a base", "--head_checkpoint", "runs/c: x", "--lora=runs/lora",
-        "--ann_eval", "e.json", "--data_root", "d", "--out_dir", "o", "--metrics_csv", "m.csv", "--cls_thr", "0.4", "--heat-thr", "0.6",
+        "--ann_eval", "e.json", "--data_root", "d",
+        "--out_dir", "o", "--metrics_csv", "m.csv", "--cls_thr", "0.4", "--heat-thr", "0.6",
         "--batch_size", "3", "--num_workers", "2", "--overwrite", "worst_cases=5",
     )  # fmt: skip
     config = load_vision_config(found.config, found.overrides, VisionEvalConfig)
