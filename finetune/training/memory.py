@@ -27,6 +27,7 @@ from finetune.models.qwen_forensics_model import (
     QwenForensicsConfig,
     QwenForensicsForConditionalGeneration,
 )
+from finetune.training.run import reads_pictures_only
 
 GB = 1e9
 TEXT_TOKENS = 320
@@ -104,13 +105,14 @@ def meta_model(config: RunConfig) -> QwenForensicsForConditionalGeneration:
     Raises:
         ConfigError: `model.path` is neither a folder with config.json nor a released 3B or 7B name.
     """
-    file = Path(config.model.path) / "config.json"
+    place = config.model.path if Path(config.model.path).is_dir() else config.model.base or config.model.path
+    file = Path(place) / "config.json"
     if file.is_file():
         shape = json.loads(file.read_text(encoding="utf-8"))
         base = Qwen2_5_VLConfig(**{key: shape[key] for key in ("text_config", "vision_config") if key in shape})
         tied = shape.get("tie_word_embeddings", base.text_config.tie_word_embeddings)
     else:
-        size = next((name for name in RELEASED if re.search(rf"(?<![\d.]){name}\b", config.model.path.lower())), None)
+        size = next((name for name in RELEASED if re.search(rf"(?<![\d.]){name}\b", place.lower())), None)
         if size is None:
             raise ConfigError(
                 f"model.path '{config.model.path}' is no folder with config.json, and its name says neither 3B nor 7B: "
@@ -125,6 +127,7 @@ def meta_model(config: RunConfig) -> QwenForensicsForConditionalGeneration:
         heads=to_dict(config.heads),
         cls_token_ids=list(range(first, first + num_cls)),
         mask_token_ids=list(range(first + num_cls, first + num_cls + num_mask)),
+        has_language=config.model.language == "load" or not reads_pictures_only(config),
     )
     full.text_config.tie_word_embeddings = tied
     with torch.device("meta"):
@@ -181,6 +184,12 @@ def trainable_numbers(config: RunConfig, model: nn.Module) -> dict[str, int]:
     if "lm_lora" in groups:
         chosen = [module for name, module in linear if re.fullmatch(config.lora.target_modules, name)]
         found["lm_lora"] = config.lora.r * sum(module.in_features + module.out_features for module in chosen)
+    if "vision_lora" in groups:
+        depth = model.config.vision_config.depth
+        blocks = "|".join(str(block % depth) for block in config.vision_lora.blocks)
+        pattern = rf"model\.visual\.blocks\.({blocks})\.({config.vision_lora.target_modules})"
+        chosen = [module for name, module in linear if re.fullmatch(pattern, name)]
+        found["vision_lora"] = config.vision_lora.r * sum(layer.in_features + layer.out_features for layer in chosen)
     if "new_tokens" in groups and "lm_full" not in groups:
         text = model.config.text_config
         matrices = 1 if text.tie_word_embeddings else 2
@@ -214,6 +223,8 @@ def activation_bytes(config: RunConfig, model: nn.Module, width: int) -> float:
     else:
         tower += block
     logits = batch * SUPERVISED_TOKENS * text.vocab_size * (width + 8)
+    if not model.config.has_language:
+        language = logits = 0.0
     heads = 0.0
     if config.heads.enabled:
         noise = config.heads.noise_residual

@@ -183,3 +183,16 @@ def test_estimate_is_near_the_measured_growth(
     print(f"{name}: estimated {expected / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB, {expected / measured:.2f}")
     assert found.workspace > CONTEXT_GB * GB
     assert 0.6 < expected / measured < 1.6
+
+
+def test_heads_on_the_tower_need_no_language_model() -> None:
+    """Weights are tower and heads; LoRA of the named blocks counts: five layers of 1280, 3840 and 3420 channels."""
+    config = load_config(CONFIGS / "vision_c.yaml")
+    model = meta_model(config)
+    assert not model.config.has_language
+    assert sum(p.numel() for p in model.parameters()) < 0.7e9
+    assert trainable_numbers(config, model)["vision_lora"] == 3 * 16 * (5120 + 2560 + 3 * 4700)
+    without = estimate(config, SINGLE, 1)
+    config.model.language = "load"
+    assert meta_model(config).config.has_language
+    assert estimate(config, SINGLE, 1).weights > without.weights + 6e9
