@@ -14,7 +14,7 @@ from PIL import Image
 
 from finetune.cli import build_parser, main
 
-VERBS = ("train", "predict", "chat", "merge", "evaluate", "doctor", "preview", "audit", "tiny", "synth")
+VERBS = ("train", "predict", "chat", "merge", "evaluate", "doctor", "preview", "audit", "tiny", "synth", "vision")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,14 +36,14 @@ def test_help_is_quick_and_names_every_verb() -> None:
         assert f"    {verb} " in result.stdout
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, "vision evaluate", "vision infer", "vision annotate"])
 def test_help_of_each_verb_imports_nothing_heavy(verb: str) -> None:
     code = (
         "import atexit, sys\n"
         "heavy = ('torch', 'transformers', 'numpy', 'cv2')\n"
         "atexit.register(lambda: print([name for name in heavy if name in sys.modules]))\n"
         "from finetune.cli import build_parser\n"
-        f"build_parser().parse_args(['{verb}', '--help'])"
+        f"build_parser().parse_args([*{verb.split()}, '--help'])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0
