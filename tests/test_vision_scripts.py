@@ -98,6 +98,7 @@ def test_another_base_configuration() -> None:
         ("b", ["--clsA_dir", "nowhere"], "no heads.safetensors in nowhere"),
         ("c", ["--train_ann", "t", "--val_ann", "v", "--val_ratio", "0.1"], "exclude each other"),
         ("c", ["--val_ann", "v"], "need --train_ann"),
+        ("a", ["--config", "nothing.yaml"], "no file"),
         ("b", ["stray"], "unknown argument 'stray'"),
     ],
 )
@@ -108,6 +109,16 @@ def test_a_mistake_is_said_in_one_line(stage: str, arguments: list[str], found: 
     errors = [line for line in done.stderr.splitlines() if line.startswith("==> error:")]
     assert len(errors) == 1
     assert found in errors[0]
+
+
+def test_a_run_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "run_record.json").touch()
+    refused = script("a", "--out_dir", str(tmp_path), "--dry-run")
+    assert refused.returncode == 1
+    assert "holds a run already; add --resume" in refused.stderr
+    for way_out in ("--resume", "--overwrite"):
+        assert config_of("a", "--out_dir", str(tmp_path), way_out).output_dir == str(tmp_path)
+    assert (tmp_path / "run_record.json").exists()  # a dry run moves nothing
 
 
 @pytest.mark.parametrize("stage", ["a", "b", "c"])
