@@ -32,10 +32,10 @@ from finetune.models.loading import (
     save_bundle,
     save_processor,
 )
-from finetune.models.plain import CONFIG_FIELDS, SECTION, heads_settings, is_head, write_heads
+from finetune.models.plain import CONFIG_FIELDS, SECTION, heads_settings, is_head, read_config, write_heads
 from finetune.models.qwen_forensics_model import QwenForensicsConfig
 from finetune.models.verification import TOLERANCE, Outputs, compare, outputs_of, plain_outputs, worst
-from finetune.models.vision_parts import parts_section, read_config
+from finetune.models.vision_parts import parts_section
 
 REPORT = "merge_report.json"
 _READ = ModelConfig(dtype="float32", attn_implementation="sdpa", language="load")

@@ -25,7 +25,7 @@ from transformers import AutoProcessor, Qwen2VLImageProcessorPil, logging  # noq
 
 from finetune.config import HeadsConfig, ModelConfig, to_dict  # noqa: E402
 from finetune.errors import MissingDependencyError, ModelLoadError  # noqa: E402
-from finetune.models.plain import SECTION, attach_heads, saved_heads  # noqa: E402
+from finetune.models.plain import SECTION, attach_heads, read_config, saved_heads  # noqa: E402
 from finetune.models.qwen_forensics_model import (  # noqa: E402
     HEAD_MODULES,
     QwenForensicsConfig,
@@ -111,7 +111,7 @@ def load_bundle(
     adapter = config.adapter or (config.path if (Path(config.path) / ADAPTER_CONFIG).is_file() else None)
     source = adapter or config.path
     _check_folder(source)
-    saved = _saved_config(source)
+    saved = read_config(source)
     from finetune.models.vision_loading import open_vision, reads_tower  # which itself loads through this module
 
     if reads_tower(config, saved, heads):
@@ -119,7 +119,7 @@ def load_bundle(
     processor, tokens, new_ids = load_vocabulary(source, tokens, min_pixels, max_pixels)
     base_path = base_model_path(adapter) if adapter and adapter == config.path else config.path
     _check_folder(base_path)
-    if adapter and _saved_config(base_path) is None:  # a plain base lacks rows for the tokens the adapter brings
+    if adapter and read_config(base_path) is None:  # a plain base lacks rows for the tokens the adapter brings
         new_ids = processor.tokenizer.convert_tokens_to_ids(list(tokens.all))
     settings_of_model = _model_settings(saved, heads, processor, tokens)
     settings_of_model["has_language"] = config.language != "skip" and (saved is None or saved.has_language)
@@ -133,7 +133,7 @@ def load_bundle(
     settings = saved_settings(source)
     if adapter:
         wrapped = load_adapter(model, adapter)
-        is_new = model.has_heads and _saved_config(base_path) is None and not _brings_heads(wrapped)
+        is_new = model.has_heads and read_config(base_path) is None and not _brings_heads(wrapped)
         return Bundle(wrapped, processor, tokens, settings, has_new_heads=is_new)
     return Bundle(model, processor, tokens, settings, has_new_heads=model.has_heads and saved is None)
 
@@ -152,7 +152,7 @@ def load_vocabulary(
         ModelLoadError: as `load_processor` and `add_forensic_tokens`.
     """
     processor = load_processor(source, min_pixels, max_pixels)
-    saved = _saved_config(str(source))
+    saved = read_config(source)
     if saved is not None and saved.cls_token_ids:
         tokens = SpecialTokens(saved.num_cls, saved.num_mask)
     tokens = tokens or SpecialTokens()
@@ -407,22 +407,6 @@ def _model_settings(
     return settings
 
 
-def _saved_config(path: str) -> QwenForensicsConfig | None:
-    """The configuration of a folder saved by this project, else None."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        return None
-    try:
-        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
-        raise ModelLoadError(
-            f"{path}: config.json is not valid JSON ({_first_line(error)}); copy the folder again"
-        ) from error
-    return (
-        QwenForensicsConfig.from_pretrained(path) if model_type == QwenForensicsConfig.model_type else saved_heads(path)
-    )
-
-
 def _check_config(path: str) -> None:
     """Without config.json transformers would build the default model, of 7 billion parameters."""
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
@@ -445,7 +429,7 @@ def _check_tokenizer(path: str, processor: Any, model: QwenForensicsForCondition
 def is_plain(path: str) -> bool:
     """Whether a base folder or hub name is a released Qwen2.5-VL: without trained heads, without forensic tokens."""
     _check_folder(path)
-    return _saved_config(path) is None
+    return read_config(path) is None
 
 
 def base_model_path(adapter: str) -> str:

@@ -75,6 +75,25 @@ def saved_heads(folder: str | Path) -> QwenForensicsConfig | None:
     return config
 
 
+def read_config(place: str | Path) -> QwenForensicsConfig | None:
+    """Our configuration of a folder; None for a plain Qwen2.5-VL without heads, and for hub names.
+
+    Raises:
+        ModelLoadError: config.json is not valid JSON.
+    """
+    folder = Path(place)
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except ValueError as error:
+        raise ModelLoadError(f"{folder}: config.json is not valid JSON ({error}); copy the folder again") from error
+    if kind == QwenForensicsConfig.model_type:
+        found: QwenForensicsConfig = QwenForensicsConfig.from_pretrained(folder)
+        return found
+    return saved_heads(folder)
+
+
 def attach_heads(model: QwenForensicsForConditionalGeneration, folder: str | Path) -> None:
     """Fill the model's heads from `folder`/heads.safetensors; every weight must find its place.
 

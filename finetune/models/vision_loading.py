@@ -26,14 +26,13 @@ from finetune.models.loading import (
     load_processor,
     saved_settings,
 )
-from finetune.models.plain import HEADS_FILE, is_head
+from finetune.models.plain import HEADS_FILE, is_head, read_config
 from finetune.models.qwen_forensics_model import QwenForensicsForConditionalGeneration
 from finetune.models.vision_parts import (
     LORA_DIR,
     BaseTower,
     StoredHeads,
     parts_section,
-    read_config,
     read_heads,
     tower_fingerprint,
 )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from finetune.errors import ModelLoadError
 from finetune.models.configuration import QwenForensicsConfig
 from finetune.models.groups import plain_name
-from finetune.models.plain import HEADS_FILE, SETTINGS_FILE, is_head, saved_heads
+from finetune.models.plain import HEADS_FILE, SETTINGS_FILE, is_head, read_config
 
 PARTS_SECTION = "vision"
 """Key of forensics.json that makes a folder one of vision parts."""
@@ -154,22 +154,3 @@ def read_heads(place: str | Path) -> StoredHeads | None:
     if not tensors and parts_section(folder) is not None:
         raise ModelLoadError(f"{folder}: a folder of vision parts without {HEADS_FILE}; copy the whole folder")
     return StoredHeads(folder, config, tensors, tuple(others)) if tensors else None
-
-
-def read_config(place: str | Path) -> QwenForensicsConfig | None:
-    """Our configuration of a folder; None for a plain Qwen2.5-VL without heads, and for hub names.
-
-    Raises:
-        ModelLoadError: config.json is not valid JSON.
-    """
-    folder = Path(place)
-    if not (folder / "config.json").is_file():
-        return None
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
-        raise ModelLoadError(f"{folder}: config.json is not valid JSON ({error}); copy the folder again") from error
-    if kind == QwenForensicsConfig.model_type:
-        found: QwenForensicsConfig = QwenForensicsConfig.from_pretrained(folder)
-        return found
-    return saved_heads(folder)
