@@ -250,3 +250,18 @@ def test_ids_are_the_paths_below_the_folder_and_differ(tmp_path: Path) -> None:
     found = named_images([str(tmp_path / "x"), str(tmp_path / "z"), str(tmp_path / "x" / "a.png")])
     assert list(found) == ["a.png", "y/a.png", (tmp_path / "z" / "a.png").as_posix()]
     assert list(found.values()) == [str(tmp_path / name) for name in ("x/a.png", "x/y/a.png", "z/a.png")]
+
+
+def test_the_general_verbs_take_vision_heads_too(
+    vision_parts: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One predictor: predict and evaluate run on a folder of vision parts, without text since there is no language."""
+    assert main(["predict", str(photos / "a.png"), "--model", str(vision_parts), "--device", "cpu"]) == 0
+    assert "a.png" in capsys.readouterr().out
+    entries = [{"image_path": name, "mask_path": None, "label": k % 2} for k, name in enumerate(("a.png", "c.png"))]
+    (tmp_path / "e.json").write_text(json.dumps(entries), encoding="utf-8")
+    arguments = ["--data", str(tmp_path / "e.json"), "--data-root", str(photos), "--out", str(tmp_path / "out")]
+    assert main(["evaluate", "--model", str(vision_parts), *arguments, "--no-baselines", "--device", "cpu"]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text("utf-8"))
+    assert metrics["image"]["n_fake"] == 1
+    assert metrics["text"]["parse_rate"] is None
