@@ -55,12 +55,19 @@ class ReportSettings:
 
 
 @dataclass
+class ReportSplits(SplitsConfig):
+    """As of every preparation, but pictures that look alike in two splits are only warned of: walls do."""
+
+    on_overlap: Literal["error", "warn"] = "warn"
+
+
+@dataclass
 class ReportsConfig:
     """`configs/data/reports.yaml`: how a table is read, divided and stored."""
 
     table: ReportSettings = field(default_factory=ReportSettings)
     seed: int = 0
-    splits: SplitsConfig = field(default_factory=lambda: SplitsConfig(on_overlap="warn"))
+    splits: ReportSplits = field(default_factory=ReportSplits)
     on_error: Literal["stop", "skip"] = "stop"  # at rows that cannot be used; skipped ones go to rejected.jsonl
     workers: int = 0  # processes; 0: one per core
     shard_megabytes: int = 256  # of Parquet files

@@ -142,7 +142,7 @@ def _values(row: list[str], table: _Table, item: Item, problems: list[DataFormat
                 problems.append(item.error("empty cell", field=column, fix=f"fill it in, or add '{name}' to optional"))
             continue
         if name == settings.level_field:
-            text, given = _level(text, settings), text
+            text, given = canonical_level(text, settings), text
             if text not in settings.levels:
                 near = difflib.get_close_matches(given, settings.levels, n=1, cutoff=0.4)
                 problems.append(
@@ -159,7 +159,8 @@ def _values(row: list[str], table: _Table, item: Item, problems: list[DataFormat
     return values
 
 
-def _level(text: str, settings: ReportSettings) -> str:
+def canonical_level(text: str, settings: ReportSettings) -> str:
+    """A level as `levels` spells it, through `level_map` and with full-width forms made plain; other words stay."""
     text = settings.level_map.get(text, text)
     plain = unicodedata.normalize("NFKC", text).strip()
     return settings.level_map.get(plain, plain)
