@@ -158,7 +158,8 @@ def estimate(config: RunConfig, layout: Layout, num_gpus: int, model: Any = None
     whole_bytes = half if {"lm_full", "vision_full"} & set(trained) and not is_deepspeed else train_bytes
     gradients = number * whole_bytes * share
     # Adam's two moments are as wide as the weights; DeepSpeed keeps them and a copy of the weights in float32
-    moments = number * ((12 if is_half else 8) * share if is_deepspeed else 2 * whole_bytes)
+    kept = _moments(config, trained, 4 if is_deepspeed else whole_bytes)
+    moments = (kept + (4 * number if is_half else 0)) * share if is_deepspeed else kept
     weights = weight_bytes * (share if layout.stage == 3 else 1.0)
     host = (moments if layout.offloads_optimizer else 0.0) + (weights if layout.offloads_weights else 0.0)
     weights = 0.0 if layout.offloads_weights else weights
@@ -170,6 +171,21 @@ def estimate(config: RunConfig, layout: Layout, num_gpus: int, model: Any = None
     activations = activation_bytes(config, model, 2 if is_half else 4)
     used = weights + gradients + optimizer + activations
     return Estimate(weights, gradients, optimizer, activations, CONTEXT_GB * GB + FRAGMENTATION * used, host)
+
+
+def _moments(config: RunConfig, trained: Mapping[str, int], width: float) -> float:
+    """Bytes that the optimizer keeps beside the weights: two numbers per weight for Adam, one for Muon's groups.
+
+    Args:
+        trained: numbers per group. width: bytes of one number, where the optimizer does not choose its own.
+    """
+    name = str(config.train.trainer_args.get("optim", "adamw_torch"))
+    if name in ("sgd", "adafactor"):  # Adafactor keeps a row and a column of each matrix
+        return 0.0
+    width = 1.0 if "8bit" in name else width
+    adam = 1.0 if "lion" in name else 2.0
+    muon = set(config.train.muon_groups)
+    return sum(number * width * (1.0 if group in muon else adam) for group, number in trained.items())
 
 
 def trainable_numbers(config: RunConfig, model: nn.Module) -> dict[str, int]:

@@ -85,6 +85,27 @@ def test_switches_move_the_parts_they_should() -> None:
     assert doubled.weights == single.weights
 
 
+@pytest.mark.parametrize(
+    ("overrides", "bytes_each"),
+    [
+        (["train.trainer_args.optim=sgd"], 0),
+        (["train.trainer_args.optim=adafactor"], 0),
+        (["train.trainer_args.optim=adamw_8bit"], 2),
+        (["train.trainer_args.optim=lion_32bit"], 4),
+        (["train.muon_groups=[lm_lora]"], 4),
+        ([], 8),
+    ],
+)
+def test_optimizers_keep_what_they_keep(overrides: list[str], bytes_each: int) -> None:
+    """Adapters train in float32 on one GPU: two moments of Adam are eight bytes a number."""
+    config = config_of("3b", "train.trainable=[lm_lora]", *overrides)
+    model = meta_model(config)
+    number = sum(trainable_numbers(config, model).values())
+    assert estimate(config, SINGLE, 1, model).optimizer == bytes_each * number
+    in_deepspeed = 4 + bytes_each  # a float32 copy of the weights is there in any case
+    assert estimate(config, ZERO2, 2, model).optimizer == pytest.approx(in_deepspeed * number / 2)
+
+
 def test_report_says_what_fits_and_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
     path = str(CONFIGS / "stage1_3b.yaml")
     assert main(["doctor", "--config", path, "--hardware", "1x24GB"]) == 0
