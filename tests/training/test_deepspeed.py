@@ -35,7 +35,8 @@ def launch(repo_root: Path, kind: str, config: Path, *overrides: str) -> str:
     command that it ends with is run directly.
     """
     accelerate = repo_root / "configs" / "accelerate" / f"{kind}.yaml"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "ACCELERATE_CONFIG": str(accelerate), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "ACCELERATE_CONFIG": str(accelerate)}
+    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if (repo_root / ".venv" / ".forensics-setup").is_file():
         command = ["bash", str(repo_root / "script" / "sft_llm.sh"), str(config)]
     else:
@@ -50,6 +51,8 @@ def launch(repo_root: Path, kind: str, config: Path, *overrides: str) -> str:
 
 SEQUENTIAL = {"train_sampling_strategy": "sequential", "disable_tqdm": True}
 SLOW = pytest.mark.slow
+KEYS = ("learning_rate", "grad_norm", "eval_auroc", "eval_pixel_f1", "eval_text_drift")
+"""Compared beside every loss. The text drift runs the model without images, under ZeRO-3 too."""
 
 
 def section(trainable: list[str], **changes: Any) -> dict[str, Any]:
@@ -84,9 +87,10 @@ def test_two_ranks_equal_one(
 
     ours, theirs = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two"))
     assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs]
+    assert any("eval_text_drift" in entry for entry in ours) == bool({"lm_lora", "lm_full"} & set(trainable))
     for expected, found in zip(ours, theirs, strict=True):
         for key, value in expected.items():
-            if "loss" in key or key in ("learning_rate", "grad_norm", "eval_auroc", "eval_pixel_f1"):
+            if "loss" in key or key in KEYS:
                 assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-5), (key, expected["step"])
     bundles = [
         load_bundle(ModelConfig(path=str(tmp_path / name / "checkpoint-4"), dtype="float32")) for name in ("one", "two")
@@ -104,6 +108,7 @@ def test_two_ranks_equal_one(
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(2000)
 @pytest.mark.parametrize("kind", ["cpu_ddp", "zero2_cpu", "zero3_cpu"])
 def test_two_ranks_resume_bit_equal(
     kind: str, write_config: Callable[..., Path], repo_root: Path, tmp_path: Path
@@ -122,6 +127,29 @@ def test_two_ranks_resume_bit_equal(
                 assert found[key] == value, (key, expected["step"])
     ours, theirs = (load_file(tmp_path / name / "checkpoint-4" / "adapter_model.safetensors") for name in names)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["zero2_cpu", "zero3_cpu"])
+def test_bf16_trains_near_float32(
+    kind: str, write_config: Callable[..., Path], repo_root: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed casts heads and token rows too: they run in bf16, train, evaluate, and load from the checkpoint."""
+    data = {"class_balanced": False}
+    launch(repo_root, kind, write_config("half", data=data, **section(LORA, batch_size=2, precision="bf16")))
+    one = write_config("one", data=data, **section(LORA, batch_size=4))
+    train(load_config(one))
+    ours, theirs = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("half", "one"))
+    for found, expected in zip(ours, theirs, strict=True):
+        for key, value in expected.items():
+            if "loss" in key:
+                assert found[key] == pytest.approx(value, rel=0.1, abs=0.02), (key, expected["step"])
+    stored = load_file(tmp_path / "half" / "checkpoint-4" / "adapter_model.safetensors")
+    assert {tensor.dtype for name, tensor in stored.items() if "_head." in name} == {torch.bfloat16}
+    assert all(bool(torch.isfinite(tensor.float()).all()) for tensor in stored.values())
+    bundle = load_bundle(ModelConfig(path=str(tmp_path / "half" / "checkpoint-4"), dtype="bfloat16"))
+    assert {p.dtype for module in bundle.base.head_modules() for p in module.parameters()} == {torch.float32}
 
 
 # ---- what ZeRO-3 cannot do ----
