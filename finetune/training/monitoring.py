@@ -72,7 +72,7 @@ def peak_memory_gb() -> float:
 
 
 class Watch(TrainerCallback):
-    """Warns of collapse and of lost text at evaluations, and shows pictures of the first records in TensorBoard."""
+    """Warns of collapse and of lost text at evaluations, and shows the first records in TensorBoard and W&B."""
 
     def __init__(self, out_dir: str | Path, retention: TextRetention | None) -> None:
         self.out_dir = Path(out_dir)
@@ -104,13 +104,18 @@ class Watch(TrainerCallback):
 
     def _show(self, args: TrainingArguments, state: TrainerState) -> None:
         """On every rank, since a forward pass may be a step of all of them; only the main one writes."""
-        if "tensorboard" not in args.report_to or self.trainer.eval_dataset is None:
+        if not {"tensorboard", "wandb"} & set(args.report_to) or self.trainer.eval_dataset is None:
             return
         shown = pictures(self.trainer, shown_records(self.trainer.eval_dataset)[:NUM_PICTURES])
         writer = next((c.tb_writer for c in self.trainer.callback_handler.callbacks if hasattr(c, "tb_writer")), None)
         if state.is_world_process_zero and writer is not None:
             for name, picture in shown.items():
                 writer.add_image(f"eval/{name}", picture, state.global_step, dataformats="HWC")
+        if state.is_world_process_zero and "wandb" in args.report_to:
+            import wandb
+
+            images = {f"eval/{name}": wandb.Image(picture) for name, picture in shown.items()}
+            wandb.log({**images, "train/global_step": state.global_step})
 
 
 def evaluation_warnings(metrics: Mapping[str, float]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,47 @@ def test_wandb_that_is_missing_is_one_line(make_config: Make) -> None:
         pytest.skip("wandb is installed")
     with pytest.raises(ConfigError, match=r"report_to names wandb.*pip install wandb"):
         build_trainer(make_config(train={"report_to": ["wandb"]}))
+
+
+@pytest.mark.slow
+def test_wandb_gets_what_tensorboard_gets(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps offline; the run's file, read back, holds every loss term, rate and metric per class."""
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "SILENT": "true", "DIR": str(tmp_path), "PROJECT": "forensics"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    section = {"trainable": LORA, "max_steps": 3, "eval_steps": 3, "report_to": ["tensorboard", "wandb"]}
+    train(make_config(train=section))
+    wandb.finish()
+    file = next(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    deadline = time.monotonic() + 60  # another process writes the file
+    while len((logged := wandb_history(file)).get("train/loss", [])) < 3 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert len(logged["train/loss"]) == 3
+    expected = {"train/loss_text", "train/loss_focal", "train/lr_lm_lora", "train/tokens_per_second"}
+    assert expected | {"eval/recall_fake", "eval/text_drift"} <= logged.keys()
+    assert sum(name.startswith("eval/0_") and name.endswith("/_type") for name in logged) == 1  # its picture
+
+
+def wandb_history(file: Path) -> dict[str, list[str]]:
+    """Every logged value by name, as JSON, from a run's file: records in blocks of 32 KiB, as LevelDB writes logs."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, parts = file.read_bytes(), 7, b""
+    found: dict[str, list[str]] = {}
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(parts)
+            parts = b""
+            for item in record.history.item:
+                found.setdefault(item.key or "/".join(item.nested_key), []).append(item.value_json)
+    return found
 
 
 # ---- text retention ----
