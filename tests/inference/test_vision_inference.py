@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +268,30 @@ def test_the_general_verbs_take_vision_heads_too(
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text("utf-8"))
     assert metrics["image"]["n_fake"] == 1
     assert metrics["text"]["parse_rate"] is None
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(settings: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle of a folder; the second run does the rest, and every image has one row."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(60):
+        pixels = np.random.default_rng(number).integers(0, 255, (120, 120, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+    command = [sys.executable, "-m", "finetune.cli", "vision", "infer", str(folder), "--config", str(settings)]
+    command += ["--set", "explain=false", "batch_size=2"]
+    journal = tmp_path / "evidence" / "results.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None:
+            if journal.is_file() and journal.read_bytes().count(b"\n") >= 5:
+                process.kill()
+                break
+            time.sleep(0.01)
+        process.wait()
+    done = journal.read_bytes().count(b"\n")
+    assert 5 <= done < 60
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"{done} of 60 images are done already" in again.stdout
+    assert sorted(rows_of(tmp_path / "r.csv")) == [f"{number:03d}.png" for number in range(60)]
