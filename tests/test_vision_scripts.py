@@ -19,9 +19,8 @@ FLAGS = (
 
 
 def script(stage: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(ROOT / "script" / f"vision_{stage}.sh"), *arguments], capture_output=True, text=True, check=False
-    )
+    command = ["bash", str(ROOT / "script" / f"vision_{stage}.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT / "tests")  # no runs/ there
 
 
 def config_of(stage: str, *arguments: str) -> RunConfig:

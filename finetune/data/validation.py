@@ -64,17 +64,18 @@ def check_file(
     root: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
     check_pixels: bool = True,
+    has_text: bool = True,
     progress: Callable[[Sequence[Record]], Iterable[Record]] | None = None,
 ) -> tuple[list[Record], list[Problem]]:
     """The records of a file that can be read, and every problem of the file and of those records.
 
     Args:
-        format, root, options: of the reader. check_pixels, progress: see `check_records`.
+        format, root, options: of the reader. check_pixels, has_text, progress: see `check_records`.
     """
     records, errors = scan_records(path, format, root, options)
     problems = [Problem("error", error.record or "", str(error)) for error in errors]
     if records or not problems:
-        problems += check_records(records, tokens, check_pixels=check_pixels, progress=progress)
+        problems += check_records(records, tokens, check_pixels=check_pixels, has_text=has_text, progress=progress)
     return records, problems
 
 

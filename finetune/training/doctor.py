@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from finetune.config import RunConfig, SourceConfig, load_config
 from finetune.data.dataset import ForensicDataset
+from finetune.data.pictures import PictureDataset
 from finetune.data.readers.options import options_from
 from finetune.data.validation import Problem, check_file, leaking_tokens
 from finetune.errors import ForensicsError
@@ -89,29 +90,37 @@ def check_config(config: RunConfig) -> list[Problem]:
             problems.append(_error("data.train is empty"))
         for source in sources:
             try:
-                records, found = check_data_file(source, tokens)
+                records, found = check_data_file(source, tokens, has_text=not config.reads_pictures_only)
             except ForensicsError as error:
                 problems.append(_error(str(error)))
                 continue
             summary(source.path, records)
             problems += found
             if processor is not None and not any(problem.severity == "error" for problem in found):
-                errors = ForensicDataset(records, processor, tokens, config.data).check_lengths()
+                kind = PictureDataset if config.reads_pictures_only else ForensicDataset
+                errors = kind(records, processor, tokens, config.data).check_lengths()
                 problems += [_error(str(error)) for error in errors]
     return problems
 
 
-def check_data_file(source: SourceConfig, tokens: SpecialTokens) -> tuple[list[Record], list[Problem]]:
-    """The records of a file that can be read, and every problem of the file, its images, masks and tokens' places."""
+def check_data_file(
+    source: SourceConfig, tokens: SpecialTokens, has_text: bool = True
+) -> tuple[list[Record], list[Problem]]:
+    """The records of a file that can be read, and every problem of the file, its images, masks and tokens' places.
+
+    Args:
+        has_text: False for a run on pictures alone, which looks at no conversation.
+    """
     records, problems = check_file(
         source.path,
         tokens,
         format=source.format,
         root=source.root,
         options=source.options,
+        has_text=has_text,
         progress=lambda items: tqdm(items, unit="record", disable=None),
     )
-    leaking = [record.id for record in records if leaking_tokens(record, tokens)]
+    leaking = [record.id for record in records if has_text and leaking_tokens(record, tokens)]
     if leaking:
         more = f" and {len(leaking) - 1} more" if len(leaking) > 1 else ""
         message = f"record '{leaking[0]}'{more}: a forensic token stands after text that gives its target away"

@@ -27,7 +27,6 @@ from finetune.models.qwen_forensics_model import (
     QwenForensicsConfig,
     QwenForensicsForConditionalGeneration,
 )
-from finetune.training.run import reads_pictures_only
 
 GB = 1e9
 TEXT_TOKENS = 320
@@ -127,7 +126,7 @@ def meta_model(config: RunConfig) -> QwenForensicsForConditionalGeneration:
         heads=to_dict(config.heads),
         cls_token_ids=list(range(first, first + num_cls)),
         mask_token_ids=list(range(first + num_cls, first + num_cls + num_mask)),
-        has_language=config.model.language == "load" or not reads_pictures_only(config),
+        has_language=config.model.language == "load" or not config.reads_pictures_only,
     )
     full.text_config.tie_word_embeddings = tied
     with torch.device("meta"):

@@ -178,16 +178,11 @@ def _retention(config: RunConfig, bundle: Bundle) -> TextRetention | None:
     return TextRetention(bundle, config.output_dir, config.model.path)
 
 
-def reads_pictures_only(config: RunConfig) -> bool:
-    """Whether a run trains on images and their targets alone: no conversation is rendered, no language model needed."""
-    return config.heads.enabled and config.heads.source == "vision" and not config.loss.text
-
-
 def _model_config(config: RunConfig) -> ModelConfig:
     """`model` with its `language` decided."""
     if config.model.language != "auto":
         return config.model
-    return replace(config.model, language="skip" if reads_pictures_only(config) else "load")
+    return replace(config.model, language="skip" if config.reads_pictures_only else "load")
 
 
 def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, ForensicDataset | None]:
@@ -202,7 +197,7 @@ def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, Fore
         held = read_sources(data.eval, "eval")
     elif data.val_ratio:
         records, held = hold_back(records, data.val_ratio, data.val_seed)
-    kind = PictureDataset if reads_pictures_only(config) else ForensicDataset
+    kind = PictureDataset if config.reads_pictures_only else ForensicDataset
     found = []
     for what, own in (("train", records), ("eval", held)):
         if own is not None:

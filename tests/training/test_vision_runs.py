@@ -225,6 +225,26 @@ def test_a_metric_that_a_stage_does_not_have_is_named(make_config: Callable[...,
         train(config)
 
 
+def test_doctor_looks_at_no_conversation_of_such_a_run(
+    make_config: Callable[..., RunConfig], tmp_path: Path, synth_dir: Path
+) -> None:
+    from finetune.training.doctor import check_config
+
+    rows = [json.loads(line) for line in (synth_dir / "eval.jsonl").read_text().splitlines()][:2]
+    for record in rows:
+        record["images"] = [str(synth_dir / path) for path in record["images"]]
+        record["masks"] = [None if path is None else str(synth_dir / path) for path in record.get("masks", [None])]
+        record["messages"] = [{"role": "user", "content": "no placeholder"}]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in rows), encoding="utf-8")
+    errors = [
+        [p.message for p in check_config(make_config("c", [f"data.train=[{path}]"], **stage)) if p.severity == "error"]
+        for stage in (STAGE_A, {})
+    ]
+    assert errors[0] == []
+    assert errors[1]
+
+
 def test_a_row_without_losses_or_maps_has_empty_cells() -> None:
     found = row([{"step": 3, "epoch": 0.5, "eval_loss": 1.0}], {"eval_loss": 1.0, "eval_auroc": 0.7}, 3, 12.34)
     assert found == {
