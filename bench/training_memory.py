@@ -4,9 +4,9 @@
 
 None of these cases is one that the formulae were adjusted on (those are in tests/training/test_memory.py): width,
 depth, length, batch, optimizer, LoRA rank and checkpointing differ. Each case trains two steps in a process of its own
-after a run of the smallest model. Two things are measured: by how much the peak of resident memory grew, to hold
-against the whole estimate, and the bytes that autograd keeps for the backward pass, to hold against the activations. The
-second is the same on every device; the first has what the C allocator does not give back. Prints JSON lines.
+after a run of the smallest model. Measured are: by how much the peak of resident memory grew, to hold against the whole
+estimate, and the bytes that autograd keeps for the backward pass, to hold against the activations. The second number
+is the same on every device; the first has what the C allocator does not give back. Prints JSON lines.
 """
 
 from __future__ import annotations
