@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from finetune.config import ModelConfig, load_config
@@ -150,6 +152,54 @@ def test_bf16_trains_near_float32(
     assert all(bool(torch.isfinite(tensor.float()).all()) for tensor in stored.values())
     bundle = load_bundle(ModelConfig(path=str(tmp_path / "half" / "checkpoint-4"), dtype="bfloat16"))
     assert {p.dtype for module in bundle.base.head_modules() for p in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(3000)  # the first start compiles DeepSpeed's CPU Adam, minutes on a busy machine
+@pytest.mark.parametrize("kind", ["zero2_offload", "zero3_offload", "multi_node"])
+def test_configurations_for_gpus_train_as_they_stand(
+    kind: str, write_config: Callable[..., Path], repo_root: Path, tmp_path: Path
+) -> None:
+    """Offloaded parts, and two machines with a rank each; of the file only device, precision and counts differ."""
+    settings = yaml.safe_load((repo_root / "configs" / "accelerate" / f"{kind}.yaml").read_text(encoding="utf-8"))
+    accelerate = tmp_path / f"{kind}.yaml"
+    accelerate.write_text(yaml.safe_dump({**settings, "use_cpu": True, "mixed_precision": "no", "num_processes": 2}))
+    trainable = FULL if "offload" in kind else LORA
+    changes = section(trainable, max_steps=2)
+    data = {"class_balanced": False, "eval": []}
+    path = write_config("two", data=data, **{**changes, "train": {**changes["train"], "batch_size": 2}})
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    tools = repo_root / ".venv" / "bin"
+    program = str(tools / "accelerate") if (tools / "accelerate").is_file() else "accelerate"
+    command = [program, "launch", "--config_file", str(accelerate), "--main_process_port", port]
+    machines: list[list[str]] = [[]]
+    if kind == "multi_node":
+        machines = [["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1"] for rank in (0, 1)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment["PATH"] = f"{tools}{os.pathsep}{environment['PATH']}"
+    started = [
+        subprocess.Popen(
+            [*command, *machine, str(repo_root / "sft_llm.py"), "--config", str(path)],
+            env=environment,
+            stdout=(tmp_path / f"machine{number}.log").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for number, machine in enumerate(machines)
+    ]
+    for number, process in enumerate(started):
+        assert process.wait(timeout=2400) == 0, (tmp_path / f"machine{number}.log").read_text()[-6000:]
+    train(load_config(write_config("one", data=data, **{**changes, "train": {**changes["train"], "batch_size": 4}})))
+    ours, theirs = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two"))
+    for expected, found in zip(ours, theirs, strict=True):
+        for key in ("loss", "grad_norm"):
+            if key in expected:
+                assert found[key] == pytest.approx(expected[key], rel=1e-4), (key, expected["step"])
+    states = list((tmp_path / "two" / "checkpoint-2").glob("rng_state_*.pth"))
+    assert len(states) == 2  # two ranks, and DeepSpeed: accelerate's --cpu would have dropped both
+    assert (tmp_path / "two" / "checkpoint-2" / "latest").is_file()
 
 
 # ---- what ZeRO-3 cannot do ----
