@@ -5,8 +5,8 @@
 None of these cases is one that the formulae were adjusted on (those are in tests/training/test_memory.py): width,
 depth, length, batch, optimizer, LoRA rank and checkpointing differ. Each case trains two steps in a process of its own
 after a run of the smallest model. Measured are: by how much the peak of resident memory grew, to hold against the whole
-estimate, and the bytes that autograd keeps for the backward pass, to hold against the activations. The second number
-is the same on every device; the first has what the C allocator does not give back. Prints JSON lines.
+estimate, and the bytes that autograd keeps for the backward pass, which are the same on every device, to hold against
+the activations (with checkpointing, these also have the layer that is computed again). Prints JSON lines.
 """
 
 from __future__ import annotations
@@ -167,10 +167,11 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _number_from(program: str, *configs: Path) -> int:
-    """What a program prints after `found`, run in a process of its own."""
+    """What a program prints after `found`, in a process of its own whose C library returns freed tensors at once."""
+    malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, configs)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, **malloc, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )
