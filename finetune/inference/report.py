@@ -16,7 +16,16 @@ from finetune.inference.report_charts import histogram, roc_chart, training_char
 from finetune.inference.report_markup import DASH, as_number, bilingual, esc, format_number, format_seconds
 from finetune.inference.report_table import BASELINE_NAMES, format_table, table_html, tiles_html
 
-__all__ = ["ReportSample", "ScoreSets", "Section", "format_table", "render_report", "write_report"]
+__all__ = [
+    "ReportSample",
+    "ScoreSets",
+    "Section",
+    "format_table",
+    "page_html",
+    "render_report",
+    "section_html",
+    "write_report",
+]
 
 ScoreSets = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 """Name (`model`, `ela`, `noise_variance`) to (labels (N,) 0/1, image scores (N,) in [0, 1])."""
@@ -104,23 +113,12 @@ def render_report(
     facts = {**_as_mapping(metrics.get("run")), **(run or {})}
     scored = score_sets or {"model": _scores_of(samples)}
     sections = (
-        _section("metrics", ("结果", "Results"), tiles_html(metrics) + table_html(metrics) + _reading_note()),
-        _section("scores", ("分数", "Scores"), _score_charts(scored, threshold)),
-        *(_section(*section) for section in more),
-        _section("training", ("训练过程", "Training"), f'<div class="charts">{training_charts(history)}</div>'),
-        _section("samples", ("样本", "Samples"), _samples_html(samples, mask_threshold)),
+        section_html("metrics", ("结果", "Results"), tiles_html(metrics) + table_html(metrics) + _reading_note()),
+        section_html("scores", ("分数", "Scores"), _score_charts(scored, threshold)),
+        *(section_html(*section) for section in more),
+        section_html("training", ("训练过程", "Training"), f'<div class="charts">{training_charts(history)}</div>'),
+        section_html("samples", ("样本", "Samples"), _samples_html(samples, mask_threshold)),
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="zh">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f'<meta name="color-scheme" content="light dark">\n<title>{esc(title)}</title>\n<style>{CSS}</style>\n</head>\n'
-        f"<body>\n{_header(title, facts, more)}\n<main>\n{''.join(sections)}</main>\n"
-        f'<dialog id="zoom"><img alt=""><p></p></dialog>\n<script>{SCRIPT}</script>\n</body>\n</html>\n'
-    )
-
-
-def _header(title: str, facts: Mapping[str, Any], more: Sequence[Section]) -> str:
     links = (
         ("metrics", "结果", "Results"),
         ("scores", "分数", "Scores"),
@@ -128,6 +126,31 @@ def _header(title: str, facts: Mapping[str, Any], more: Sequence[Section]) -> st
         ("training", "训练", "Training"),
         ("samples", "样本", "Samples"),
     )
+    return page_html(title, links, facts, "".join(sections))
+
+
+def page_html(
+    title: str, links: Sequence[tuple[str, str, str]], facts: Mapping[str, Any], body: str, css: str = ""
+) -> str:
+    """A whole page of the report's style: heading, links, facts of the run, and what stands below them.
+
+    Args:
+        links: anchor, Chinese and English name of the sections.
+        facts: name to value; see `_FACTS` for those that have names in both languages.
+        body: HTML of the sections.
+        css: rules put behind the report's own.
+    """
+    return (
+        '<!DOCTYPE html>\n<html lang="zh">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta name="color-scheme" content="light dark">\n<title>{esc(title)}</title>\n<style>{CSS}{css}</style>\n'
+        f"</head>\n<body>\n{_header(title, facts, links)}\n<main>\n{body}</main>\n"
+        f'<dialog id="zoom"><img alt=""><p></p></dialog>\n<script>{SCRIPT}</script>\n</body>\n</html>\n'
+    )
+
+
+def _header(title: str, facts: Mapping[str, Any], links: Sequence[tuple[str, str, str]]) -> str:
     nav = "".join(f'<a href="#{anchor}">{bilingual(zh, en)}</a>' for anchor, zh, en in links)
     ordered = [key for key in _FACTS if key in facts] + [key for key in facts if key not in _FACTS]
     rows = "".join(
@@ -167,7 +190,8 @@ def _wide(value: Any) -> str:
     return ' class="wide"' if isinstance(value, Mapping) or len(str(value)) > 48 else ""
 
 
-def _section(anchor: str, title: tuple[str, str], body: str) -> str:
+def section_html(anchor: str, title: tuple[str, str], body: str) -> str:
+    """A section with its heading; an empty body says that nothing was recorded."""
     is_empty = body in ("", '<div class="charts"></div>')
     content = f'<p class="empty">{bilingual("没有记录", "Nothing recorded")}</p>' if is_empty else body
     return f'<section id="{anchor}"><h2>{bilingual(*title)}</h2>{content}</section>\n'

@@ -110,9 +110,9 @@ function sort(value){var p=value.split('-'),sign=p[1]==='down'?-1:1;
   return sign*(x-y)||a.dataset.index-b.dataset.index});
  cards.forEach(function(c){box.appendChild(c)})}
 if(box){all('[data-filter]').forEach(function(b){b.onclick=function(){filter(b.dataset.filter)}});
- document.getElementById('sort').onchange=function(){sort(this.value)};filter('all');
- var zoom=document.getElementById('zoom');
- all('.pictures img').forEach(function(i){
+ document.getElementById('sort').onchange=function(){sort(this.value)};filter('all')}
+var zoom=document.getElementById('zoom');
+if(zoom){all('.pictures img').forEach(function(i){
   i.onclick=function(){zoom.firstChild.src=i.src;zoom.firstChild.alt=i.alt;zoom.lastChild.textContent=i.alt;zoom.showModal()};
   i.onkeydown=function(e){if(e.key==='Enter'||e.key===' '){e.preventDefault();i.onclick()}}});
  zoom.onclick=function(){zoom.close()}}
