@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from finetune.data.chat import load_template, polygon_text, segments
+from finetune.data.readers import read_records
 from finetune.data.synthesis.answers import LANGUAGES, phrases
 from finetune.schema import Turn
+
+
+def conversation_texts(paths: Sequence[str]) -> Iterator[str]:
+    """What is said in the conversations of data sets, turn by turn, in order.
+
+    Raises:
+        DataFormatError: a record that cannot be read.
+    """
+    for path in paths:
+        for record in read_records(path):
+            yield from (turn.content for turn in record.turns)
 
 
 def tokenizer_corpus() -> list[str]:

@@ -73,16 +73,22 @@ def tiny_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write the checkpoint to")
     parser.add_argument("--seed", type=int, default=0, help="initialises the weights (default 0)")
     parser.add_argument("--untied", action="store_true", help="separate lm_head, as the 7B checkpoint has")
+    parser.add_argument(
+        "--corpus",
+        nargs="+",
+        default=[],
+        metavar="DATA",
+        help="data files or stored splits whose conversations the tokenizer learns too (default: the project's own)",
+    )
     parser.set_defaults(handler=_tiny)
 
 
 def _tiny(arguments: argparse.Namespace) -> int:
-    from finetune.data.corpus import tokenizer_corpus
+    from finetune.data.corpus import conversation_texts, tokenizer_corpus
     from finetune.models.tiny import TinyShape, build_tiny
 
-    path = build_tiny(
-        arguments.out, tokenizer_corpus(), TinyShape(tie_word_embeddings=not arguments.untied), seed=arguments.seed
-    )
+    corpus = [*tokenizer_corpus(), *conversation_texts(arguments.corpus)]
+    path = build_tiny(arguments.out, corpus, TinyShape(tie_word_embeddings=not arguments.untied), seed=arguments.seed)
     print(f"wrote a tiny Qwen2.5-VL to {path}")
     return 0
 
