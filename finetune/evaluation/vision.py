@@ -86,7 +86,9 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     facts = argparse.Namespace(
         data=config.ann_eval, threshold=config.classification_threshold, mask_threshold=config.heatmap_threshold
     )
-    metrics["run"] = run_facts(predictor, facts, time.monotonic() - start) | {"models": models}
+    metrics["run"] = run_facts(predictor, facts, time.monotonic() - start)
+    del metrics["run"]["layout"]  # of text, which these heads do not read
+    metrics["models"] = models
     write_files(metrics, judged, results, config, outputs)
     print(format_table(metrics))
     if text := empty_maps_text(metrics["empty_maps"]):
@@ -203,6 +205,7 @@ def gather_metrics(
 ) -> dict[str, Any]:
     """The sections of metrics.json; `image_uncalibrated` is there where the scores were calibrated."""
     metrics = results.metrics(config.classification_threshold)
+    del metrics["text"]  # none was asked for
     raw = [case.prediction.raw_score for case in judged if case.label is not None]
     own: dict[str, Any] = {}
     if raw and all(score is not None for score in raw):
@@ -238,9 +241,9 @@ def write_files(
     worst = worst_cases(judged, config.worst_cases)
     draw_worst(folder / "worst", folder, worst, config.heatmap_threshold)
     tables = metrics["thresholds"]
-    shown = thresholds_html(tables["image"], tables["pixel"], config.classification_threshold, config.heatmap_threshold)
     curve = precision_recall_chart(labels, scores)
-    sections = [("thresholds", ("阈值", "Thresholds"), (f'<div class="charts">{curve}</div>' if curve else "") + shown)]
+    used = (config.classification_threshold, config.heatmap_threshold)
+    shown = thresholds_html(tables["image"], tables["pixel"], *used, beside=curve)
     write_report(
         folder / "report.html",
         title="Vision evidence evaluation · 视觉证据评测报告",
@@ -251,7 +254,7 @@ def write_files(
         score_sets={"model": (labels, scores)},
         threshold=config.classification_threshold,
         mask_threshold=config.heatmap_threshold,
-        more=sections,
+        more=[("thresholds", ("阈值", "Thresholds"), shown)],
     )
 
 

@@ -141,13 +141,13 @@ def draw_worst(folder: Path, out_dir: Path, cases: Sequence[tuple[str, Judged]],
         image = load_image(case.record.images[case.index], case.record.id, case.record.source)
         size = (image.height, image.width)
         scores = score_map(out_dir, case)
-        title = f"{KINDS[kind]}: score {case.prediction.score:.3f}"
+        title = f"{case.prediction.id}: {KINDS[kind]}, score {case.prediction.score:.3f}"
         title += "" if case.f1 is None else f", pixel F1 {case.f1:.3f}"
         panel = comparison_panel(
             image,
             load_mask(case.record.targets[case.index], size, case.record.id, case.record.source),
             np.zeros(size, np.float32) if scores is None else scores,
-            f"{title}   {case.prediction.id}",
+            title,
             threshold=mask_threshold,
         )
         panel.save(folder / f"{rank:02d}-{kind}-{file_stem(Path(case.prediction.id).name)}.png")

@@ -109,7 +109,7 @@ class EvidenceFolder:
 
         Heads without a map have no heat map: None.
         """
-        name = f"{file_stem(image_id)}.png"
+        name = picture_name(image_id)
         paths = f"{OVERLAYS}/{name}", f"{HEAT_MAPS}/{name}"
         try:
             Image.fromarray(overlay).save(self.dir / paths[0])
@@ -148,12 +148,29 @@ def file_stamp(path: str) -> list[int] | None:
     return [found.st_size, found.st_mtime_ns]
 
 
+def picture_name(image_id: str) -> str:
+    """Name of an image's pictures, its own whatever else is in the folder: `a.png` of `a.png`, `a.jpg.png` of `a.jpg`.
+
+    `a.jpg.png`, if there should be one, gets a hash.
+    """
+    path = Path(image_id)
+    if path.suffix.lower() != ".png":
+        return f"{file_stem(image_id)}.png"
+    stem = file_stem(image_id[: -len(path.suffix)])
+    is_plain = stem == path.stem and path.suffix == ".png" and not Path(stem).suffix
+    return f"{stem}.png" if is_plain else f"{stem}-{_short_hash(image_id)}.png"
+
+
 def file_stem(image_id: str) -> str:
     """A file name that is the image's own whatever else is in the folder: its id, with a hash where letters change."""
     stem = re.sub(r"[^\w.-]+", "_", image_id.replace("/", "__"))[:100].strip(".") or "image"
     if stem == image_id:
         return stem
-    return f"{stem}-{hashlib.blake2b(image_id.encode('utf-8', 'surrogatepass'), digest_size=4).hexdigest()}"
+    return f"{stem}-{_short_hash(image_id)}"
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
 
 
 def _csv_text(rows: list[Any], *, has_header: bool = False) -> str:

@@ -84,6 +84,11 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
     return sorted(rows, key=lambda row: order.index(row.group))
 
 
+def shown_groups(metrics: Mapping[str, Any]) -> list[str]:
+    """All groups but those a run leaves out on purpose: it has image metrics, and no such group."""
+    return [group for group in GROUPS if group in metrics or "image" not in metrics]
+
+
 def baseline_keys(metrics: Mapping[str, Any]) -> list[str]:
     """The baselines of metrics.json: the known ones first, in fixed order."""
     found = _mapping(metrics.get("baselines"))
@@ -172,7 +177,8 @@ def table_html(metrics: Mapping[str, Any]) -> str:
     body = []
     columns = len(names) + 4
     rows = metric_rows(metrics)
-    for group, (zh, en) in GROUPS.items():
+    for group in shown_groups(metrics):
+        zh, en = GROUPS[group]
         body.append(f'<tr class="group"><th colspan="{columns}" scope="colgroup">{bilingual(zh, en)}</th></tr>')
         body += [_row_html(metrics, row, names) for row in rows if row.group == group]
     return (
@@ -181,13 +187,14 @@ def table_html(metrics: Mapping[str, Any]) -> str:
 
 
 def tiles_html(metrics: Mapping[str, Any]) -> str:
-    """The four numbers one looks for first, large, each with its interval and the baselines' values."""
+    """The up to four numbers one looks for first, large, each with its interval and the baselines' values."""
     by_path = {row.path: row for row in ROWS}
     shown = ("image.auroc", "localization.f1", "authentic.false_alarm_rate", "text.parse_rate")
     titles = {"image.auroc": ("整图 AUROC", "Image AUROC"), "text.parse_rate": ("文本可解析率", "Text parse rate")}
     tiles = []
-    for path in shown:
-        row = by_path[path]
+    groups = shown_groups(metrics)
+    for row in (by_path[path] for path in shown if by_path[path].group in groups):
+        path = row.path
         zh, en = titles.get(path, (row.zh, row.en))
         interval = interval_of(metrics, path)
         notes = [] if interval is None else [f"95% {interval[0]:.3f} – {interval[1]:.3f}"]

@@ -30,11 +30,14 @@ PIXEL_COLUMNS: dict[str, tuple[str, str]] = {
 _LESS_IS_BETTER = ("false_alarm_rate", "false_positive_area")
 
 
-def thresholds_html(image_rows: Rows, pixel_rows: Rows, threshold: float, mask_threshold: float) -> str:
+def thresholds_html(
+    image_rows: Rows, pixel_rows: Rows, threshold: float, mask_threshold: float, beside: str = ""
+) -> str:
     """Two charts and two tables; the rows nearest to the thresholds in use are marked.
 
     Args:
         image_rows, pixel_rows: see `image_table` and `PixelTable.rows`; one without any value is left out.
+        beside: a further chart, before the two.
     """
     parts = (
         (("整图阈值", "Image threshold"), image_rows, IMAGE_COLUMNS, ("balanced_accuracy", "f1"), threshold),
@@ -42,8 +45,8 @@ def thresholds_html(image_rows: Rows, pixel_rows: Rows, threshold: float, mask_t
     )
     known = [part for part in parts if any(as_number(row[name]) is not None for row in part[1] for name in part[2])]
     if not known:
-        return ""
-    charts = "".join(_chart(title, rows, columns) for title, rows, columns, _, _ in known)
+        return f'<div class="charts">{beside}</div>' if beside else ""
+    charts = beside + "".join(_chart(title, rows, columns) for title, rows, columns, _, _ in known)
     tables = "".join(_table(title, rows, columns, used) for title, rows, columns, _, used in known)
     note = bilingual(
         "加粗：该列最佳；高亮：当前阈值。在同一批图像上挑选阈值并报告结果会过于乐观，请在验证集上选择。",

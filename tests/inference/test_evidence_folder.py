@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from finetune.errors import ConfigError, DataFormatError
-from finetune.inference.evidence_folder import CSV_COLUMNS, EvidenceFolder, failed_row, file_stamp, file_stem
+from finetune.inference.evidence_folder import (
+    CSV_COLUMNS,
+    EvidenceFolder,
+    failed_row,
+    file_stamp,
+    file_stem,
+    picture_name,
+)
 
 IDENTITY = {"settings": {"heatmap_threshold": 0.5}, "model": {"heads.safetensors": "ab"}}
 
@@ -115,6 +122,11 @@ def test_a_journal_that_is_damaged_in_its_middle_is_not_gone_on_from(tmp_path: P
 
 def test_file_names_are_unique_and_do_not_depend_on_other_images() -> None:
     ids = ["a.jpg", "a.png", "x/a.jpg", "x__a.jpg", "图 1.jpg", "图_1.jpg", "../a.jpg", "a" * 300, "a" * 301, "..", ""]
+    more = ["a.jpg.png", "a.PNG", "x/a.png", "x__a.png", "y.z.png", "y.z"]
+    pictures = [picture_name(name) for name in (*ids, *more)]
+    assert len({name.lower() for name in pictures}) == len(ids) + len(more)
+    assert pictures[:2] == ["a.jpg.png", "a.png"]
+    assert all(name.endswith(".png") for name in pictures)
     stems = [file_stem(name) for name in ids]
     assert len(set(stems)) == len(ids)
     assert stems[0] == "a.jpg"
