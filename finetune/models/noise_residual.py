@@ -2,7 +2,8 @@
 
 Splices, clones and inpainting disturb the noise a camera and its JPEG left behind; patch embeddings trained on
 semantics ignore it. "Tampered" is relative to the rest of the same picture, so every statistic comes twice, as it is
-and normalised over its own image, and attention at the coarsest level compares all places of an image.
+and normalised over its own image, and attention at the coarsest level compares all places of an image. On request the
+places that a picture holds twice are maps of their own (`self_similarity`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from finetune.models.forensic_statistics import (
     STRIDE,
     Statistics,
     forensic_statistics,
+    pad_to,
 )
+from finetune.models.self_similarity import SIMILARITY_CHANNELS, self_similarity
 
 
 class NoiseResidualStream(nn.Module):
@@ -44,6 +47,8 @@ class NoiseResidualStream(nn.Module):
         self.coarse = nn.Sequential(*(block for pair in pairs for block in pair))
         self.up_middle, self.up_fine = nn.Conv2d(coarse, middle, 1), nn.Conv2d(middle, fine, 1)
         self.out = nn.Conv2d(fine, config.channels, 1)
+        self.similarity = SimilarityStem(fine, coarse, config.channels) if config.self_similarity else None
+        self.similarity_share = config.similarity_share
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         """N images of any sizes (multiples of 4) -> N feature maps."""
@@ -52,15 +57,61 @@ class NoiseResidualStream(nn.Module):
     def forward_batch(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) RGB in [0, 255] -> (n, channels, H/4, W/4)."""
         height, width = images.shape[-2] // STRIDE, images.shape[-1] // STRIDE
-        return self.decode(forensic_statistics(images))[..., :height, :width]
+        repeats = None if self.similarity is None else torch.stack([self._search(image) for image in images])
+        return self.decode(forensic_statistics(images), repeats)[..., :height, :width]
 
-    def decode(self, statistics: Statistics) -> Tensor:
-        """Statistics of n images -> (n, channels, H'/4, W'/4); each level joins statistics of its own grain."""
-        fine = self.fine_in(self.cell_stem(statistics.cells))  # (n, fine, H/4, W/4)
+    def decode(self, statistics: Statistics, repeats: Tensor | None = None) -> Tensor:
+        """Statistics of n images -> (n, channels, H'/4, W'/4); each level joins statistics of its own grain.
+
+        Args:
+            repeats: (n, SIMILARITY_CHANNELS, H/4, W/4) of `self_similarity`, where the stream was made with it.
+        """
+        cells, chroma = self.cell_stem(statistics.cells), self.chroma_stem(statistics.chroma)
+        overall: Tensor | float = 0.0
+        if self.similarity is not None and repeats is not None:
+            fine_repeats, coarse_repeats, overall = self.similarity(pad_to(repeats, 4))
+            cells, chroma = cells + fine_repeats, chroma + coarse_repeats
+        fine = self.fine_in(cells)  # (n, fine, H/4, W/4)
         middle = self.middle_in(self.to_middle(fine) + self.block_stem(statistics.blocks))  # (n, middle, H/8, W/8)
-        coarse = self.coarse(self.to_coarse(middle) + self.chroma_stem(statistics.chroma))  # (n, coarse, H/16, W/16)
+        coarse = self.coarse(self.to_coarse(middle) + chroma)  # (n, coarse, H/16, W/16)
         middle = self.middle_out(middle + _enlarge(self.up_middle(coarse)))
-        return self.out(self.fine_out(fine + _enlarge(self.up_fine(middle))))
+        return self.out(self.fine_out(fine + _enlarge(self.up_fine(middle)))) + overall
+
+    def _search(self, image: Tensor) -> Tensor:
+        """`self_similarity`, or zeros for a picture left out in training. Its pixels decide, not chance: so it is the
+        same with any batch size, number of ranks, and after a resume."""
+        if self.training and self.similarity_share < 1:
+            brightness = int(image.detach().double().sum().round().item())
+            if brightness % 997 >= 997 * self.similarity_share:
+                size = image.shape[-2] // STRIDE, image.shape[-1] // STRIDE
+                return torch.zeros(SIMILARITY_CHANNELS, *size, device=image.device)
+        return self_similarity(image)
+
+
+class SimilarityStem(nn.Module):
+    """Maps of `self_similarity` -> features at 1/4, at 1/16 and of the whole picture, which the image score reads.
+
+    Not normalised over the image: nothing found and everything found are different things.
+    """
+
+    def __init__(self, fine: int, coarse: int, channels: int, hidden: int = 32) -> None:
+        super().__init__()
+        self.fine = nn.Sequential(nn.Conv2d(2 * SIMILARITY_CHANNELS, hidden, 1), nn.GELU(), nn.Conv2d(hidden, fine, 1))
+        self.coarse = nn.Conv2d(2 * SIMILARITY_CHANNELS, coarse, 1)
+        self.overall = nn.Sequential(
+            nn.Conv2d(3 * SIMILARITY_CHANNELS, hidden, 1), nn.GELU(), nn.Conv2d(hidden, channels, 1)
+        )
+
+    def forward(self, repeats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(n, SIMILARITY_CHANNELS, h, w), sides multiples of 4 -> (n, fine, h, w), (n, coarse, h/4, w/4),
+        (n, channels, 1, 1)."""
+        repeats = repeats.to(self.coarse.weight.dtype)
+        fine = self.fine(torch.cat([repeats, F.avg_pool2d(repeats, 5, 1, 2)], dim=1))
+        coarse = self.coarse(torch.cat([F.avg_pool2d(repeats, 4), F.max_pool2d(repeats, 4)], dim=1))
+        flat = repeats.flatten(2)  # (n, SIMILARITY_CHANNELS, h * w)
+        strongest = flat.abs().topk(max(1, flat.shape[2] // 10), dim=2).values
+        summary = torch.cat([strongest[..., 0], strongest.mean(dim=2), flat.mean(dim=2)], dim=1)
+        return fine, coarse, self.overall(summary[..., None, None])
 
 
 class RelativeStem(nn.Module):

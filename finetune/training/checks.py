@@ -133,6 +133,9 @@ def _data_problems(config: RunConfig) -> list[str]:
             problems.append(f"loss.{name} is {getattr(loss, name)}; expected a number above 0")
     if not 0 < loss.evidence_share <= 1:
         problems.append(f"loss.evidence_share is {loss.evidence_share}; expected a share of the pixels, up to 1")
+    share = config.heads.noise_residual.similarity_share
+    if not 0 < share <= 1:
+        problems.append(f"heads.noise_residual.similarity_share is {share}; expected a share of the pictures, up to 1")
     return problems
 
 
