@@ -53,6 +53,7 @@ def infer_command(arguments: argparse.Namespace) -> int:
     check_output(config)
     given = [config.images] if isinstance(config.images, str) else config.images
     images = named_images(arguments.images or given)
+    refuse_own_output(arguments.images or given, config.output.evidence_dir)
     prompts_of(config)  # refuses before anything is loaded
     predictor, models = load_models(config)
     with_text = Explainer(predictor, config) if config.explain else None
@@ -66,6 +67,21 @@ def infer_command(arguments: argparse.Namespace) -> int:
             output.write(row)
             progress.update()
     return _summary([output.rows[name] for name in images], config)
+
+
+def refuse_own_output(paths: Sequence[str], evidence_dir: str) -> None:
+    """Overlays written into a folder of images would be inspected by the next run.
+
+    Raises:
+        ConfigError: the evidence folder lies in, or is, one of the folders of images.
+    """
+    target = Path(evidence_dir).resolve()
+    for path in map(Path, paths):
+        if path.is_dir() and target.is_relative_to(path.resolve()):
+            raise ConfigError(
+                f"output.evidence_dir {evidence_dir} lies in the folder of images {path}, so its pictures would be "
+                "inspected too; give a folder outside"
+            )
 
 
 def load_models(config: VisionInferenceConfig) -> tuple[Predictor, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from finetune.cli import main
 from finetune.config.vision_runs import VisionInferenceConfig, load_vision_config
@@ -237,6 +239,63 @@ def test_a_mistake_is_one_line_before_anything_is_written(
     for word in words:
         assert word in errors[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
+
+
+def refused(settings: Path, photos: Path, capsys: pytest.CaptureFixture[str], **change: Any) -> str:
+    """The one line that is said about settings with a change."""
+    tree = json.loads(settings.read_text("utf-8"))
+    settings.write_text(json.dumps({**tree, **change}), encoding="utf-8")
+    capsys.readouterr()
+    assert infer(settings, str(photos / "a.png")) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    return error
+
+
+def test_weights_that_do_not_belong_together_are_refused(
+    settings: Path,
+    photos: Path,
+    tiny_dir: Path,
+    vision_parts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """LoRA whose keys match nothing; heads of another tower; heads whose configuration says another width or blocks."""
+    lora = tmp_path / "lora"
+    shutil.copytree(vision_parts / "vision_lora", lora)
+    weights = load_file(lora / "adapter_model.safetensors")
+    save_file(
+        {key.replace("blocks.", "layers."): value for key, value in weights.items()}, lora / "adapter_model.safetensors"
+    )
+    error = refused(settings, photos, capsys, visual_lora={"path": str(lora)})
+    assert str(lora) in error
+    base = tmp_path / "base"
+    shutil.copytree(tiny_dir, base)
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {k: v * 1.5 if "visual" in k else v for k, v in weights.items()}, base / "model.safetensors", {"format": "pt"}
+    )
+    own = {"path": None, "layers": None}
+    error = refused(settings, photos, capsys, base_model_path=str(base), visual_lora=own)
+    assert "another vision tower" in error
+    for field, value in (("hidden_size", 24), ("vision_layers", [1])):
+        heads = tmp_path / field
+        shutil.copytree(vision_parts, heads)
+        config = json.loads((heads / "config.json").read_text("utf-8"))
+        config["heads"][field] = value
+        (heads / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        error = refused(
+            settings, photos, capsys, base_model_path=str(tiny_dir), visual_lora=own, head_checkpoint=str(heads)
+        )
+        assert str(heads) in error
+    assert not (tmp_path / "evidence").exists()
+
+
+def test_the_evidence_is_not_written_among_the_images(
+    settings: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (photos, photos / "evidence"):
+        assert infer(settings, str(photos), "--set", f"output.evidence_dir={place}") == 2
+        assert "lies in the folder of images" in capsys.readouterr().err
 
 
 def test_heads_on_tokens_are_not_taken(
