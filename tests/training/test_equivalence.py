@@ -9,6 +9,7 @@ tensors whose gradient vanishes). In float32 on CPU it is at most 1e-5.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -66,6 +67,48 @@ def test_one_batch_equals_accumulation_equals_two_ranks(equal_config: Callable[.
         assert_same(whole, ranks[0][i])
         for parameter, weight in ranks[0][i]["weights"].items():
             assert torch.equal(weight, ranks[1][i]["weights"][parameter]), parameter
+
+
+@pytest.mark.distributed
+def test_heads_on_the_tower_are_as_exact_and_ranks_share_a_feature_cache(
+    make_config: Callable[..., RunConfig], mixed_records: Path, tmp_path: Path
+) -> None:
+    """Pictures alone: one batch of 4, four of 1, and two ranks of 2 that fill one cache together, with every loss."""
+    pictures = mixed_records.with_name("pictures.jsonl")  # paths in it are relative
+    records = [record for record in map(json.loads, mixed_records.read_text().splitlines()) if record.get("images")]
+    again = [{**record, "id": f"{record['id']}_again"} for record in records[:2]]  # the same images: two cached names
+    pictures.write_text("".join(json.dumps(record) + "\n" for record in [*records, *again]))
+    assert len(records) == 6
+
+    def make(name: str, batch_size: int, accumulation: int, **train: Any) -> RunConfig:
+        return make_config(
+            name,
+            heads={"source": "vision", "vision_layers": [0, 2]},
+            data={"train": [str(pictures)], "eval": [], "class_balanced": False},
+            loss={**LOSSES, "text": 0.0, "evidence": 0.6, "sparsity": 0.5},
+            train={
+                "trainable": ["neck", "cls_head", "mask_head", "noise_residual"],
+                "batch_size": batch_size,
+                "gradient_accumulation_steps": accumulation,
+                "max_grad_norm": 0,
+                "learning_rate": 1.0e-2,
+                "lr_scheduler": "constant",
+                "warmup_ratio": 0,
+                "trainer_args": {"optim": "sgd", "train_sampling_strategy": "sequential", "save_strategy": "no"},
+                **train,
+            },
+        )
+
+    make("ranks", 2, 1, feature_cache=str(tmp_path / "features"))
+    ranks = run_ranks([tmp_path / "ranks.yaml"], tmp_path / "ranks.pt")
+    whole = train_and_capture(make("whole", 4, 1))
+    assert len(whole["gradients"]) == 2
+    assert_same(whole, train_and_capture(make("single", 1, 4)), "loss_evidence")
+    assert_same(whole, ranks[0][0], "loss_evidence")
+    for parameter, weight in ranks[0][0]["weights"].items():
+        assert torch.equal(weight, ranks[1][0]["weights"][parameter]), parameter
+    assert list((tmp_path / "features").rglob("*.safetensors"))
+    assert not list((tmp_path / "features").rglob("*.tmp"))
 
 
 def test_shorter_last_window_equals_one_batch(equal_config: Callable[..., RunConfig], mixed_records: Path) -> None:
@@ -128,12 +171,12 @@ def largest_difference(first: list[dict[str, Any]], second: list[dict[str, Any]]
     return worst
 
 
-def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
+def assert_same(first: dict[str, Any], second: dict[str, Any], term: str = "loss_text") -> None:
     difference, where = largest_difference(first["gradients"], second["gradients"])
     print(f"largest relative gradient difference {difference:.1e} at {where}")
     assert difference < TOLERANCE, where
     for ours, theirs in zip(first["logs"], second["logs"], strict=True):
-        assert {key for key in ours if key.startswith("loss")} >= {"loss", "loss_text"}
+        assert {key for key in ours if key.startswith("loss")} >= {"loss", term}
         for key in ours:
             if key.startswith("loss"):
                 assert theirs[key] == pytest.approx(ours[key], rel=2e-5, abs=1e-6), key
