@@ -106,6 +106,7 @@ class DataConfig:
     val_seed: int = 0  # decides which groups; the same in every stage of a run
     max_eval_samples: int | None = None
     num_workers: int = 0
+    image_cache_megabytes: int = 0  # decoded images each loading process keeps in memory; 0: none
     class_balanced: bool = True  # draw real and tampered equally often
 
     @property

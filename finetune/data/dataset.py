@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from finetune.config import DataConfig, SourceConfig
 from finetune.data.answer_polygons import MIN_POINTS, MIN_TOKENS, PolygonBudget, PolygonFrame
 from finetune.data.chat import Segment, conversation, encode, load_template, polygon_text, question_turns, segments
-from finetune.data.images import image_size_hw, load_image
+from finetune.data.image_cache import ImageCache
+from finetune.data.images import image_size_hw
 from finetune.data.masks import load_mask, resize_mask
 from finetune.data.region_masking import Draw, RegionMasking, mask_regions
 from finetune.data.sources import read_sources, spread
@@ -88,6 +89,7 @@ class ForensicDataset(Dataset):
                 f"data.max_polygon_tokens is {config.max_polygon_tokens}; expected at least {MIN_TOKENS}, which one "
                 "box may take, or null to count points"
             )
+        self.image_cache = ImageCache(config.image_cache_megabytes)
         self.region_masking: RegionMasking | None = None  # hides regions of the records a numbered sampler draws
         self._may_leak: bool | None = None
         _warn_of_leaks(self.records, tokens)
@@ -135,7 +137,7 @@ class ForensicDataset(Dataset):
         """A record with its images decoded, before any text: record and sample, regions hidden where a numbered sampler
         asks for it; each image's (H, W) and its mask at that size."""
         record = self.records[index]
-        images = [load_image(image, record.id, record.source) for image in record.images]
+        images = [self.image_cache.load(image, record.id, record.source) for image in record.images]
         sizes = [(image.height, image.width) for image in images]
         processed = self._processed(record, sizes)
         masks = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune.config import DataConfig
-from finetune.data import dataset as dataset_module
+from finetune.data import image_cache as image_cache_module
 from finetune.data import pictures as pictures_module
 from finetune.data.collator import ForensicCollator
 from finetune.data.dataset import ForensicDataset, checked_dataset
@@ -102,7 +102,7 @@ def test_cached_images_are_not_opened_unless_their_pixels_are_wanted(
         needs_pixels,
     )
     opened = []
-    for module in (dataset_module, pictures_module):
+    for module in (image_cache_module, pictures_module):
         real = module.load_image
         monkeypatch.setattr(module, "load_image", lambda image, *a, real=real: opened.append(image) or real(image, *a))
     batch = collated(dataset)
