@@ -6,6 +6,7 @@ leaves every other file alone. Nothing is loaded here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -66,8 +67,9 @@ def remove(folder: Path, names: Sequence[str]) -> None:
 
 
 def folder_identity(folder: str | Path | None) -> dict[str, Any] | None:
-    """What tells one folder of weights from another, wherever it lies: hashes of its small files, sizes of large ones.
+    """What tells one folder of weights from another, wherever it lies: hashes of its files.
 
+    Of a large file, such as a 3B model's weights, a sample is hashed: reading all of it would take a minute.
     None for no folder; a name that is no folder (of a hub) is its own identity.
     """
     if folder is None or not str(folder):
@@ -76,13 +78,23 @@ def folder_identity(folder: str | Path | None) -> dict[str, Any] | None:
     if not path.exists():
         return {"name": str(folder)}
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json"))
-    return {
-        file.name: file_sha256(file) if file.stat().st_size <= _HASHED_BYTES else file.stat().st_size for file in files
-    }
+    return {file.name: _hash(file) for file in files}
 
 
-_HASHED_BYTES = 256 << 20
-"""Larger files are known by their size: reading a 3B model again only to name it would take a minute."""
+_WHOLE_BYTES, _SAMPLES, _SAMPLE_BYTES = 64 << 20, 64, 64 << 10
+
+
+def _hash(file: Path) -> str:
+    """SHA-256 of a file; above `_WHOLE_BYTES` of its size and of `_SAMPLES` pieces at even distances."""
+    size = file.stat().st_size
+    if size <= _WHOLE_BYTES:
+        return file_sha256(file)
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        for k in range(_SAMPLES):
+            stream.seek(k * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return f"sample:{digest.hexdigest()}"
 
 
 def _read(file: Path) -> dict[str, Any]:

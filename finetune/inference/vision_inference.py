@@ -113,12 +113,14 @@ def named_images(paths: Sequence[str]) -> dict[str, str]:
     if not paths:
         raise ConfigError("no images given; name files or folders on the command line, or as 'images' in the file")
     found: dict[str, str] = {}
+    seen: set[str] = set()
     for given in paths:
         is_folder = Path(given).is_dir()
         for path in find_images([given]):
             short = Path(path).relative_to(given).as_posix() if is_folder else Path(path).name
-            if path in found.values():
+            if path in seen:
                 continue
+            seen.add(path)
             found[short if short not in found else Path(path).as_posix()] = path
     return found
 

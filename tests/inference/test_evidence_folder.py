@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from finetune.errors import ConfigError, DataFormatError
+from finetune.inference import run_folder
 from finetune.inference.evidence_folder import (
     CSV_COLUMNS,
     EvidenceFolder,
@@ -140,3 +141,20 @@ def test_the_stamp_of_a_file_changes_with_it(tmp_path: Path) -> None:
     before = file_stamp(str(file))
     file.write_text("12")
     assert file_stamp(str(file)) != before
+
+
+def test_a_folder_of_weights_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it lies, and for large files too, of which only a sample is read."""
+    monkeypatch.setattr(run_folder, "_WHOLE_BYTES", 1 << 20)
+    weights = np.random.default_rng(0).bytes(6 << 20)
+    for name, data in (("a", weights), ("b", weights), ("c", weights[:-9] + b"123456789"), ("d", weights[1:])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(data)
+        (tmp_path / name / "config.json").write_text("{}")
+    found = {name: run_folder.folder_identity(tmp_path / name) for name in "abcd"}
+    assert found["a"] == found["b"]
+    assert found["a"] != found["c"]
+    assert found["a"] != found["d"]
+    assert str(found["a"]["model.safetensors"]).startswith("sample:")
+    assert run_folder.folder_identity("Qwen/Qwen2.5-VL-3B-Instruct") == {"name": "Qwen/Qwen2.5-VL-3B-Instruct"}
+    assert run_folder.folder_identity(None) is None
