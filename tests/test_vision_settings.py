@@ -71,6 +71,10 @@ def test_overrides_and_a_missing_lora(tmp_path: Path) -> None:
     assert (config.visual_lora.path, config.visual_lora.layers, config.batch_size) == (None, [1], 7)
     tree = {key: value for key, value in EVAL_KEYS.items() if "visual" not in key} | {"visual_lora": None}
     assert load_vision_config(write(tmp_path, tree), [], VisionEvalConfig).visual_lora.path is None
+    nothing = {"base_model_path": None, "metrics_csv": None}
+    assert load_vision_config(write(tmp_path, EVAL_KEYS | nothing), [], VisionEvalConfig).base_model_path is None
+    nothing = {"system_prompt": None, "chat_system_prompt": None, "user_prompt": None}
+    assert load_vision_config(write(tmp_path, INFERENCE_KEYS | nothing), [], VisionInferenceConfig).user_prompt is None
 
 
 @pytest.mark.parametrize("name", ["config_eval", "config_inference"])

@@ -29,7 +29,7 @@ class VisualLoraSettings:
 class VisionModelSettings:
     """The model, and how a score becomes a verdict."""
 
-    base_model_path: str = ""  # plain Qwen2.5-VL; "": the one that head_checkpoint was trained on
+    base_model_path: str | None = None  # plain Qwen2.5-VL; null: the one that head_checkpoint was trained on
     visual_lora: VisualLoraSettings = field(default_factory=VisualLoraSettings)
     head_checkpoint: str = ""  # folder of a stage, or the heads.safetensors in it
     classification_threshold: float = 0.5  # an image with at least this score is called tampered
@@ -47,7 +47,7 @@ class VisionEvalConfig(VisionModelSettings):
 
     ann_eval: str = ""  # the annotation list, or any other format of data/README.md
     data_root: str | None = None  # paths of ann_eval start here; null: its own folder
-    metrics_csv: str = ""  # "": metrics.csv in inference_output
+    metrics_csv: str | None = None  # null: metrics.csv in inference_output
     inference_output: str = ""  # folder; with a suffix (.csv, .jsonl) the file of predictions, the rest lies beside it
     worst_cases: int = 24  # pictures of the worst cases
     report_samples: int = 48  # cards in report.html, the worst cases first
@@ -75,9 +75,11 @@ class OutputSettings:
 class VisionInferenceConfig(VisionModelSettings):
     """Everything `forensics vision infer` reads."""
 
-    system_prompt: str = ""  # of the explanation; "": one in `language`
-    chat_system_prompt: str = ""  # of the dialogue with --chat; "": one in `language`
-    user_prompt: str | list[str] = ""  # the question, with {placeholders} of the evidence; several are drawn from
+    system_prompt: str | None = None  # of the explanation; null: one in `language`
+    chat_system_prompt: str | None = None  # of the dialogue with --chat; null: one in `language`
+    user_prompt: str | list[str] | None = (
+        None  # the question, with {placeholders} of the evidence; several are drawn from
+    )
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
     images: str | list[str] = field(default_factory=list)  # files and folders; those on the command line replace them

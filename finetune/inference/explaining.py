@@ -61,7 +61,7 @@ def prompts_of(config: VisionInferenceConfig) -> list[str]:
         ConfigError: see `check_prompts`.
     """
     own = [config.user_prompt] if isinstance(config.user_prompt, str) else config.user_prompt
-    own = [prompt for prompt in own if prompt]
+    own = [prompt for prompt in own or [] if prompt]
     num_images = 1 + config.overlay_as_second_image
     check_prompts(own, num_images, "user_prompt")
     check_prompts(config.prompt_templates, num_images, "prompt_templates")
