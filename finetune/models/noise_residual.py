@@ -47,7 +47,7 @@ class NoiseResidualStream(nn.Module):
         self.coarse = nn.Sequential(*(block for pair in pairs for block in pair))
         self.up_middle, self.up_fine = nn.Conv2d(coarse, middle, 1), nn.Conv2d(middle, fine, 1)
         self.out = nn.Conv2d(fine, config.channels, 1)
-        self.similarity = SimilarityStem(fine, coarse, config.channels) if config.self_similarity else None
+        self.similarity = SimilarityStem(fine, coarse) if config.self_similarity else None
         self.similarity_share = config.similarity_share
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
@@ -67,15 +67,14 @@ class NoiseResidualStream(nn.Module):
             repeats: (n, SIMILARITY_CHANNELS, H/4, W/4) of `self_similarity`, where the stream was made with it.
         """
         cells, chroma = self.cell_stem(statistics.cells), self.chroma_stem(statistics.chroma)
-        overall: Tensor | float = 0.0
         if self.similarity is not None and repeats is not None:
-            fine_repeats, coarse_repeats, overall = self.similarity(pad_to(repeats, 4))
+            fine_repeats, coarse_repeats = self.similarity(pad_to(repeats, 4))
             cells, chroma = cells + fine_repeats, chroma + coarse_repeats
         fine = self.fine_in(cells)  # (n, fine, H/4, W/4)
         middle = self.middle_in(self.to_middle(fine) + self.block_stem(statistics.blocks))  # (n, middle, H/8, W/8)
         coarse = self.coarse(self.to_coarse(middle) + chroma)  # (n, coarse, H/16, W/16)
         middle = self.middle_out(middle + _enlarge(self.up_middle(coarse)))
-        return self.out(self.fine_out(fine + _enlarge(self.up_fine(middle)))) + overall
+        return self.out(self.fine_out(fine + _enlarge(self.up_fine(middle))))
 
     def _search(self, image: Tensor) -> Tensor:
         """`self_similarity`, or zeros for a picture left out in training. Its pixels decide, not chance: so it is the
@@ -89,29 +88,22 @@ class NoiseResidualStream(nn.Module):
 
 
 class SimilarityStem(nn.Module):
-    """Maps of `self_similarity` -> features at 1/4, at 1/16 and of the whole picture, which the image score reads.
+    """Maps of `self_similarity` -> features at 1/4 and at 1/16.
 
-    Not normalised over the image: nothing found and everything found are different things.
+    Not normalised over the image: nothing found and everything found are different things. A summary of the whole
+    picture beside them was worse on photographs not trained on (docs/experiments.md, round 4).
     """
 
-    def __init__(self, fine: int, coarse: int, channels: int, hidden: int = 32) -> None:
+    def __init__(self, fine: int, coarse: int, hidden: int = 32) -> None:
         super().__init__()
         self.fine = nn.Sequential(nn.Conv2d(2 * SIMILARITY_CHANNELS, hidden, 1), nn.GELU(), nn.Conv2d(hidden, fine, 1))
-        self.coarse = nn.Conv2d(2 * SIMILARITY_CHANNELS, coarse, 1)
-        self.overall = nn.Sequential(
-            nn.Conv2d(3 * SIMILARITY_CHANNELS, hidden, 1), nn.GELU(), nn.Conv2d(hidden, channels, 1)
-        )
+        self.coarse = nn.Conv2d(SIMILARITY_CHANNELS, coarse, 1)
 
-    def forward(self, repeats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, SIMILARITY_CHANNELS, h, w), sides multiples of 4 -> (n, fine, h, w), (n, coarse, h/4, w/4),
-        (n, channels, 1, 1)."""
+    def forward(self, repeats: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, SIMILARITY_CHANNELS, h, w), sides multiples of 4 -> (n, fine, h, w), (n, coarse, h/4, w/4)."""
         repeats = repeats.to(self.coarse.weight.dtype)
         fine = self.fine(torch.cat([repeats, F.avg_pool2d(repeats, 5, 1, 2)], dim=1))
-        coarse = self.coarse(torch.cat([F.avg_pool2d(repeats, 4), F.max_pool2d(repeats, 4)], dim=1))
-        flat = repeats.flatten(2)  # (n, SIMILARITY_CHANNELS, h * w)
-        strongest = flat.abs().topk(max(1, flat.shape[2] // 10), dim=2).values
-        summary = torch.cat([strongest[..., 0], strongest.mean(dim=2), flat.mean(dim=2)], dim=1)
-        return fine, coarse, self.overall(summary[..., None, None])
+        return fine, self.coarse(F.avg_pool2d(repeats, 4))
 
 
 class RelativeStem(nn.Module):
