@@ -49,8 +49,14 @@ def test_data_config_loads_and_is_sound(path: Path) -> None:
     kind = path.stem.split("_")[0]
     if kind == "prepare":
         check(load_config(path, [], PrepareConfig))
+    elif kind == "reports":
+        from finetune.data.reports.settings import load_reports_config
+        from finetune.data.reports.template import load_report_template
+
+        settings = load_reports_config(str(path), []).table
+        load_report_template(settings.template, list(settings.fields))
     else:
-        assert kind == "synth", "configs/data holds prepare_*.yaml and synth_*.yaml"
+        assert kind == "synth", "configs/data holds prepare_*.yaml, reports.yaml and synth_*.yaml"
         load_synth_config(path)
 
 
@@ -138,6 +144,10 @@ def check_verb(arguments: list[str]) -> None:
             from finetune.data.preparation.config import PrepareConfig
 
             load_config(path, parsed.overrides, PrepareConfig)
+        elif arguments[0] == "reports":
+            from finetune.data.reports.settings import load_reports_config
+
+            load_reports_config(str(path), parsed.overrides)
         elif arguments[0] == "vision":
             from finetune.config.vision_runs import VisionEvalConfig, VisionInferenceConfig, load_vision_config
 
