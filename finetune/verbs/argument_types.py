@@ -44,6 +44,13 @@ def reader_arguments(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def override_arguments(parser: argparse._ActionsContainer, help: str) -> None:
+    """`--set KEY=VALUE ...`, which may be repeated; `overrides` of the parsed arguments."""
+    parser.add_argument(
+        "--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help
+    )
+
+
 def non_negative_int(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from finetune.errors import ConfigError
-from finetune.verbs.argument_types import VerbParser, positive
+from finetune.verbs.argument_types import VerbParser, override_arguments, positive
 from finetune.verbs.inference import DTYPES
 
 
@@ -45,15 +45,7 @@ def prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="YAML", help="columns, fields, levels, splits: see configs/data/reports.yaml"
     )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="changes to --config or the defaults, e.g. table.id_column=null splits.ratios.val=0.2",
-    )
+    override_arguments(parser, "changes to --config or the defaults, e.g. table.id_column=null splits.ratios.val=0.2")
     parser.add_argument(
         *("--image-quality", "--image_quality"), type=_quality, default=85, metavar="Q", help="of the stored JPEGs (85)"
     )
@@ -113,15 +105,7 @@ def infer_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", metavar="DIR", help="image paths of a table are relative to it")
     parser.add_argument("--config", metavar="YAML", help="fields, levels and template: see configs/data/reports.yaml")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="changes to --config or the defaults, e.g. table.template=my_report.yaml",
-    )
+    override_arguments(parser, "changes to --config or the defaults, e.g. table.template=my_report.yaml")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they were saved)")
     parser.add_argument("--quantization", choices=("none", "nf4"), default="none", help="nf4: 4-bit base")

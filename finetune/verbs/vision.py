@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from finetune.verbs.argument_types import VerbParser, positive, probability, reader_arguments
+from finetune.verbs.argument_types import VerbParser, override_arguments, positive, probability, reader_arguments
 
 
 def vision_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,15 +29,7 @@ def _settings(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument(
         "--config", required=True, metavar="JSON", help=f"e.g. {example}; keys in docs/vision_evaluation.md"
     )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="changes to --config, e.g. heatmap_threshold=0.4 output.csv=out.csv",
-    )
+    override_arguments(parser, "changes to --config, e.g. heatmap_threshold=0.4 output.csv=out.csv")
     parser.add_argument("--overwrite", action="store_true", help="replace the output of an earlier run")
 
 
