@@ -49,13 +49,8 @@ def infer_command(arguments: argparse.Namespace) -> int:
             "leave it out"
         )
     start = time.monotonic()
-    bar = tqdm(total=len(queries), unit="image", disable=None, file=sys.stderr)
-    written = []
-    with bar:
-        for each in write_reports(predictor, template, queries):
-            written.append(each)
-            bar.update()
-    seconds = time.monotonic() - start
+    answers = write_reports(predictor, template, queries)
+    written = list(tqdm(answers, total=len(queries), unit="image", disable=None, file=sys.stderr))
     metrics = compare(written, settings, template.fields) if arguments.compare_gt else None
     run = {
         "model": arguments.model,
@@ -65,16 +60,30 @@ def infer_command(arguments: argparse.Namespace) -> int:
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit(),
         "device": str(predictor.device),
-        "seconds": round(seconds, 2),
+        "seconds": round(time.monotonic() - start, 2),
         "versions": versions(),
     }
-    num_failed = sum(each.error is not None for each in written)
+    _write_files(arguments, settings, template.fields, written, metrics, run)
+    _print(written, metrics)
+    print(f"wrote {arguments.out}/results.json and {arguments.out}/report.html")
+    return 1 if any(each.error is not None for each in written) else 0
+
+
+def _write_files(
+    arguments: argparse.Namespace,
+    settings: ReportSettings,
+    names: Sequence[str],
+    written: Sequence[WrittenReport],
+    metrics: dict[str, Any] | None,
+    run: dict[str, Any],
+) -> None:
+    """results.json and report.html in --out, each whole or not at all."""
     out_dir = Path(arguments.out)
     out_dir.mkdir(parents=True, exist_ok=True)
     results = {
         "run": run,
         "num_reports": len(written),
-        "num_failed": num_failed,
+        "num_failed": sum(each.error is not None for each in written),
         "metrics": metrics,
         "reports": [as_result(each, settings, arguments.compare_gt) for each in written],
     }
@@ -82,13 +91,8 @@ def infer_command(arguments: argparse.Namespace) -> int:
     write_atomically(out_dir / "results.json", [text.encode()])
     cards = [_card(each, arguments.compare_gt) for each in spread(written, arguments.report_samples)]
     facts = {key: value for key, value in run.items() if value is not None and key != "template"}
-    page = reports_page(
-        f"检查报告 Inspection reports: {run['data']}", cards, template.fields, metrics, facts, len(written)
-    )
+    page = reports_page(f"检查报告 Inspection reports: {run['data']}", cards, names, metrics, facts, len(written))
     write_atomically(out_dir / "report.html", [page.encode()])
-    _print(written, metrics, arguments.compare_gt)
-    print(f"wrote {out_dir / 'results.json'} and {out_dir / 'report.html'}")
-    return 1 if num_failed else 0
 
 
 def compare(written: Sequence[WrittenReport], settings: ReportSettings, names: Sequence[str]) -> dict[str, Any]:
@@ -169,12 +173,12 @@ def _card(written: WrittenReport, with_truth: bool) -> ReportCard:
     )
 
 
-def _print(written: Sequence[WrittenReport], metrics: dict[str, Any] | None, is_compared: bool) -> None:
+def _print(written: Sequence[WrittenReport], metrics: dict[str, Any] | None) -> None:
     """Errors, then the reports of a few images or the numbers of a comparison."""
     for each in written:
         if each.error is not None:
             print(f"error: {each.error}", file=sys.stderr)
-    if metrics is None or not is_compared:
+    if metrics is None:
         for each in written[:5]:
             if each.error is None:
                 print(f"{each.asked.query.id}\n" + "\n".join(f"    {line}" for line in each.text.splitlines()))
