@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from finetune.data.dataset import CachedFeatures, ForensicDataset, Sample
-from finetune.data.images import image_size_hw, load_image
+from finetune.data.images import image_size_hw
 from finetune.data.masks import load_mask
 from finetune.errors import DataFormatError
 from finetune.schema import ImageInput
@@ -54,7 +54,7 @@ class PictureDataset(ForensicDataset):
             found = features.load(key)
             is_decoded = found is None or features.needs_pixels
             if is_decoded:
-                images.append(load_image(image, record.id, record.source))
+                images.append(self.image_cache.load(image, record.id, record.source))
             sizes.append(found[1] if found is not None else (images[-1].height, images[-1].width))
             entries.append(CachedFeatures(key, None if found is None else found[0], is_decoded, sizes[-1]))
         processed = self._processed(record, sizes)

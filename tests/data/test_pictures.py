@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from finetune.config import DataConfig
-from finetune.data import image_cache as image_cache_module
-from finetune.data import pictures as pictures_module
 from finetune.data.collator import ForensicCollator
 from finetune.data.dataset import ForensicDataset, checked_dataset
 from finetune.data.pictures import PictureDataset
@@ -102,9 +100,8 @@ def test_cached_images_are_not_opened_unless_their_pixels_are_wanted(
         needs_pixels,
     )
     opened = []
-    for module in (image_cache_module, pictures_module):
-        real = module.load_image
-        monkeypatch.setattr(module, "load_image", lambda image, *a, real=real: opened.append(image) or real(image, *a))
+    real = dataset.image_cache.load
+    monkeypatch.setattr(dataset.image_cache, "load", lambda image, *a: opened.append(image) or real(image, *a))
     batch = collated(dataset)
     wanted = [0, 1, 2] if needs_pixels else [0, 2]
     assert batch["pixel_index"] == wanted

@@ -186,9 +186,9 @@ def test_a_second_pass_opens_no_image(
     def never(*_: Any) -> Any:
         raise AssertionError("an image was decoded")
 
-    from finetune.data import pictures
+    from finetune.data.image_cache import ImageCache
 
-    monkeypatch.setattr(pictures, "load_image", never)
+    monkeypatch.setattr(ImageCache, "load", never)
     _, trainer = losses("second", False, feature_cache=cache)
     monkeypatch.setattr(type(trainer.bundle.base), "tower_maps", never)
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
