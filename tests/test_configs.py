@@ -230,3 +230,11 @@ def test_ready_run_works_on_the_tiny_model(
     assert any("lora_" in key for key, _ in bundle.model.named_parameters()) == ("lora" in name)
     table = (tmp_path / "run" / "trainable.txt").read_text()
     assert all(re.search(rf"^{group} +\d", table, re.MULTILINE) for group in config.train.trainable)
+
+
+def test_the_vision_quick_start_takes_over_the_quick_starts_stream() -> None:
+    """Its weights fit one shape only; another one would silently begin from random values."""
+    from dataclasses import replace
+
+    quick, vision = (load_config(ROOT / "configs" / "train" / f"{n}quickstart.yaml").heads for n in ("", "vision_"))
+    assert vision.noise_residual == replace(quick.noise_residual, to_language=False)
