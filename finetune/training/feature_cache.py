@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from finetune.config import RunConfig
 from finetune.data.containers import backing_file, is_embedded, read_embedded
@@ -127,7 +129,9 @@ class FeatureStore:
         if self.is_full:
             return
         path = self._path(key)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two ranks may meet the same image
+        temporary = path.with_name(
+            f"{path.name}.{uuid.uuid4().hex}.tmp"
+        )  # ranks, runs and hosts may meet the same image
         tensors = {f"{place:03d}": part.contiguous().cpu() for place, part in enumerate(maps)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -253,18 +257,19 @@ class FeatureCache:
 
 def _settings(model: Any, image_processor: Any, precision: str) -> dict[str, Any]:
     """Everything the features of an image depend on, besides its bytes."""
-    depth = model.config.vision_config.depth
+    tower, everyones = model.model.visual, PreTrainedConfig().to_dict()  # names, label maps: not the tower's own
+    vision = {k: v for k, v in model.config.vision_config.to_dict().items() if k not in everyones}
+    pixels = {k: v for k, v in image_processor.to_dict().items() if not k.endswith(("_type", "_class"))}
     return {
         "format": FORMAT,
-        "blocks": [block % depth for block in model.heads_config.vision_layers],
-        "weights": weights_hash(model.model.visual),
-        "dtype": str(next(model.model.visual.parameters()).dtype),
+        "blocks": [block % model.config.vision_config.depth for block in model.heads_config.vision_layers],
+        "weights": weights_hash(tower),
+        "lora": {name: dict(m.scaling) for name, m in tower.named_modules() if hasattr(m, "lora_A")},  # alpha / r
+        "dtype": str(next(tower.parameters()).dtype),
         "precision": precision,
         "attention": model.config.vision_config._attn_implementation,
-        "pixels": dict(image_processor.size),
-        "mean": list(image_processor.image_mean),
-        "std": list(image_processor.image_std),
-        "patch": [image_processor.patch_size, image_processor.temporal_patch_size, image_processor.merge_size],
+        "tower": vision,
+        "pixels": pixels,
     }
 
 

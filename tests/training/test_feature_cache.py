@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from PIL import Image
 from finetune.config import HeadsConfig, ModelConfig, RunConfig, load_config
 from finetune.errors import ConfigError, DataFormatError
 from finetune.models.loading import Bundle, load_bundle
+from finetune.models.vision_loading import load_vision
 from finetune.schema import ImageInput
 from finetune.training import feature_cache
 from finetune.training.checks import run_problems
@@ -125,14 +127,36 @@ def test_a_folder_is_for_one_tower_and_one_way_of_looking_through_it(bundle: Bun
     image_processor.size = {**size, "longest_edge": size["longest_edge"] // 2}
     names.add(folder_name(bundle, tmp_path))
     image_processor.size = size
+    for owner, name, value in [
+        (image_processor, "resample", 0),
+        (image_processor, "do_normalize", False),
+        (base.config.vision_config, "num_heads", 2),
+        (base.config.vision_config, "window_size", 56),
+    ]:
+        own = getattr(owner, name)
+        setattr(owner, name, value)
+        names.add(folder_name(bundle, tmp_path))
+        setattr(owner, name, own)
     heads = base.heads_config
     base.heads_config = dataclasses.replace(heads, vision_layers=[1, 2])
     names.add(folder_name(bundle, tmp_path))
     base.heads_config = dataclasses.replace(heads, vision_layers=[-3, -1])  # the same blocks, counted from the end
     assert folder_name(bundle, tmp_path) == first
     base.heads_config = heads
-    assert len(names) == 5
+    assert len(names) == 9
     assert folder_name(bundle, tmp_path) == first
+
+
+def test_the_weight_of_a_frozen_lora_counts(tiny_dir: Path, vision_parts: Path, tmp_path: Path) -> None:
+    """alpha stands in no weight, and changes what the tower gives."""
+    lora = tmp_path / "lora"
+    shutil.copytree(vision_parts / "vision_lora", lora)
+    names = []
+    for alpha in (16, 16, 48):
+        config = json.loads((lora / "adapter_config.json").read_text("utf-8"))
+        (lora / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": alpha}), encoding="utf-8")
+        names.append(folder_name(load_vision(str(tiny_dir), vision_parts, lora), tmp_path))
+    assert names[0] == names[1] != names[2]
 
 
 def test_weights_of_every_type_count() -> None:
