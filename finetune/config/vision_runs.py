@@ -108,10 +108,11 @@ def load_vision_config(path: str | Path, overrides: Sequence[str], schema: type[
             another type or out of its range, a needed key is missing.
     """
     tree = _nested(_read(Path(path)), str(path))
-    if tree.get("visual_lora", 0) is None:
-        del tree["visual_lora"]
-    for override in overrides:
-        apply_override(tree, override)
+    for override in ("", *overrides):
+        if override:
+            apply_override(tree, override)
+        if tree.get("visual_lora", 0) is None:  # no section: the LoRA that lies beside the heads
+            del tree["visual_lora"]
     config = build(schema, tree, where=str(path))
     _check(config, str(path))
     return config

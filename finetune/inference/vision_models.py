@@ -6,6 +6,7 @@ opened; which weights were used is written down, so that an output folder can be
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,21 @@ from safetensors import SafetensorError, safe_open
 
 from finetune.config import GenerationConfig, ModelConfig
 from finetune.config.vision_runs import VisionModelSettings
+from finetune.data.storage.atomic import file_sha256
 from finetune.errors import ConfigError, ModelLoadError
 from finetune.inference.commands import check_device
 from finetune.inference.predictor import Predictor
 from finetune.inference.run_folder import folder_identity
 from finetune.metrics.calibration import Calibration
 from finetune.models.loading import ADAPTER_CONFIG
+from finetune.models.plain import HEADS_FILE
 from finetune.models.vision_loading import load_vision
 from finetune.models.vision_parts import LORA_DIR, parts_section, read_heads
 
+logger = logging.getLogger(__name__)
+
 CALIBRATION = "calibration.json"
+_LORA_FILE = "adapter_model.safetensors"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -47,12 +53,17 @@ def open_vision_predictor(
     if not base:
         raise ConfigError(f"base_model_path is missing, and {heads} does not name the base it was trained on")
     calibration = find_calibration(settings.calibration, heads)
+    if lora is not None and not is_trained_pair(heads, lora):
+        logger.warning(
+            "the heads of %s were not trained with the LoRA of %s: they see features that they do not know; take both "
+            "from one folder, unless this is meant",
+            heads, lora,
+        )  # fmt: skip
     bundle = load_vision(
         base,
         heads,
         lora,
         with_language,
-        use_lora=lora is not None,
         max_pixels=settings.max_pixels,
         config=ModelConfig(path=base),
     )
@@ -127,13 +138,25 @@ def lora_folder(settings: VisionModelSettings, heads: Path) -> Path | None:
     return folder
 
 
+def is_trained_pair(heads: Path, lora: Path) -> bool:
+    """Whether heads and LoRA were saved together: the LoRA is that beside the heads, or the heads those beside it.
+
+    Copies count; so do heads that stayed frozen while the LoRA trained.
+    """
+    pairs = ((lora / _LORA_FILE, heads / LORA_DIR / _LORA_FILE), (heads / HEADS_FILE, lora.parent / HEADS_FILE))
+    return any(
+        one.is_file() and two.is_file() and (one.samefile(two) or file_sha256(one) == file_sha256(two))
+        for one, two in pairs
+    )
+
+
 def lora_blocks(folder: Path) -> list[int]:
     """Numbers of the vision blocks that a PEFT folder holds weights for.
 
     Raises:
         ModelLoadError: the weights are missing or cannot be read.
     """
-    file = folder / "adapter_model.safetensors"
+    file = folder / _LORA_FILE
     try:
         with safe_open(file, "pt") as stored:
             keys = list(stored.keys())

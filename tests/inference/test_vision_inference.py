@@ -290,6 +290,29 @@ def test_weights_that_do_not_belong_together_are_refused(
     assert not (tmp_path / "evidence").exists()
 
 
+def test_heads_go_with_the_lora_they_were_trained_with(
+    settings: Path,
+    photos: Path,
+    vision_parts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Without it an error; with another one a warning, for the combination may be meant; a copy is the same."""
+    heads = tmp_path / "heads"
+    shutil.copytree(vision_parts, heads)
+    lora = tmp_path / "lora"
+    (heads / "vision_lora").rename(lora)
+    own = {"head_checkpoint": str(heads), "visual_lora": None}
+    assert "trained with LoRA on the tower, and vision_lora is not there" in refused(settings, photos, capsys, **own)
+    assert infer(settings, str(photos / "a.png"), *only_verdicts(f"visual_lora.path={lora}")) == 0
+    assert "were not trained with the LoRA" in caplog.text
+    caplog.clear()
+    shutil.copytree(lora, heads / "vision_lora")
+    assert infer(settings, str(photos / "a.png"), "--overwrite", *only_verdicts(f"visual_lora.path={lora}")) == 0
+    assert not caplog.text
+
+
 def test_the_evidence_is_not_written_among_the_images(
     settings: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
