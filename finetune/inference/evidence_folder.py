@@ -70,6 +70,11 @@ class EvidenceFolder:
         own = (JOURNAL, OVERLAYS, HEAT_MAPS)
         self.is_resumed = open_run(self.dir, KIND, identity, own=own, overwrite=overwrite, can_continue=True)
         self.rows = _read_journal(self.dir / JOURNAL) if self.is_resumed else {}
+        if self.is_resumed and self.csv_path.exists() and not _is_written_from(self.rows, self.csv_path):
+            raise ConfigError(
+                f"output.csv is {self.csv_path}, which exists and holds nothing of the run in {self.dir}; give another "
+                "file, or move it away: it is written anew from that run"
+            )
         self._journal: TextIO | None = None
         self._csv: TextIO | None = None
 
@@ -181,6 +186,17 @@ def _csv_text(rows: list[Any], *, has_header: bool = False) -> str:
     for row in rows:
         writer.writerow(["" if row[name] is None else _cell(row[name]) for name in CSV_COLUMNS])
     return stream.getvalue()
+
+
+def _is_written_from(rows: Mapping[str, Mapping[str, Any]], path: Path) -> bool:
+    """Whether a CSV is the table of this journal, as far as either got: its header, and a row that both have."""
+    text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    try:
+        header, *found = [tuple(line) for line in csv.reader(io.StringIO(text, newline=""))] or [()]
+    except csv.Error:  # no table at all
+        return False
+    own = {tuple(line) for line in csv.reader(io.StringIO(_csv_text(list(rows.values())), newline=""))}
+    return not text or (header == CSV_COLUMNS and (not own or not found or not own.isdisjoint(found)))
 
 
 def _cell(value: Any) -> Any:

@@ -99,6 +99,23 @@ def test_another_runs_folder_is_refused_and_overwrite_removes_what_it_wrote(tmp_
     assert (tmp_path / "evidence" / "notes.txt").read_text() == "mine"
 
 
+def test_a_run_that_goes_on_does_not_write_over_another_table(tmp_path: Path) -> None:
+    begun(tmp_path, ["a", "b"])
+    for name, text in {"mine.csv": "id,score\na,1\n", "cut.csv": ""}.items():
+        (tmp_path / name).write_text(text)
+    other = tmp_path / "other"
+    begun(other, ["c"])
+    for path in (tmp_path / "mine.csv", other / "r.csv"):
+        before = path.read_bytes()
+        with pytest.raises(ConfigError, match="holds nothing of the run"):
+            EvidenceFolder(path, tmp_path / "evidence", IDENTITY)
+        assert path.read_bytes() == before
+    for name in ("r.csv", "new.csv", "cut.csv"):
+        with EvidenceFolder(tmp_path / name, tmp_path / "evidence", IDENTITY):
+            pass
+        assert [r["id"] for r in read_csv(tmp_path / name)] == ["a", "b"]
+
+
 def test_files_that_are_of_no_run_are_not_touched(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("mine")
     with pytest.raises(ConfigError, match=r"r\.csv, which exists and is of no run"):
