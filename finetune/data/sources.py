@@ -6,6 +6,7 @@ Nothing is decoded here. The division is by group, so that no picture is on both
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -14,6 +15,8 @@ from finetune.data.readers import read_records
 from finetune.data.splits import GroupBy
 from finetune.errors import ConfigError
 from finetune.schema import Record
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -85,4 +88,25 @@ def hold_back(records: Sequence[Record], ratio: float, seed: int) -> tuple[list[
         chosen.add(min(order, key=lambda key: sizes[key]))
     held = [record for record, key in zip(records, keys, strict=True) if key in chosen]
     kept = [record for record, key in zip(records, keys, strict=True) if key not in chosen]
+    _warn_of_neighbours(kept, held)
     return kept, list({id(record): record for record in held}.values())
+
+
+def _warn_of_neighbours(kept: Sequence[Record], held: Sequence[Record]) -> None:
+    """What a division by group cannot see: records that name no group, and pictures that two groups share."""
+    grouping = GroupBy()
+    alone = sum(not grouping.named(record) for record in (*kept, *held))
+    if alone:
+        logger.warning(
+            "data.val_ratio: %d of %d records name no group, so each picture is a group of its own, and an original "
+            "and its tampered version may fall on both sides; give `group`, or a validation file in data.eval",
+            alone, len(kept) + len(held),
+        )  # fmt: skip
+    known = {image.path for record in kept for image in record.images if image.path}
+    shared = {image.path for record in held for image in record.images if image.path} & known
+    if shared:
+        logger.warning(
+            "data.val_ratio: %d pictures are in training and in validation records, e.g. %s; give records that share a "
+            "picture the same `group`",
+            len(shared), min(shared),
+        )  # fmt: skip

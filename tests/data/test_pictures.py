@@ -177,3 +177,16 @@ def test_repeated_records_are_validated_on_once_and_one_group_is_refused() -> No
     assert len({r.id for r in held}) == len(held) == 2
     with pytest.raises(ConfigError, match=r"all 3 records are of one group \('g0'\); give a validation file"):
         hold_back(grouped(3), 0.5, seed=0)
+
+
+def test_what_a_division_by_group_cannot_see_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Records without a group, and a picture that records of both sides hold."""
+
+    def record(name: str, *paths: str, group: str = "") -> Record:
+        return Record(name, tuple(map(ImageInput, paths)), (ImageTarget(0),) * len(paths), group=group)
+
+    hold_back([record("r0", "a.jpg", group="g0"), record("r1", "b.jpg", group="g1")], 0.5, seed=0)
+    assert not caplog.text
+    hold_back([record("r0", "a.jpg", "b.jpg"), record("r1", "b.jpg"), record("r2", "b.jpg")], 0.5, seed=0)
+    assert "3 of 3 records name no group" in caplog.text
+    assert "1 pictures are in training and in validation records, e.g. b.jpg" in caplog.text
