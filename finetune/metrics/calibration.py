@@ -197,11 +197,12 @@ class Calibration:
                 f"{path} is no calibration ({type(error).__name__}: {error})",
                 fix="remove it to use the scores as they are, or train again",
             ) from error
-        if result.method not in FITTED or not ((scores >= 0) & (scores <= 1)).all():
+        is_fitted = result.method == "none" or getattr(result, str(result.method), None) is not None
+        if result.method not in FITTED or not is_fitted or not ((scores >= 0) & (scores <= 1)).all():
             raise DataFormatError(
                 f"{path} is no calibration",
                 found=result.method,
-                expected=f"method {', '.join(FITTED)}, and scores in [0, 1]",
+                expected=f"method {', '.join(FITTED)} with its fit, and scores in [0, 1]",
                 fix="remove it to use the scores as they are, or train again",
             )
         return result

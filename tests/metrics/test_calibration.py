@@ -95,7 +95,11 @@ def test_the_file_comes_back_as_it_was(tmp_path: Path) -> None:
     assert tree["ece_after"] == found.ece[found.method]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"method": "magic"}', "not json"])
+UNFITTED = json.dumps(Calibration("temperature").to_dict())
+"""A method without what it needs, which would leave the scores as they are."""
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"method": "magic"}', "not json", UNFITTED])
 def test_another_file_is_refused_in_words(tmp_path: Path, text: str) -> None:
     (tmp_path / "calibration.json").write_text(text)
     with pytest.raises(DataFormatError, match=r"is no calibration.*fix: remove it"):
