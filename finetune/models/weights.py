@@ -150,7 +150,9 @@ def load_adapter(model: QwenForensicsForConditionalGeneration, path: str | Path,
     try:
         with safe_open(weights_path, "pt") as stored:
             found = set(stored.keys())
-        wrapped = PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below, in one line
+            wrapped = PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelLoadError(
             f"{path}: the adapter does not fit this base model ({first_line(error)}); "
