@@ -79,6 +79,7 @@ run_stage() {
             --*)
                 [[ $# -ge 2 ]] || { usage >&2; fail "$flag needs a value, or is not known"; }
                 value="$2"; shift 2 ;;
+            output_dir=*) out="${flag#*=}" extra+=("$flag"); shift; continue ;; # is looked into below, as with --out_dir
             *=*) extra+=("$flag"); shift; continue ;;
             *) usage >&2; fail "unknown argument '$flag'" ;;
         esac

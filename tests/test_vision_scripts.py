@@ -112,9 +112,10 @@ def test_a_mistake_is_said_in_one_line(stage: str, arguments: list[str], found: 
 
 def test_a_run_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "run_record.json").touch()
-    refused = script("a", "--out_dir", str(tmp_path), "--dry-run")
-    assert refused.returncode == 1
-    assert "holds a run already; add --resume" in refused.stderr
+    for named in (["--out_dir", str(tmp_path)], [f"output_dir={tmp_path}"]):
+        refused = script("a", *named, "--dry-run")
+        assert refused.returncode == 1
+        assert "holds a run already; add --resume" in refused.stderr
     for way_out in ("--resume", "--overwrite"):
         assert config_of("a", "--out_dir", str(tmp_path), way_out).output_dir == str(tmp_path)
     assert (tmp_path / "run_record.json").exists()  # a dry run moves nothing
