@@ -125,10 +125,15 @@ def _read_row(row: list[str], table: _Table, item: Item) -> Record:
         images=(ImageInput(path=image),),
         targets=(ImageTarget(),),
         turns=(Turn("user", table.template.question(record_id)), Turn("assistant", table.template.render(values))),
-        group=table.cell(row, settings.group_column),
+        group=table.cell(row, settings.group_column) or _own_group(table.cell(row, settings.image_column)),
         source=item.source,
         provenance={PROVENANCE: values},
     )
+
+
+def _own_group(cell: str) -> str:
+    """Rows of one picture belong together, and splits do not depend on where the folder lies."""
+    return "image:" + cell.replace("\\", "/") if cell else ""
 
 
 def _values(row: list[str], table: _Table, item: Item, problems: list[DataFormatError]) -> dict[str, str]:

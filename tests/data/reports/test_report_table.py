@@ -57,6 +57,7 @@ def test_the_table_of_the_specification_loads_as_it_stands(folder: Path, encodin
         "缺陷描述": "厨房墙面防水涂料透底",
     }
     assert record.label is None
+    assert record.group == "image:images/001.jpg"  # wherever the folder lies: splits go by it
 
 
 @pytest.mark.parametrize(
