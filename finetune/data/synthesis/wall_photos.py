@@ -65,9 +65,7 @@ def write_wall_reports(out_dir: str | Path, num: int, seed: int = 0, *, overwrit
         name = f"images/{index:04d}.jpg"
         draw_wall(kind, level, generator).save(folder / name, quality=92)
         defect, place = _DEFECTS[kind], str(generator.choice(_PLACES))
-        rows.append(
-            (index, name, defect.risk, defect.advice[level], LEVELS[level], f"{place}墙面{defect.name}")
-        )
+        rows.append((index, name, defect.risk, defect.advice[level], LEVELS[level], f"{place}墙面{defect.name}"))
     with table.open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream).writerows([HEADER, *rows])
     return table
