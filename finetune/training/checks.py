@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from finetune.config import RunConfig, stage_runs
@@ -13,6 +13,7 @@ from finetune.data.chat import load_template, template_problem
 from finetune.errors import ConfigError
 from finetune.losses.criterion import TERMS
 from finetune.models.groups import EXCLUSIVE, GROUPS
+from finetune.schema import Record
 from finetune.training.adversarial import adversarial_problems
 from finetune.training.evaluation import METRICS
 from finetune.training.feature_cache import cache_problems
@@ -30,6 +31,24 @@ def check_run(config: RunConfig) -> None:
     """
     for problem in run_problems(config):
         raise ConfigError(problem)
+
+
+def check_best(config: RunConfig, records: Sequence[Record]) -> None:
+    """What the best models are chosen by can be measured on these validation records.
+
+    Raises:
+        ConfigError: the AUROC is asked for, and the images of the records are all real or all tampered.
+    """
+    asked = {"train.metric_for_best": config.train.metric_for_best}
+    asked |= {f"train.best_folders.{name}": metric for name, metric in config.train.best_folders.items()}
+    labels = {target.label for record in records for target in record.targets} - {None}
+    key = next((key for key, metric in asked.items() if metric == "eval_auroc"), None)
+    if key is not None and len(labels) == 1:
+        found = "tampered" if labels == {1} else "real"
+        raise ConfigError(
+            f"{key} is eval_auroc, which needs real and tampered images, and all labelled images of data.eval are "
+            f"{found}; give a validation set with both, or another metric, e.g. eval_loss"
+        )
 
 
 def run_problems(config: RunConfig) -> list[str]:

@@ -31,7 +31,7 @@ from finetune.models.loading import Bundle, load_bundle
 from finetune.special_tokens import SpecialTokens
 from finetune.training.arguments import training_arguments
 from finetune.training.callbacks import CALIBRATION, BestFolders, BestModelCallback, TimeBudgetCallback
-from finetune.training.checks import check_run
+from finetune.training.checks import check_best, check_run
 from finetune.training.evaluation_table import EvaluationTable
 from finetune.training.feature_cache import FeatureCache, cache_folder
 from finetune.training.monitoring import HeatmapSnapshots, Watch
@@ -127,6 +127,8 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
         f"data: {len(train_set)} records to train on ({labels.count(0)} real, {labels.count(1)} tampered, "
         f"{labels.count(None)} unlabelled), {len(eval_set) if eval_set else 0} to evaluate on",
     )
+    if eval_set is not None:
+        check_best(config, eval_set.records)
     check_sharding(config, args, train_set, eval_set)
     with built_whole(args):
         bundle = set_trainable(bundle, config.train.trainable, config.lora, config.vision_lora, config.vision_top)

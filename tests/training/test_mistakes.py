@@ -96,6 +96,21 @@ def test_bad_record_is_named(
         assert "Traceback" not in err
 
 
+def test_an_auroc_needs_both_classes(
+    write_config: Callable[..., Path], synth_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    real = [line for line in (synth_dir / "train.jsonl").read_text().splitlines() if json.loads(line)["labels"] == [0]]
+    path = tmp_path / "only_real.jsonl"
+    path.write_text("\n".join(real[:2]) + "\n", encoding="utf-8")
+    data = f"data.eval=[{{path: {path}, root: {synth_dir}}}]"
+    status, _, error = launch(capsys, write_config(), "train.metric_for_best=eval_auroc", data)
+    assert status == 2
+    assert "all labelled images of data.eval are real" in error
+    status, _, error = launch(capsys, write_config(), "train.best_folders={best_val_auc: eval_auroc}", data)
+    assert status == 2
+    assert "train.best_folders.best_val_auc is eval_auroc" in error
+
+
 def test_launched_as_a_process(repo_root: Path, write_config: Callable[..., Path]) -> None:
     command = [sys.executable, str(repo_root / "sft_llm.py"), "--config", str(write_config())]
     done = subprocess.run(
