@@ -128,7 +128,8 @@ def take_folder(config: VisionEvalConfig, outputs: Outputs, models: dict[str, An
         raise ConfigError(f"metrics_csv {outputs.metrics_csv} exists; add --overwrite, or give another file")
     own = (*OWN, outputs.predictions, str(Path(outputs.predictions).with_suffix(".csv")))
     identity = {"settings": to_dict(config), "model": models}
-    open_run(outputs.folder, KIND, identity, own=own, overwrite=overwrite, can_continue=False)
+    is_unfinished = not (outputs.folder / "metrics.json").is_file()  # stopped by a bad record, say: begun anew
+    open_run(outputs.folder, KIND, identity, own=own, overwrite=overwrite, can_continue=is_unfinished)
 
 
 def run_model(

@@ -185,6 +185,10 @@ def test_a_named_file_of_predictions_and_an_output_that_exists(
     assert evaluate(settings, out, *few) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert out.read_bytes() == before
+    for unwritten in (out.parent / "metrics.json", metrics_csv):
+        unwritten.unlink()
+    assert evaluate(settings, out, *few) == 0  # begun anew, as after a bad record in the middle
+    assert metrics_csv.is_file()
     assert evaluate(settings, out, *few, "heatmap_threshold=0.5", overwrite=True) == 0
     assert evaluate(settings, tmp_path / "x.txt", *few, overwrite=True) == 2
     assert ".csv or .jsonl" in capsys.readouterr().err
