@@ -22,6 +22,7 @@ from finetune.data.image_cache import ImageCache
 from finetune.data.images import image_size_hw
 from finetune.data.masks import load_mask, resize_mask
 from finetune.data.region_masking import Draw, RegionMasking, mask_regions
+from finetune.data.regions.text import expand_regions
 from finetune.data.sources import read_sources, spread
 from finetune.data.validation import InvalidDataError, Problem, leaking_tokens, validate_for_training
 from finetune.errors import ConfigError, DataFormatError
@@ -192,6 +193,8 @@ class ForensicDataset(Dataset):
             sample = self[index]
             turns = question_turns(self.records[index], self.template)
             processed = sample.processed_hw
+            sizes = [(image.height, image.width) for image in sample.images]
+            turns = expand_regions(self.records[index], turns, sizes, processed)
             run = self.tokens.run * len(sample.images)
             pieces = [*segments(turns, self.template.system, for_generation=True), Segment(run, False)]
             sample.input_ids, sample.labels = self._render(self.records[index], pieces, processed)
@@ -243,7 +246,8 @@ class ForensicDataset(Dataset):
             for target, frame, mask, is_traced in zip(record.targets, frames, masks, tracing, strict=True):
                 found = budget.trace(mask, frame) if is_traced and mask is not None else target.polygons
                 polygons.append(frame.write(found or ()))
-        return conversation(record, self.template, self.tokens, self.config.layout, polygons)
+        turns = conversation(record, self.template, self.tokens, self.config.layout, polygons)
+        return expand_regions(record, turns, sizes, processed)
 
     def _needs_tracing(
         self, record: Record, sizes: Sequence[tuple[int, int]], processed: Sequence[tuple[int, int]]

@@ -163,6 +163,27 @@ def test_polygons_keep_to_their_budget(processor: Any, records: dict[str, Record
     assert 3 <= sum(map(len, json.loads(answer)["mask"])) / 2 <= 16
 
 
+def test_candidate_regions_are_written_in_the_frame_the_model_sees(processor: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (300, 200)).save(tmp_path / "wall.png")
+    turns = (Turn("user", "<image>\n<regions>"), Turn("assistant", "<regions> stays"))
+    regions = {"regions": [{"id": "R1", "box_xyxy": [30, 20, 150, 100], "type": None}]}
+    image = (ImageInput(path=str(tmp_path / "wall.png")),)
+    record = Record("wall", image, (ImageTarget(),), turns, provenance=regions)
+    dataset = ForensicDataset([record], processor, TOKENS, DataConfig())
+    height, width = processed_size((200, 300), processor.image_processor)
+    assert (height, width) != (200, 300)
+    written = text(dataset[0], processor)
+    assert f"\nR1: [{round(width * 0.1)}, {round(height * 0.1)}, {width // 2}, {height // 2}]\n</regions>" in written
+    assert written.count("<regions>") == 2
+    assert dataset.num_tokens(0) == len(dataset[0].input_ids)
+    (asked,) = dataset.without_answers_at([0])
+    assert "\nR1: [" in text(asked, processor)
+    assert "stays" not in text(asked, processor)
+    damaged = dataclasses.replace(record, provenance={"regions": [{"id": "R1"}]})
+    (problem,) = ForensicDataset([damaged], processor, TOKENS, DataConfig()).check_lengths()
+    assert "record 'wall': no region" in str(problem)
+
+
 def test_image_too_narrow_for_the_model_is_named(processor: Any, tmp_path: Path) -> None:
     Image.new("RGB", (900, 3)).save(tmp_path / "line.png")
     narrow = Record("line", (ImageInput(path=str(tmp_path / "line.png")),), (ImageTarget(label=0),), source="d.jsonl:4")
