@@ -55,8 +55,12 @@ def test_data_config_loads_and_is_sound(path: Path) -> None:
 
         settings = load_reports_config(str(path), []).table
         load_report_template(settings.template, list(settings.fields))
+    elif kind == "regions":
+        from finetune.data.regions.settings import load_regions_config
+
+        load_regions_config(str(path), [])
     else:
-        assert kind == "synth", "configs/data holds prepare_*.yaml, reports.yaml and synth_*.yaml"
+        assert kind == "synth", "configs/data holds prepare_*.yaml, regions.yaml, reports.yaml and synth_*.yaml"
         load_synth_config(path)
 
 

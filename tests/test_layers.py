@@ -24,6 +24,7 @@ LIGHT = (
     "finetune.data.duplicates",
     "finetune.data.preparation",
     "finetune.data.audit",
+    "finetune.data.regions",
 )
 
 

@@ -97,7 +97,8 @@ def write_rejected(path: Path, out_dir: Path) -> int:
     return len(rejected)
 
 
-def _described(error: DataFormatError) -> dict[str, Any]:
+def described(error: DataFormatError) -> dict[str, Any]:
+    """The fields of an error and its whole message, for JSON."""
     fields = {name: getattr(error, name) for name in ("problem", "source", "field", "expected", "fix")}
     found = None if error.found is None else shorten(error.found)
     return {**fields, "found": found, "message": str(error)}
@@ -105,6 +106,6 @@ def _described(error: DataFormatError) -> dict[str, Any]:
 
 def _line(entry: Entry) -> str:
     prints = [(p.sha256.hex(), p.phash, base64.b64encode(p.thumbnail).decode()) for p in entry.prints]
-    error = _described(entry.error) if isinstance(entry.error, DataFormatError) else entry.error
+    error = described(entry.error) if isinstance(entry.error, DataFormatError) else entry.error
     fields = {"index": entry.index, "split": entry.split, "id": entry.id, "group": entry.group, "error": error}
     return json.dumps({**fields, "stamp": entry.stamp, "prints": prints}, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""`forensics regions scan`: what the third column of the label files holds, as statistics and as a `label_map` to paste.
+"""`forensics regions scan`: the third column of the label files as statistics and as a `label_map` to paste.
 
 Nothing is changed. Spellings that differ in width or white space only are brought together in the proposed map.
 """
