@@ -66,6 +66,10 @@ class RegionsConfig:
                 f"normal_decoys_per_image is {self.normal_decoys_per_image}; expected 0 or more, or match"
             )
 
+        for raw, kind in self.label_map.items():
+            if kind.strip() in ("", "normal", "abnormal"):
+                raise ConfigError(f"label_map sends '{raw}' to '{kind}'; expected a type of defect, no verdict")
+
     @property
     def ratios(self) -> dict[str, float]:
         """Share of each split."""

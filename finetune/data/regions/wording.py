@@ -128,8 +128,8 @@ def _finding(entry: Any, ids: Sequence[str]) -> RegionFinding | None:
     number = entry.get("confidence")
     share = float(number) if isinstance(number, int | float) and not isinstance(number, bool) else -1.0
     reason = entry.get("reason")
-    is_share = 0 <= share <= 1
-    return RegionFinding(entry["id"], entry["type"], share if is_share else None, reason if isinstance(reason, str) else "")
+    written = reason if isinstance(reason, str) else ""
+    return RegionFinding(entry["id"], entry["type"], share if 0 <= share <= 1 else None, written)
 
 
 def load_region_template(name: str) -> RegionTemplate:

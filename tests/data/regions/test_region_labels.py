@@ -133,6 +133,7 @@ def test_a_file_without_lines_is_an_error(tmp_path: Path) -> None:
         ({"inner_coord_delims": [".", ","]}, "may not hold digits"),
         ({"val_ratio": 0.5}, "add up to 1"),
         ({"max_boxes_per_image": 0}, "max_boxes_per_image is 0"),
+        ({"label_map": {"x": "normal"}}, "sends 'x' to 'normal'"),
         ({"normal_decoys_per_image": -1}, "normal_decoys_per_image is -1"),
     ],
 )
