@@ -152,6 +152,10 @@ def check_verb(arguments: list[str]) -> None:
             from finetune.data.reports.settings import load_reports_config
 
             load_reports_config(str(path), parsed.overrides)
+        elif arguments[0] == "regions":
+            from finetune.data.regions.settings import load_regions_config
+
+            load_regions_config(str(path), parsed.overrides)
         elif arguments[0] == "vision":
             from finetune.config.vision_runs import VisionEvalConfig, VisionInferenceConfig, load_vision_config
 
