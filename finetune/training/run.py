@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     point = trainer.find_resume_point(config.train.resume)
     if point is not None:
         _say(trainer.is_world_process_zero(), f"resuming from {point}")
-    trainer.train(resume_from_checkpoint=point)
+    with denormals_dropped(trainer.args.device):
+        trainer.train(resume_from_checkpoint=point)
     stopped = trainer.stop_signals.received
     if stopped:
         record["exit_status"] = 128 + stopped  # as the shell reports a process that a signal ended
@@ -107,8 +110,6 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
     logging.getLogger("finetune").setLevel(logging.INFO if is_main else logging.ERROR)
     if _is_small(config.model.path) or not is_main:
         transformers_logging.disable_progress_bar()  # a bar for ten milliseconds of reading is only noise
-    if args.device.type == "cpu":
-        drop_denormals()
     set_seed(config.seed)  # new LoRA matrices are drawn before the Trainer seeds anything
     _say(is_main, f"model {config.model.path}")
     with built_whole(args):
@@ -276,11 +277,20 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def drop_denormals() -> None:
-    """Let the CPU take numbers below 1.2e-38 for 0, for this thread and those started by it: it computes with them many
-    times slower, and training makes them (the quick start's steps cost 6 % less; docs/experiments.md, round 4)."""
-    if not torch.set_flush_denormal(True):
-        logger.debug("this CPU cannot flush denormal numbers")
+@contextlib.contextmanager
+def denormals_dropped(device: torch.device) -> Iterator[None]:
+    """The CPU takes numbers below 1.2e-38 for 0 meanwhile, in this thread and those started by it.
+
+    It computes with them many times slower, and training makes them: the quick start's steps cost 6 % less
+    (docs/experiments.md, round 4).
+    """
+    if device.type != "cpu" or not torch.set_flush_denormal(True):
+        yield
+        return
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def _say(is_main: bool, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import fcntl
 import json
 import os
@@ -436,6 +437,14 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
+    def press_until(self, key: str, text: str) -> str:
+        """A key again and again: readline shows its prompt a moment before it listens, longer on a loaded machine."""
+        for _ in range(60):
+            self.type(key)
+            with contextlib.suppress(AssertionError):
+                return self.wait_for(text, seconds=1.5)
+        raise AssertionError(f"{text!r} did not appear")
+
     def wait_for(self, text: str, seconds: float = 90) -> str:
         """Output since the last call up to and including `text`."""
         end = time.monotonic() + seconds
@@ -471,9 +480,7 @@ def test_a_chat_on_a_terminal(talkative: Path, adapter_dir: Path, photos: Any, t
     terminal.type("/image 照片.png\n")
     terminal.wait_for("已附上 照片.png（196×224 像素）")
     terminal.wait_for("甲 +照片.png> ")
-    time.sleep(0.5)  # readline shows its prompt a moment before it listens
-    terminal.type("\x03")  # at the prompt: a hint, and the program goes on
-    terminal.wait_for("Ctrl-D")
+    terminal.press_until("\x03", "Ctrl-D")  # at the prompt: a hint, and the program goes on
     terminal.wait_for("甲 +照片.png> ")
     terminal.type("请分析这张图片\n")
     verdict = terminal.wait_for("区域 ")

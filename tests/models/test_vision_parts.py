@@ -150,6 +150,7 @@ def test_the_next_stage_starts_from_the_verdicts_of_the_one_before(
     stage_a: Path, pixels: torch.Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = outputs(opened(stage_a), pixels)
+    caplog.clear()
     with caplog.at_level(logging.INFO, "finetune"):
         bundle = opened(stage_a, STAGE_B)
     after = outputs(bundle, pixels)

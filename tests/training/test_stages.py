@@ -216,7 +216,7 @@ def test_stages_under_a_launcher(launcher: str, write_config: Write, tmp_path: P
         ([{"name": "a", "trian": {}}], r"unknown key 'stages\[0\].trian' .*did you mean 'train'"),
         ([{"name": "a", "train": {"learning_rat": 1}}], "stage 'a': unknown key 'train.learning_rat'"),
         ([{"name": "a", "model": {"path": "x"}}], "a stage cannot set model.path; use init_from"),
-        ([{"name": "a", "heads": {}}], r"unknown key 'stages\[0\].heads'"),
+        ([{"name": "a", "tokens": {}}], r"unknown key 'stages\[0\].tokens'"),
     ],
 )
 def test_wrong_stages_are_one_line(stages: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
