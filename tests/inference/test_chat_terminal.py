@@ -414,6 +414,7 @@ class Terminal:
 
         def take_terminal() -> None:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background of a shell
             fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
         root = Path(__file__).resolve().parents[2]
