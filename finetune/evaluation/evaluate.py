@@ -31,7 +31,7 @@ from finetune.inference.commands import load_predictor
 from finetune.inference.output import PredictionWriter
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import queries_of
-from finetune.inference.report import ReportSample, format_table, write_report
+from finetune.inference.report.page import ReportSample, format_table, write_report
 from finetune.schema import Prediction, Record
 from finetune.training.reproducibility import commit, file_hash, versions
 

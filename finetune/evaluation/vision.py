@@ -44,15 +44,15 @@ from finetune.evaluation.vision_files import (
     write_metrics,
     write_predictions,
 )
+from finetune.inference.evidence.models import heads_folder, open_vision_predictor
+from finetune.inference.evidence.prefetch import prefetch
 from finetune.inference.output import PredictionWriter
 from finetune.inference.predictor import Predictor
-from finetune.inference.prefetch import prefetch
 from finetune.inference.queries import Query, batched
-from finetune.inference.report import ReportSample, format_table, write_report
-from finetune.inference.report_charts import precision_recall_chart
-from finetune.inference.report_thresholds import thresholds_html
+from finetune.inference.report.charts import precision_recall_chart
+from finetune.inference.report.page import ReportSample, format_table, write_report
+from finetune.inference.report.thresholds import thresholds_html
 from finetune.inference.run_folder import open_run
-from finetune.inference.vision_models import heads_folder, open_vision_predictor
 from finetune.metrics.classification import image_metrics
 from finetune.metrics.thresholds import PixelTable, image_table
 from finetune.schema import Prediction, Record

@@ -17,7 +17,7 @@ from PIL import Image
 
 from finetune.data.images import load_image
 from finetune.data.masks import load_mask
-from finetune.inference.evidence_folder import file_stem
+from finetune.inference.evidence.folder import file_stem
 from finetune.inference.visualization import comparison_panel
 from finetune.metrics.thresholds import precision_recall_curve, roc_curve
 from finetune.schema import Prediction, Record

@@ -15,8 +15,8 @@ from PIL import Image
 
 from finetune.data.masks import rasterize_polygons
 from finetune.data.preview import ImageView, Piece, RecordView
-from finetune.inference.report_assets import CSS, SCRIPT
-from finetune.inference.report_markup import bilingual, data_uri, esc
+from finetune.inference.report.assets import CSS, SCRIPT
+from finetune.inference.report.markup import bilingual, data_uri, esc
 from finetune.inference.visualization import TRUE_COLOR, draw_outline, overlay_mask
 from finetune.schema import Polygon
 

@@ -25,8 +25,8 @@ from finetune.data.reports.template import ParsedReport, ReportTemplate
 from finetune.data.storage import is_stored
 from finetune.errors import ConfigError, DataFormatError
 from finetune.inference.commands import check_device, find_images
+from finetune.inference.evidence.prefetch import prefetch
 from finetune.inference.predictor import Predictor
-from finetune.inference.prefetch import prefetch
 from finetune.inference.queries import Query, batched
 from finetune.models.loading import load_bundle
 from finetune.schema import ImageInput, Record, Turn

@@ -112,11 +112,11 @@ def _chat(arguments: argparse.Namespace) -> int:
         for option in ("out", "html", "data_root", "max_samples"):
             if getattr(arguments, option) is not None:
                 raise ConfigError(f"--{option.replace('_', '-')} goes with --script FILE")
-        from finetune.inference.chat import chat_command
+        from finetune.inference.chat.command import chat_command
 
         return chat_command(arguments)
     if arguments.out is None:
         raise ConfigError("--script needs --out FILE, where the answers are written")
-    from finetune.inference.chat_script import script_command
+    from finetune.inference.chat.script import script_command
 
     return script_command(arguments)

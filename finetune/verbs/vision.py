@@ -55,10 +55,10 @@ def infer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _infer(arguments: argparse.Namespace) -> int:
     if arguments.chat:
-        from finetune.inference.vision_chat import chat_command
+        from finetune.inference.evidence.chat import chat_command
 
         return chat_command(arguments)
-    from finetune.inference.vision_inference import infer_command
+    from finetune.inference.evidence.inspection import infer_command
 
     return infer_command(arguments)
 
@@ -87,6 +87,6 @@ def annotate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _annotate(arguments: argparse.Namespace) -> int:
-    from finetune.inference.annotating import annotate_command
+    from finetune.inference.evidence.annotating import annotate_command
 
     return annotate_command(arguments)

@@ -17,11 +17,11 @@ from finetune.cli import build_parser, main
 from finetune.data.chat import load_template
 from finetune.data.readers import read_records
 from finetune.errors import DataFormatError
-from finetune.inference.chat_script import ask_batch, dialogue_of, query_at
-from finetune.inference.chat_summary import summarize
-from finetune.inference.contestants import contestants
-from finetune.inference.dialogue import Speaker
-from finetune.inference.image_memory import ImageMemory
+from finetune.inference.chat.contestants import contestants
+from finetune.inference.chat.dialogue import Speaker
+from finetune.inference.chat.image_memory import ImageMemory
+from finetune.inference.chat.script import ask_batch, dialogue_of, query_at
+from finetune.inference.chat.summary import summarize
 
 RUN = "<mask_1> - <mask_4>；真实性结论：<cls>"
 
@@ -193,7 +193,7 @@ def test_no_image_is_encoded_twice(
     from finetune.config import GenerationConfig
 
     def asked(num_images: int) -> tuple[list[Any], int]:
-        monkeypatch.setattr("finetune.inference.chat_script.ImageMemory", lambda base, _: ImageMemory(base, num_images))
+        monkeypatch.setattr("finetune.inference.chat.script.ImageMemory", lambda base, _: ImageMemory(base, num_images))
         seen: list[int] = []
         hook = bundle.base.model.visual.register_forward_pre_hook(
             lambda _m, _a, kw: seen.append(len(kw["grid_thw"])), with_kwargs=True

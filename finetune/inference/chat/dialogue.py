@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from finetune.data.dataset import Sample
 from finetune.data.images import load_image
 from finetune.inference.answers import read_answers
-from finetune.inference.image_memory import ImageMemory
+from finetune.inference.chat.image_memory import ImageMemory
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import Query
 from finetune.schema import Turn

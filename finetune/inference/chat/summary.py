@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune.inference.terminal import table
+from finetune.inference.chat.terminal import table
 
 Verdicts = Mapping[tuple[int, int], Mapping[str, Any]]
 """(dialogue, image) -> the verdict's JSON."""

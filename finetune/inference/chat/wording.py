@@ -6,8 +6,8 @@ import locale
 import os
 from collections.abc import Sequence
 
-from finetune.inference.dialogue import ImageVerdict
-from finetune.inference.terminal import table
+from finetune.inference.chat.dialogue import ImageVerdict
+from finetune.inference.chat.terminal import table
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "/image": ("PATH", "附上一张图像，随下一条消息发送", "attach an image to the next message"),

@@ -1,7 +1,7 @@
 """`forensics chat` in a terminal: reads lines, runs commands, streams answers.
 
 A mistake costs one line and the chat goes on; Ctrl-C stops an answer, Ctrl-D leaves. What a command does stands in
-`chat_session`, what is said in `chat_text`.
+`session`, what is said in `wording`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from types import FrameType
 from typing import Any
 
 from finetune.errors import ConfigError, ForensicsError
-from finetune.inference.chat_session import ChatSession
-from finetune.inference.chat_text import (
+from finetune.inference.chat.contestants import contestants
+from finetune.inference.chat.dialogue import ImageVerdict
+from finetune.inference.chat.session import ChatSession
+from finetune.inference.chat.terminal import StreamWrapper
+from finetune.inference.chat.wording import (
     COMMANDS,
     default_language,
     help_text,
@@ -30,9 +33,6 @@ from finetune.inference.chat_text import (
     score_table,
     verdict_line,
 )
-from finetune.inference.contestants import contestants
-from finetune.inference.dialogue import ImageVerdict
-from finetune.inference.terminal import StreamWrapper
 
 
 def chat_command(arguments: argparse.Namespace) -> int:

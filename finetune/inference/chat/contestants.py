@@ -11,8 +11,8 @@ from typing import Literal
 from finetune.config import GenerationConfig, ModelConfig
 from finetune.data.chat import Template, load_template
 from finetune.errors import ConfigError
+from finetune.inference.chat.dialogue import Speaker
 from finetune.inference.commands import check_device
-from finetune.inference.dialogue import Speaker
 from finetune.models.loading import ADAPTER_CONFIG, base_model_path, load_bundle
 from finetune.models.shared_base import SharedBase
 

@@ -1,7 +1,7 @@
 """One self-contained HTML file about a run: facts, metrics beside the baselines, curves, and every sample to look at.
 
 No file beside it, no network, no library: pictures are data URIs, charts inline SVG. Chinese and English. What the
-parts look like stands in `report_table`, `report_charts`, `report_cards` and `report_assets`; here they are joined.
+parts look like stands in `table`, `charts`, `cards` and `assets`; here they are joined.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.inference.report_assets import CSS, SCRIPT
-from finetune.inference.report_cards import ReportSample, cards_html, color_bar, controls_html, operation_table
-from finetune.inference.report_charts import histogram, roc_chart, training_charts
-from finetune.inference.report_markup import DASH, as_number, bilingual, esc, format_number, format_seconds
-from finetune.inference.report_table import BASELINE_NAMES, format_table, table_html, tiles_html
+from finetune.inference.report.assets import CSS, SCRIPT
+from finetune.inference.report.cards import ReportSample, cards_html, color_bar, controls_html, operation_table
+from finetune.inference.report.charts import histogram, roc_chart, training_charts
+from finetune.inference.report.markup import DASH, as_number, bilingual, esc, format_number, format_seconds
+from finetune.inference.report.table import BASELINE_NAMES, format_table, table_html, tiles_html
 
 __all__ = [
     "ReportSample",

@@ -15,14 +15,14 @@ from PIL import Image
 
 from finetune.config.vision_runs import VisionInferenceConfig
 from finetune.errors import ConfigError
-from finetune.inference.evidence_text import Evidence
-from finetune.inference.explanation_prompts import (
+from finetune.inference.evidence.prompts import (
     QUESTIONS,
     SYSTEM_PROMPTS,
     check_prompts,
     choose_prompt,
     fill_prompt,
 )
+from finetune.inference.evidence.wording import Evidence
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import Query, batched
 from finetune.inference.visualization import UInt8

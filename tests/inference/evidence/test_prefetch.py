@@ -8,7 +8,7 @@ import time
 import pytest
 
 from finetune.errors import DataFormatError
-from finetune.inference.prefetch import prefetch
+from finetune.inference.evidence.prefetch import prefetch
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

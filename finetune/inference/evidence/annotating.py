@@ -27,15 +27,15 @@ from finetune.data.storage.atomic import write_atomically
 from finetune.data.storage.serialization import json_text, record_to_json
 from finetune.data.validation import validate_for_training
 from finetune.errors import ConfigError, DataFormatError
-from finetune.inference.evidence_folder import file_stem
-from finetune.inference.evidence_text import Language, find_regions, place_word
-from finetune.inference.explaining import Finding, prompts_of
-from finetune.inference.explanation_prompts import SYSTEM_PROMPTS, choose_prompt, fill_prompt, literal_prompt
+from finetune.inference.evidence.explaining import Finding, prompts_of
+from finetune.inference.evidence.folder import file_stem
+from finetune.inference.evidence.inspection import find
+from finetune.inference.evidence.models import open_vision_predictor
+from finetune.inference.evidence.prefetch import prefetch
+from finetune.inference.evidence.prompts import SYSTEM_PROMPTS, choose_prompt, fill_prompt, literal_prompt
+from finetune.inference.evidence.wording import Language, find_regions, place_word
 from finetune.inference.predictor import Predictor
-from finetune.inference.prefetch import prefetch
 from finetune.inference.queries import Query, batched
-from finetune.inference.vision_inference import find
-from finetune.inference.vision_models import open_vision_predictor
 from finetune.schema import ImageInput, ImageTarget, Prediction, Record, Turn
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 

@@ -11,7 +11,7 @@ import pytest
 
 from finetune.errors import ConfigError, DataFormatError
 from finetune.inference import run_folder
-from finetune.inference.evidence_folder import (
+from finetune.inference.evidence.folder import (
     CSV_COLUMNS,
     EvidenceFolder,
     failed_row,

@@ -20,8 +20,8 @@ from PIL import Image
 
 from finetune.data.images import load_image
 from finetune.errors import ConfigError, DataFormatError
-from finetune.inference.contestants import Contestants
-from finetune.inference.dialogue import ImageVerdict, Reply, Speaker
+from finetune.inference.chat.contestants import Contestants
+from finetune.inference.chat.dialogue import ImageVerdict, Reply, Speaker
 from finetune.inference.queries import Query
 from finetune.inference.visualization import overlay_mask
 from finetune.schema import ImageInput, Turn

@@ -22,14 +22,14 @@ from finetune.data.dataset import processed_sizes
 from finetune.data.images import load_image
 from finetune.errors import ConfigError, DataFormatError
 from finetune.inference.commands import find_images
-from finetune.inference.evidence_folder import EvidenceFolder, failed_row, file_stamp
-from finetune.inference.evidence_overlay import draw_overlay
-from finetune.inference.evidence_text import boxes_text, gather_evidence, regions_text, verdict_word
-from finetune.inference.explaining import Explainer, Explanation, Finding, prompts_of
+from finetune.inference.evidence.explaining import Explainer, Explanation, Finding, prompts_of
+from finetune.inference.evidence.folder import EvidenceFolder, failed_row, file_stamp
+from finetune.inference.evidence.models import open_vision_predictor
+from finetune.inference.evidence.overlay import draw_overlay
+from finetune.inference.evidence.prefetch import prefetch
+from finetune.inference.evidence.wording import boxes_text, gather_evidence, regions_text, verdict_word
 from finetune.inference.predictor import Predictor
-from finetune.inference.prefetch import prefetch
 from finetune.inference.queries import Query, batched
-from finetune.inference.vision_models import open_vision_predictor
 from finetune.schema import ImageInput, Prediction
 
 _NO_INFLUENCE = (

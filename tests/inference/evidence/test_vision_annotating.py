@@ -12,7 +12,7 @@ from PIL import Image
 
 from finetune.cli import main
 from finetune.data.readers import read_records
-from finetune.inference.explanation_prompts import QUESTIONS
+from finetune.inference.evidence.prompts import QUESTIONS
 from finetune.schema import Record
 
 NUM = 6

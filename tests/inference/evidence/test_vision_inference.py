@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from finetune.cli import main
 from finetune.config.vision_runs import VisionInferenceConfig, load_vision_config
-from finetune.inference import vision_inference
-from finetune.inference.explaining import Explainer
-from finetune.inference.vision_inference import load_models, named_images
+from finetune.inference.evidence import inspection as vision_inference
+from finetune.inference.evidence.explaining import Explainer
+from finetune.inference.evidence.inspection import load_models, named_images
 
 THRESHOLD = 0.45
 

@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from finetune.data.images import load_image
-from finetune.inference.chat_summary import number, percent
-from finetune.inference.report_assets import CSS, SCRIPT
-from finetune.inference.report_markup import DASH, bilingual, data_uri, esc, format_number
+from finetune.inference.chat.summary import number, percent
+from finetune.inference.report.assets import CSS, SCRIPT
+from finetune.inference.report.markup import DASH, bilingual, data_uri, esc, format_number
 from finetune.inference.visualization import overlay_mask
 from finetune.schema import ImageInput
 
@@ -54,7 +54,7 @@ def write_chat_report(
     Args:
         lines: objects of answers.jsonl.
         names: of the models, in column order.
-        summary: of `chat_summary.summarize`.
+        summary: of `summary.summarize`.
         pictures: the images of each dialogue.
         masks_root: folder that the mask paths are relative to.
         facts: shown in the heading.

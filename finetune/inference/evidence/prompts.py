@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from finetune.errors import ConfigError
-from finetune.inference.evidence_text import (
+from finetune.inference.evidence.wording import (
     Evidence,
     Language,
     boxes_text,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
-from finetune.inference.evidence_text import (
+from finetune.inference.evidence.wording import (
     PLACES,
     Evidence,
     boxes_text,

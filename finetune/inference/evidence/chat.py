@@ -14,13 +14,13 @@ from pathlib import Path
 from finetune.config.vision_runs import VisionInferenceConfig, load_vision_config
 from finetune.data.images import load_image
 from finetune.errors import ConfigError
-from finetune.inference.dialogue import AnswerStreamer
-from finetune.inference.evidence_text import evidence_text
-from finetune.inference.explaining import Explainer, Finding, prompts_of
-from finetune.inference.explanation_prompts import CHAT_SYSTEM_PROMPTS, check_prompts, fill_prompt, literal_prompt
+from finetune.inference.chat.dialogue import AnswerStreamer
+from finetune.inference.chat.terminal import StreamWrapper
+from finetune.inference.evidence.explaining import Explainer, Finding, prompts_of
+from finetune.inference.evidence.inspection import find, load_models, named_images
+from finetune.inference.evidence.prompts import CHAT_SYSTEM_PROMPTS, check_prompts, fill_prompt, literal_prompt
+from finetune.inference.evidence.wording import evidence_text
 from finetune.inference.queries import Query
-from finetune.inference.terminal import StreamWrapper
-from finetune.inference.vision_inference import find, load_models, named_images
 from finetune.schema import ImageInput, Turn
 from finetune.special_tokens import IMAGE_PLACEHOLDER
 

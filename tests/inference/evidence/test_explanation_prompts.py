@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from finetune.errors import ConfigError
-from finetune.inference.evidence_text import evidence_text, gather_evidence, regions_text
-from finetune.inference.explanation_prompts import (
+from finetune.inference.evidence.prompts import (
     PLACEHOLDERS,
     QUESTIONS,
     check_prompts,
@@ -17,6 +16,7 @@ from finetune.inference.explanation_prompts import (
     fill_prompt,
     literal_prompt,
 )
+from finetune.inference.evidence.wording import evidence_text, gather_evidence, regions_text
 
 SCORES = np.zeros((40, 80), np.float32)
 SCORES[10:20, 0:20] = 0.8

@@ -22,12 +22,12 @@ from finetune.data.images import image_size_hw
 from finetune.data.readers import read_records
 from finetune.data.readers.options import options_from
 from finetune.errors import ConfigError, DataFormatError
-from finetune.inference.chat_summary import summarize, summary_text
-from finetune.inference.contestants import Contestants, contestants
-from finetune.inference.dialogue import ImageVerdict, Reply, Speaker
-from finetune.inference.image_memory import ImageMemory
+from finetune.inference.chat.contestants import Contestants, contestants
+from finetune.inference.chat.dialogue import ImageVerdict, Reply, Speaker
+from finetune.inference.chat.image_memory import ImageMemory
+from finetune.inference.chat.page import write_chat_report
+from finetune.inference.chat.summary import summarize, summary_text
 from finetune.inference.queries import Query
-from finetune.inference.report_chat import write_chat_report
 from finetune.inference.visualization import save_mask_png
 from finetune.schema import Record, Turn
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens

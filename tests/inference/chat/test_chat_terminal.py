@@ -31,15 +31,15 @@ from finetune.data.chat import load_template
 from finetune.data.readers import read_records
 from finetune.data.validation import check_records
 from finetune.errors import ConfigError, DataFormatError, ModelLoadError
-from finetune.inference.chat import ChatLoop
-from finetune.inference.chat_script import dialogue_of
-from finetune.inference.chat_session import ChatSession, place_images
-from finetune.inference.chat_text import COMMANDS, help_text
-from finetune.inference.contestants import contestants
-from finetune.inference.dialogue import Speaker
+from finetune.inference.chat.command import ChatLoop
+from finetune.inference.chat.contestants import contestants
+from finetune.inference.chat.dialogue import Speaker
+from finetune.inference.chat.script import dialogue_of
+from finetune.inference.chat.session import ChatSession, place_images
+from finetune.inference.chat.terminal import StreamWrapper, display_width, fit, pad, table
+from finetune.inference.chat.wording import COMMANDS, help_text
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import Query
-from finetune.inference.terminal import StreamWrapper, display_width, fit, pad, table
 from finetune.models.loading import load_bundle
 from finetune.schema import ImageInput, Turn
 from finetune.special_tokens import SpecialTokens
@@ -417,7 +417,7 @@ class Terminal:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background of a shell
             fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
-        root = Path(__file__).resolve().parents[2]
+        root = Path(__file__).resolve().parents[3]
         environment = {
             **os.environ,
             "TERM": "dumb",
