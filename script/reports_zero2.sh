@@ -3,12 +3,10 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-case "${1:-}" in
-    -h | --help)
-        echo "usage: bash script/reports_zero2.sh [--resume] [key.sub=value ...]"
-        echo "  overrides of configs/train/reports_lora.yaml, e.g. data.train=[data/processed/reports/train]"
-        echo "  ACCELERATE_CONFIG=zero2_cpu tries it without GPUs; NUM_PROCESSES=N starts N processes"
-        exit 0 ;;
-    --resume) ;; # and overrides: for sft_llm.sh
-esac
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    echo "usage: bash script/reports_zero2.sh [--resume] [key.sub=value ...]"
+    echo "  overrides of configs/train/reports_lora.yaml, e.g. data.train=[data/processed/reports/train]"
+    echo "  ACCELERATE_CONFIG=zero2_cpu tries it without GPUs; NUM_PROCESSES=N starts N processes"
+    exit 0
+fi
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-zero2}" exec bash "$here/sft_llm.sh" "$here/../configs/train/reports_lora.yaml" "$@"

@@ -16,12 +16,9 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
+from finetune.data.template_files import read_template_file
 from finetune.errors import ConfigError, DataFormatError, shorten
 from finetune.schema import ImageTarget, Polygon, Record, Turn
 from finetune.special_tokens import IGNORE_INDEX, IMAGE_PLACEHOLDER, SpecialTokens
@@ -79,20 +76,8 @@ def load_template(name: str) -> Template:
     Raises:
         ConfigError: unknown name, missing or unknown key, unknown placeholder.
     """
-    if re.fullmatch(r"\w+", name):
-        file = resources.files("finetune.data") / "templates" / f"{name}.yaml"
-        if not file.is_file():
-            raise ConfigError(f"data.template '{name}' is not built in; choose zh, en or give the path of a YAML file")
-        text = file.read_text(encoding="utf-8")
-    else:
-        try:
-            text = Path(name).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"data.template {name} cannot be read: {error}") from error
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"data.template {name} is not valid YAML: {' '.join(str(error).split())}") from error
+    choices = "choose zh, en or give the path of a YAML file"
+    tree = read_template_file(name, "data.template", f"{name}.yaml", choices)
     return _check_template(name, tree)
 
 

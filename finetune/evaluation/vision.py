@@ -9,21 +9,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from finetune.config import SourceConfig, to_dict
 from finetune.config.vision_runs import VisionEvalConfig, load_vision_config
-from finetune.data.images import load_image
 from finetune.data.masks import load_mask
 from finetune.data.sources import read_sources, spread
-from finetune.errors import ConfigError, DataFormatError
+from finetune.errors import ConfigError
 from finetune.evaluation.evaluate import (
     operation_name,
     refuse_unusable,
@@ -45,10 +43,9 @@ from finetune.evaluation.vision_files import (
     write_predictions,
 )
 from finetune.inference.evidence.models import heads_folder, open_vision_predictor
-from finetune.inference.evidence.prefetch import prefetch
+from finetune.inference.evidence.predicting import predict_records
 from finetune.inference.output import PredictionWriter
 from finetune.inference.predictor import Predictor
-from finetune.inference.queries import Query, batched
 from finetune.inference.report.charts import precision_recall_chart
 from finetune.inference.report.page import ReportSample, format_table, write_report
 from finetune.inference.report.thresholds import thresholds_html
@@ -140,35 +137,12 @@ def run_model(
     judged: list[Judged] = []
     progress = tqdm(total=len(records), unit="record", disable=None, file=sys.stdout)
     with PredictionWriter(outputs.folder, outputs.predictions) as writer, progress:
-        for record, predictions in predict_records(predictor, records, config):
+        for record, _, predictions in predict_records(predictor, records, config.batch_size, config.num_workers):
             for index, prediction in enumerate(predictions):
                 path = f"masks/{writer.write(prediction)}.png"
                 judged.append(judge(record, index, prediction, path, results, pixels))
             progress.update()
     return results, pixels, judged
-
-
-def predict_records(
-    predictor: Predictor, records: Sequence[Record], config: VisionEvalConfig
-) -> Iterator[tuple[Record, list[Prediction]]]:
-    """Each record with the predictions for its images, in order; images are read ahead.
-
-    Raises:
-        DataFormatError: an image that cannot be read.
-    """
-
-    def opened(record: Record) -> list[Image.Image]:
-        return [load_image(image, record.id, record.source) for image in record.images]
-
-    for batch in batched(prefetch(records, opened, config.num_workers), config.batch_size):
-        pictures = []
-        for _, loaded in batch:
-            if isinstance(loaded, DataFormatError):
-                raise loaded
-            pictures.append(loaded)
-        queries = [Query(record.id, record.images, ()) for record, _ in batch]
-        found = predictor.predict_batch(queries, pictures, with_text=False)
-        yield from zip((record for record, _ in batch), found, strict=True)
 
 
 def judge(

@@ -7,18 +7,14 @@ at a known place; what is said of abnormal regions follows.
 from __future__ import annotations
 
 import json
-import re
 import string
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from finetune.data.regions.text import REGIONS_PLACEHOLDER
+from finetune.data.template_files import read_template_file
 from finetune.errors import ConfigError, shorten
 from finetune.special_tokens import IMAGE_PLACEHOLDER
 
@@ -138,7 +134,8 @@ def load_region_template(name: str) -> RegionTemplate:
     Raises:
         ConfigError: no such file, other keys, a question without its places, an unknown placeholder.
     """
-    tree = _read(name)
+    choices = f"write {' or '.join(BUILT_IN)}, or a YAML file's path"
+    tree = read_template_file(name, "region template", f"regions_{name}.yaml", choices)
     where = f"region template {name}"
     if not isinstance(tree, dict) or set(tree) != _KEYS:
         found = sorted(map(str, tree)) if isinstance(tree, dict) else shorten(tree)
@@ -169,20 +166,3 @@ def _check_reason(text: object, where: str) -> None:
         raise ConfigError(f"{where}: reason {shorten(text)}: {error}; write a brace as {{{{ or }}}}") from error
     if fields:
         raise ConfigError(f"{where}: reason {shorten(text)} holds {{{min(map(str, fields))}}}; expected {{type}} only")
-
-
-def _read(name: str) -> object:
-    try:
-        if re.fullmatch(r"\w+", name):
-            file = resources.files("finetune.data") / "templates" / f"regions_{name}.yaml"
-            if not file.is_file():
-                choices = " or ".join(BUILT_IN)
-                raise ConfigError(f"region template '{name}' is not built in; write {choices}, or a YAML file's path")
-            text = file.read_text(encoding="utf-8")
-        else:
-            text = Path(name).read_text(encoding="utf-8-sig")
-        return yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"region template {name} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"region template {name} is not valid YAML: {' '.join(str(error).split())}") from error

@@ -13,11 +13,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
 
-import yaml
-
+from finetune.data.template_files import read_template_file
 from finetune.errors import ConfigError, shorten
 from finetune.special_tokens import IMAGE_PLACEHOLDER
 
@@ -106,7 +103,8 @@ def load_report_template(name: str, fields: Sequence[str]) -> ReportTemplate:
         ConfigError: no such file, another structure, an unknown, missing or repeated placeholder, or marks that could
             not be told apart when a report is read back.
     """
-    tree = _read(name)
+    built_in = f"{name}.yaml" if name.startswith("report") else None
+    tree = read_template_file(name, "report template", built_in, "write report_zh or give the path of a YAML file")
     if not isinstance(tree, dict) or set(tree) != _KEYS:
         found = sorted(map(str, tree)) if isinstance(tree, dict) else shorten(tree)
         raise ConfigError(f"report template {name}: found {found}, expected the keys {sorted(_KEYS)}")
@@ -123,24 +121,6 @@ def load_report_template(name: str, fields: Sequence[str]) -> ReportTemplate:
     for problem in (*_placeholder_problems(template, fields), *_mark_problems(template)):
         raise ConfigError(f"report template {name}: {problem}")
     return template
-
-
-def _read(name: str) -> object:
-    try:
-        if re.fullmatch(r"\w+", name):
-            file = resources.files("finetune.data") / "templates" / f"{name}.yaml"
-            if not name.startswith("report") or not file.is_file():
-                raise ConfigError(
-                    f"report template '{name}' is not built in; write report_zh or give the path of a YAML file"
-                )
-            text = file.read_text(encoding="utf-8")
-        else:
-            text = Path(name).read_text(encoding="utf-8-sig")
-        return yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"report template {name} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"report template {name} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _placeholder_problems(template: ReportTemplate, fields: Sequence[str]) -> list[str]:

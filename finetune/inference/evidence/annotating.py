@@ -19,7 +19,7 @@ from tqdm import tqdm
 from finetune.config import SourceConfig
 from finetune.config.vision_runs import VisionInferenceConfig, load_vision_config
 from finetune.data.chat import load_template
-from finetune.data.images import image_size_hw, load_image
+from finetune.data.images import image_size_hw
 from finetune.data.masks import load_mask
 from finetune.data.readers.options import options_from
 from finetune.data.sources import read_sources, spread
@@ -31,11 +31,10 @@ from finetune.inference.evidence.explaining import Finding, prompts_of
 from finetune.inference.evidence.folder import file_stem
 from finetune.inference.evidence.inspection import find
 from finetune.inference.evidence.models import open_vision_predictor
-from finetune.inference.evidence.prefetch import prefetch
+from finetune.inference.evidence.predicting import predict_records
 from finetune.inference.evidence.prompts import SYSTEM_PROMPTS, choose_prompt, fill_prompt, literal_prompt
 from finetune.inference.evidence.wording import Language, find_regions, place_word
 from finetune.inference.predictor import Predictor
-from finetune.inference.queries import Query, batched
 from finetune.schema import ImageInput, ImageTarget, Prediction, Record, Turn
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 
@@ -118,22 +117,10 @@ def annotated(
     Raises:
         DataFormatError: an image that cannot be read.
     """
-
-    def opened(record: Record) -> Image.Image:
-        return load_image(record.images[0], record.id, record.source)
-
-    for batch in batched(prefetch(records, opened, config.num_workers), config.batch_size):
-        pictures = []
-        for _, picture in batch:
-            if isinstance(picture, DataFormatError):
-                raise picture
-            pictures.append(picture)
-        queries = [Query(record.id, record.images, ()) for record, _ in batch]
-        results = predictor.predict_batch(queries, [[picture] for picture in pictures], with_text=False)
-        for (record, _), picture, (prediction,) in zip(batch, pictures, results, strict=True):
-            finding = find(record.id, record.images[0].path or "", picture, prediction, config)
-            has_evidence = random.Random(f"{config.seed} {record.id}").random() >= without_evidence
-            yield annotate(record, finding if has_evidence else None, prediction, config, out, keep_targets)
+    for record, (picture,), (prediction,) in predict_records(predictor, records, config.batch_size, config.num_workers):
+        finding = find(record.id, record.images[0].path or "", picture, prediction, config)
+        has_evidence = random.Random(f"{config.seed} {record.id}").random() >= without_evidence
+        yield annotate(record, finding if has_evidence else None, prediction, config, out, keep_targets)
 
 
 def annotate(
