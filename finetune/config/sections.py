@@ -199,6 +199,9 @@ class TrainConfig:
     feature_cache: Literal[False] | str = (
         False  # off; a folder for the frozen tower's features, which stages may share; auto: output_dir/features
     )
+    search_cache: Literal[False] | str = (
+        False  # off; a folder for the maps of noise_residual.self_similarity, so that no picture is searched twice
+    )
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     resume: str | None = None  # a checkpoint folder, or "auto" for the last one of output_dir
     trainer_args: dict[str, Any] = field(default_factory=dict)

@@ -8,7 +8,7 @@ places that a picture holds twice are maps of their own (`self_similarity`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,7 @@ class NoiseResidualStream(nn.Module):
         self.out = nn.Conv2d(fine, config.channels, 1)
         self.similarity = SimilarityStem(fine, coarse) if config.self_similarity else None
         self.similarity_share = config.similarity_share
+        self.search: Callable[[Tensor], Tensor] = search_picture  # training may put a memory in its place
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         """N images of any sizes (multiples of 4) -> N feature maps."""
@@ -84,7 +85,12 @@ class NoiseResidualStream(nn.Module):
             if brightness % 997 >= 997 * self.similarity_share:
                 size = image.shape[-2] // STRIDE, image.shape[-1] // STRIDE
                 return torch.zeros(SIMILARITY_CHANNELS, *size, device=image.device)
-        return self_similarity(image)
+        return self.search(image)
+
+
+def search_picture(image: Tensor) -> Tensor:
+    """`self_similarity` of a picture (3, H, W), rounded to half precision, in which it can be stored."""
+    return self_similarity(image).half().float()
 
 
 class SimilarityStem(nn.Module):

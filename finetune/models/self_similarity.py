@@ -20,6 +20,8 @@ from torch import Tensor
 from finetune.models.copied_regions import REGION_CHANNELS, copied_regions
 from finetune.models.forensic_statistics import STRIDE, luma_chroma
 
+SEARCH_VERSION = 1
+"""To be raised when any map changes for the same picture: stored ones (`train.search_cache`) are then made anew."""
 PATCH_CHANNELS = 4
 SIMILARITY_CHANNELS = PATCH_CHANNELS + REGION_CHANNELS + 1
 MAX_PIXELS = 256 * 256

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from finetune.config import HeadsConfig, ModelConfig, to_dict
+from finetune.config import HeadsConfig, ModelConfig, NoiseResidualConfig, to_dict
 from finetune.errors import ModelLoadError
 from finetune.models.configuration import QwenForensicsConfig
 from finetune.models.loading import (
@@ -163,7 +163,8 @@ def fill_heads(model: QwenForensicsForConditionalGeneration, stored: StoredHeads
     tensors = stored.tensors
     allowed: tuple[str, ...] = ()
     if then.source != "vision":
-        is_same = replace(then.noise_residual, to_language=False) == now.noise_residual  # that layer stays behind
+        has_same = replace(then.noise_residual, to_language=False)  # that layer stays behind
+        is_same = _as_built(has_same) == _as_built(now.noise_residual)
         tensors = {name: value for name, value in tensors.items() if is_same and name.startswith("noise_residual.")}
         allowed = ("",)
     else:
@@ -264,6 +265,11 @@ def _check_tower(stored: StoredHeads | None, model: QwenForensicsForConditionalG
         )
 
 
+def _as_built(stream: NoiseResidualConfig) -> NoiseResidualConfig:
+    """What its weights depend on: how many pictures are searched in training may change from run to run."""
+    return replace(stream, similarity_share=1.0)
+
+
 def _check_same(stored: StoredHeads, then: HeadsConfig, now: HeadsConfig, depth: int) -> None:
     """The settings that shapes do not tell, and those whose difference is better said in words."""
     same: dict[str, tuple[Any, Any]] = {
@@ -275,7 +281,7 @@ def _check_same(stored: StoredHeads, then: HeadsConfig, now: HeadsConfig, depth:
         if then.cls_uses_mask:
             same["cls_uses_mask"] = (True, now.cls_uses_mask)
     if then.noise_residual.enabled or then.mask != "none":
-        same["noise_residual"] = (then.noise_residual, now.noise_residual)
+        same["noise_residual"] = (_as_built(then.noise_residual), _as_built(now.noise_residual))
     for name, (found, wanted) in same.items():
         if found != wanted:
             raise ModelLoadError(

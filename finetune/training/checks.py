@@ -18,6 +18,7 @@ from finetune.training.adversarial import adversarial_problems
 from finetune.training.evaluation import METRICS
 from finetune.training.feature_cache import cache_problems
 from finetune.training.region_masking import masking_problems
+from finetune.training.search_cache import search_cache_problems
 
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "eval_steps", "logging_steps")
 _NOT_NEGATIVE = ("learning_rate", "muon_learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio")
@@ -176,6 +177,8 @@ def _heads_problems(config: RunConfig) -> list[str]:
         ]
     if config.train.feature_cache and config.train.feature_cache != "auto":
         problems += cache_problems(config)
+    if config.train.search_cache:
+        problems += search_cache_problems(config)
     return problems
 
 

@@ -39,6 +39,7 @@ from finetune.training.feature_cache import FeatureCache, cache_folder
 from finetune.training.monitoring import HeatmapSnapshots, Watch
 from finetune.training.reproducibility import run_record
 from finetune.training.retention import TextRetention
+from finetune.training.search_cache import use_search_cache
 from finetune.training.sharding import built_whole, check_sharding, keep_heads_whole, zero_stage
 from finetune.training.trainer import ForensicTrainer
 
@@ -159,6 +160,7 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
     for callback in callbacks:
         callback.trainer = trainer
     _use_feature_cache(config, trainer)
+    use_search_cache(trainer.bundle.model, config)
     return trainer, best, record
 
 

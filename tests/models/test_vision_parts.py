@@ -169,6 +169,14 @@ def test_a_stage_may_bring_the_expert(tiny_dir: Path, pixels: torch.Tensor, tmp_
     assert torch.equal(outputs(opened(tmp_path / "a", STAGE_B), pixels)[0], outputs(bundle, pixels)[0])
 
 
+def test_a_stage_may_search_more_pictures(stage_a: Path) -> None:
+    more = replace(STAGE_A, noise_residual=replace(STREAM, similarity_share=0.5))
+    first, then = opened(stage_a).base.noise_residual, opened(stage_a, more).base.noise_residual
+    assert (first.similarity_share, then.similarity_share) == (1.0, 0.5)
+    pairs = zip(first.parameters(), then.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
 def test_lora_of_an_earlier_run_is_continued(stage_c: Path, pixels: torch.Tensor, tmp_path: Path) -> None:
     first = opened(stage_c)
     groups = ["neck", "vision_lora"]
