@@ -34,13 +34,14 @@ use_venv
 go_offline
 if [[ ! -f "$QUICK/best/best.json" ]]; then bash "$ROOT/script/quickstart.sh" --out "$QUICK"; fi
 cd "$ROOT"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(cpu_count)}"
+if [[ -z "${ACCELERATE_CONFIG:-}" ]] && (($(cpu_count) > 1)) && ! has_gpu; then export ACCELERATE_CONFIG=cpu_ddp; fi
+if [[ "${ACCELERATE_CONFIG:-}" == cpu_ddp ]]; then extra=("train.batch_size=4" "${extra[@]}"); fi
 
 started=$SECONDS
 yaml() { printf "'%s'" "${1//\'/\'\'}"; }
-python sft_llm.py --config configs/train/vision_quickstart.yaml "output_dir=$(yaml "$OUT")" \
+bash script/sft_llm.sh configs/train/vision_quickstart.yaml "output_dir=$(yaml "$OUT")" \
     "model.path=$(yaml "$QUICK/best")" "data.train=[$(yaml "$QUICK/data/train.jsonl")]" \
-    "data.eval=[$(yaml "$QUICK/data/val.jsonl")]" "${extra[@]}"
+    "data.eval=[$(yaml "$QUICK/data/val.jsonl")]" "train.search_cache=$(yaml "$OUT/searches")" "${extra[@]}"
 say "trained in $((SECONDS - started)) s"
 
 number=0
