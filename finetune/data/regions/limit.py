@@ -1,0 +1,127 @@
+"""Records about fewer candidates: at most N of them in training, all of them in several questions in evaluation.
+
+Ids, boxes and wording stay as they are; list, positive ids and answer always speak of the same candidates. Which ones a
+training record keeps is drawn by its id, abnormal and normal ones in the proportion it has: the list then tells nothing
+that the whole one did not tell.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from finetune.data.regions.text import POSITIVE_IDS, REGIONS, REGIONS_PLACEHOLDER, record_regions
+from finetune.errors import DataFormatError
+from finetune.schema import Record, Turn
+
+
+class Limited(NamedTuple):
+    """Records to train on, how many of them were shortened, and how many candidates that left out."""
+
+    records: list[Record]
+    shortened: int
+    left_out: int
+
+
+def limit_regions(records: Iterable[Record], max_regions: int | None) -> Limited:
+    """Records with at most `max_regions` candidates each; None changes nothing.
+
+    Raises:
+        DataFormatError: as `keep_regions`.
+    """
+    found, shortened, left_out = [], 0, 0
+    for record in records:
+        regions = record_regions(record) if max_regions is not None else None
+        if max_regions is not None and regions is not None and len(regions) > max_regions:
+            shortened += 1
+            left_out += len(regions) - max_regions
+            record = keep_regions(record, drawn_ids(record, max_regions))
+        found.append(record)
+    return Limited(found, shortened, left_out)
+
+
+def regions_in_chunks(record: Record, max_regions: int | None) -> Iterator[Record]:
+    """The record as it is, or several of its id with at most `max_regions` candidates each, every one of them once.
+
+    The parts follow the order of the list and are as equal in size as can be.
+
+    Raises:
+        DataFormatError: as `keep_regions`.
+    """
+    regions = record_regions(record)
+    if max_regions is None or regions is None or len(regions) <= max_regions:
+        yield record
+        return
+    for part in np.array_split(np.arange(len(regions)), math.ceil(len(regions) / max_regions)):
+        yield keep_regions(record, [regions[index][0] for index in part])
+
+
+def drawn_ids(record: Record, max_regions: int) -> list[str]:
+    """Ids of `max_regions` candidates of a record that has more, in its order; the same ones for the same record id.
+
+    The number of abnormal ones is the proportional number, rounded up or down at random so that it is met on average.
+    """
+    names = [name for name, _ in record_regions(record) or ()]
+    positive = set(_positive_ids(record))
+    rng = np.random.default_rng(zlib.crc32(record.id.encode()))
+    share = max_regions * len(positive) / len(names)
+    num_positive = int(share) + int(rng.random() < share - int(share))
+    kept: set[str] = set()
+    for is_positive, count in ((True, num_positive), (False, max_regions - num_positive)):
+        group = [name for name in names if (name in positive) == is_positive]
+        kept.update(group[index] for index in rng.choice(len(group), min(count, len(group)), replace=False))
+    return [name for name in names if name in kept]
+
+
+def keep_regions(record: Record, ids: Sequence[str]) -> Record:
+    """The record about these of its candidates only: list, positive ids, verdicts and findings of its answer.
+
+    Raises:
+        DataFormatError: the list is written out in the question, or an answer is not the JSON that can be shortened.
+    """
+    kept = frozenset(ids)
+    turns = tuple(
+        Turn(turn.role, _shortened(turn.content, kept, record)) if turn.role == "assistant" else turn
+        for turn in record.turns
+    )
+    if turns and not any(REGIONS_PLACEHOLDER in turn.content for turn in turns if turn.role != "assistant"):
+        raise _problem(record, f"no {REGIONS_PLACEHOLDER} in the question, so its list of candidates cannot be changed")
+    provenance: dict[str, Any] = {
+        **record.provenance,
+        REGIONS: [entry for entry in record.provenance[REGIONS] if entry["id"] in kept],
+        POSITIVE_IDS: [name for name in _positive_ids(record) if name in kept],
+    }
+    return replace(record, turns=turns, provenance=provenance)
+
+
+def _positive_ids(record: Record) -> list[str]:
+    found = record.provenance.get(POSITIVE_IDS)
+    if not isinstance(found, list):
+        raise _problem(record, f"provenance.{POSITIVE_IDS} is no list of ids")
+    return found
+
+
+def _shortened(answer: str, kept: Collection[str], record: Record) -> str:
+    try:
+        tree = json.loads(answer)
+        tree["verdicts"] = {name: word for name, word in tree["verdicts"].items() if name in kept}
+        tree["abnormal"] = [entry for entry in tree["abnormal"] if entry["id"] in kept]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _problem(record, 'its answer is not {"verdicts": {...}, "abnormal": [{"id": ...}, ...]}') from error
+    return json.dumps(tree, ensure_ascii=False)
+
+
+def _problem(record: Record, text: str) -> DataFormatError:
+    return DataFormatError(
+        f"more candidates than may be asked about at once, and {text}",
+        record=record.id,
+        source=record.source,
+        found=f"{len(record.provenance[REGIONS])} candidates",
+        fix="set data.max_regions (max_regions_per_image) to null, or build the record with forensics regions build",
+    )
