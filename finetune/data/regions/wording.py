@@ -93,6 +93,19 @@ def write_answer(verdicts: Mapping[str, bool], findings: Sequence[RegionFinding]
     return json.dumps({"verdicts": words, "abnormal": entries}, ensure_ascii=False)
 
 
+def answer_start(ids: Sequence[str], verdicts: Sequence[bool]) -> str:
+    """The answer about the regions `ids` as far as the first verdicts decide it.
+
+    Up to the place of the next region's word, its opening quote written; behind the last verdict up to where the list
+    of abnormal regions begins.
+    """
+    words = dict(zip(ids, verdicts, strict=False))
+    if len(verdicts) == len(ids):
+        return write_answer(words, ()).removesuffix(" []}")
+    next_place = write_answer({**words, ids[len(verdicts)]: False}, ())
+    return next_place.removesuffix(f'{NORMAL}"}}, "abnormal": []}}')
+
+
 def parse_answer(text: str, ids: Sequence[str]) -> ParsedRegions:
     """Read an answer about the regions `ids`; what cannot be read is missing, nothing is guessed."""
     try:
