@@ -14,6 +14,7 @@ from finetune.config.conversion import build, merge, to_dict
 from finetune.config.sections import RunConfig
 from finetune.config.stages import stage_runs
 from finetune.errors import ConfigError, shorten
+from finetune.config.region_yaml import check_overrides, is_region_key, is_region_yaml, translate
 
 T = TypeVar("T")
 
@@ -23,7 +24,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), schema: 
 
     A top-level `extends: other.yaml` (relative to the file) is read first; mappings merge, everything else replaces.
     Without a file (None) the overrides change the defaults. In a run with `stages` an override also wins over what a
-    stage says about the same key; `stages.NAME.key.sub=value` is for one stage alone.
+    stage says about the same key; `stages.NAME.key.sub=value` is for one stage alone. The region pipeline's own
+    spelling (`finetune.config.region_yaml`) is recognised, and takes overrides in either spelling.
 
     Raises:
         ConfigError: file missing or not YAML, unknown key (with the nearest known one), value of another type.
@@ -32,6 +34,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), schema: 
     for override in overrides:
         apply_override(tree, override)
     where = "defaults" if path is None else str(path)
+    if schema is RunConfig and is_region_yaml(tree):
+        tree, overrides = _of_regions(tree, overrides, str(path))
     config = build(schema, tree, where=where)
     if isinstance(config, RunConfig):
         stage_runs(config, where)
@@ -41,6 +45,19 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), schema: 
 def config_hash(config: Any) -> str:
     """Twelve hex digits that change when any value of the configuration changes."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
+def _of_regions(tree: dict[str, Any], overrides: Sequence[str], where: str) -> tuple[dict[str, Any], list[str]]:
+    """The tree of the region pipeline's YAML as one of `RunConfig`, and the overrides that are still to be applied."""
+    keys = [override.partition("=")[0] for override in overrides]
+    check_overrides(keys)
+    others = []
+    for key, override in zip(keys, overrides, strict=True):
+        if is_region_key(key):
+            apply_override(tree, override)
+        else:
+            others.append(override)
+    return translate(tree, where), others
+
+
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
