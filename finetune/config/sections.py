@@ -96,10 +96,10 @@ class DataConfig:
     max_length: int = 4096  # tokens; a longer record is an error that names it, image tokens are never cut
     min_pixels: int = 3136  # bounds of the processed image, Qwen2.5-VL's smart resize
     max_pixels: int = 1003520
+    image_short_side: int | None = None  # images are resized to this shorter side first; the bounds hold all the same
     mask_resolution: Literal["processed", "original"] = "processed"  # at which size mask losses are computed
     max_polygon_points: int = 48  # budget of a record's polygons in the answer
     max_polygon_tokens: int | None = None  # their budget in tokens of the model's tokenizer, in place of points
-    image_short_side: int | None = None  # images are resized to this shorter side first; the bounds hold all the same
     polygon_coordinates: Literal["absolute", "relative"] = (
         "absolute"  # absolute: pixels of the resized image, as Qwen2.5-VL; relative: 0..1000 of its sides, as Qwen2-VL
     )
@@ -109,10 +109,10 @@ class DataConfig:
     num_workers: int = 0
     image_cache_megabytes: int = 0  # decoded images each loading process keeps in memory; 0: none
     class_balanced: bool = True  # draw real and tampered equally often
+    max_regions: int | None = None  # candidate regions per training record; records to evaluate on are split into parts
 
     @property
     def has_eval(self) -> bool:
-    max_regions: int | None = None  # candidate regions per training record; records to evaluate on are split into parts
         """Whether the run evaluates at all."""
         return bool(self.eval) or self.val_ratio > 0
 
@@ -184,10 +184,10 @@ class TrainConfig:
     muon_learning_rate: float = 0.02  # of those matrices
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
+    warmup_steps: int | None = None  # in place of the ratio
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA that has it, else fp32
-    warmup_steps: int | None = None  # in place of the ratio
     gradient_checkpointing: bool = False
     eval_steps: int = 200
     early_stopping_patience: int | None = None  # evaluations without improvement
