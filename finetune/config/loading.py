@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import yaml
 
 from finetune.config.conversion import build, merge, to_dict
+from finetune.config.region_yaml import check_overrides, is_region_key, is_region_yaml, translate
 from finetune.config.sections import RunConfig
 from finetune.config.stages import stage_runs
 from finetune.errors import ConfigError, shorten
-from finetune.config.region_yaml import check_overrides, is_region_key, is_region_yaml, translate
 
 T = TypeVar("T")
 
@@ -31,20 +31,17 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), schema: 
         ConfigError: file missing or not YAML, unknown key (with the nearest known one), value of another type.
     """
     tree = {} if path is None else read_tree(Path(path))
+    if schema is RunConfig and is_region_yaml(tree):
+        tree, overrides = _of_regions(tree, overrides, str(path))
     for override in overrides:
         apply_override(tree, override)
     where = "defaults" if path is None else str(path)
-    if schema is RunConfig and is_region_yaml(tree):
-        tree, overrides = _of_regions(tree, overrides, str(path))
     config = build(schema, tree, where=where)
     if isinstance(config, RunConfig):
         stage_runs(config, where)
     return config
 
 
-def config_hash(config: Any) -> str:
-    """Twelve hex digits that change when any value of the configuration changes."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
 def _of_regions(tree: dict[str, Any], overrides: Sequence[str], where: str) -> tuple[dict[str, Any], list[str]]:
     """The tree of the region pipeline's YAML as one of `RunConfig`, and the overrides that are still to be applied."""
     keys = [override.partition("=")[0] for override in overrides]
@@ -58,6 +55,9 @@ def _of_regions(tree: dict[str, Any], overrides: Sequence[str], where: str) -> t
     return translate(tree, where), others
 
 
+def config_hash(config: Any) -> str:
+    """Twelve hex digits that change when any value of the configuration changes."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
