@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from finetune.data.dataset import Sample
+from finetune.data.dataset import Sample, processed_size
+from finetune.data.image_size import SHORT_SIDE, resampled
 from finetune.special_tokens import IGNORE_INDEX, SpecialTokens
 
 MODEL_KEYS = (
@@ -80,7 +81,13 @@ class ForensicCollator:
         images = [image for sample in samples for image in sample.images]
         found: dict[str, Any] = {}
         if images:
-            found.update(self.processor.image_processor(images=images, return_tensors="pt"))
+            image_processor = self.processor.image_processor
+            resizing = {}
+            if getattr(image_processor, SHORT_SIDE, None) is not None:  # at once to the size the model sees
+                sizes = [processed_size((image.height, image.width), image_processor) for image in images]
+                images = [resampled(*pair, image_processor) for pair in zip(images, sizes, strict=True)]
+                resizing = {"do_resize": False}
+            found.update(image_processor(images=images, return_tensors="pt", **resizing))
         features = [entry for sample in samples for entry in sample.features]
         if features:
             patch = self.processor.image_processor.patch_size

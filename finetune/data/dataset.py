@@ -19,6 +19,7 @@ from finetune.config import DataConfig, SourceConfig
 from finetune.data.answer_polygons import MIN_POINTS, MIN_TOKENS, PolygonBudget, PolygonFrame
 from finetune.data.chat import Segment, conversation, encode, load_template, polygon_text, question_turns, segments
 from finetune.data.image_cache import ImageCache
+from finetune.data.image_size import short_side_size
 from finetune.data.images import image_size_hw
 from finetune.data.masks import load_mask, resize_mask
 from finetune.data.region_masking import Draw, RegionMasking, mask_regions
@@ -300,12 +301,12 @@ class ForensicDataset(Dataset):
 
 
 def processed_size(size_hw: tuple[int, int], image_processor: Any) -> tuple[int, int]:
-    """(H, W) of an image after Qwen2.5-VL's smart resize, from its original size."""
+    """(H, W) at which the model sees an image, from its original size: `image_short_side`, then the smart resize."""
     ensure_torchvision()
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     return smart_resize(
-        *size_hw,
+        *short_side_size(size_hw, image_processor),
         factor=image_processor.patch_size * image_processor.merge_size,
         min_pixels=image_processor.size["shortest_edge"],
         max_pixels=image_processor.size["longest_edge"],

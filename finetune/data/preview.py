@@ -19,6 +19,7 @@ from finetune.config import DataConfig
 from finetune.data.answer_polygons import PolygonFrame
 from finetune.data.chat import IMAGE_PAD, Segment, conversation, encode
 from finetune.data.dataset import ForensicDataset, Sample, num_image_tokens
+from finetune.data.image_size import set_short_side
 from finetune.data.validation import Problem, check_records, leaking_tokens
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Record
@@ -141,6 +142,7 @@ def without_tokenizer(config: DataConfig) -> Any:
     from transformers import Qwen2VLImageProcessorPil
 
     resizer = Qwen2VLImageProcessorPil(min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    set_short_side(resizer, config.image_short_side)
     return SimpleNamespace(tokenizer=None, image_processor=resizer)
 
 

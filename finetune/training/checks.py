@@ -148,6 +148,9 @@ def _data_problems(config: RunConfig) -> list[str]:
     problems = []
     if not 0 <= data.val_ratio < 1:
         problems.append(f"data.val_ratio is {data.val_ratio}; expected a share of the training data, from 0 to below 1")
+    for name in ("image_short_side", "max_regions"):
+        if getattr(data, name) is not None and getattr(data, name) < 1:
+            problems.append(f"data.{name} is {getattr(data, name)}; expected at least 1, or null")
     for name in ("bce_pos_weight", "cls_pos_weight", "temperature"):
         if not (getattr(loss, name) > 0 and math.isfinite(getattr(loss, name))):
             problems.append(f"loss.{name} is {getattr(loss, name)}; expected a number above 0")

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from finetune.config import RunConfig, SourceConfig, load_config
 from finetune.data.dataset import ForensicDataset
+from finetune.data.image_size import set_short_side
 from finetune.data.pictures import PictureDataset
 from finetune.data.readers.options import options_from
 from finetune.data.validation import Problem, check_file, leaking_tokens
@@ -82,6 +83,7 @@ def check_config(config: RunConfig) -> list[Problem]:
     processor = None
     try:
         processor = load_processor(config.model.path, config.data.min_pixels, config.data.max_pixels)
+        set_short_side(processor.image_processor, config.data.image_short_side)
     except ForensicsError as error:
         problems.append(_error(str(error)))
     for what in ("train", "eval"):

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from finetune.config import ModelConfig, RunConfig, to_dict
 from finetune.data.dataset import ForensicDataset, checked_dataset
+from finetune.data.image_size import set_short_side
 from finetune.data.pictures import PictureDataset
 from finetune.data.sources import hold_back, read_sources
 from finetune.errors import ConfigError
@@ -121,6 +122,7 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
             min_pixels=config.data.min_pixels,
             max_pixels=config.data.max_pixels,
         )
+    set_short_side(bundle.processor.image_processor, config.data.image_short_side)
     with args.main_process_first(local=False, desc="checking data"):
         train_set, eval_set = _load_data(config, bundle)
     labels = train_set.class_labels
