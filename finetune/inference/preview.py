@@ -22,6 +22,7 @@ from finetune.data.preview import RecordView, choose, view_record, without_token
 from finetune.data.preview_text import Depth, Style, legend, record_text
 from finetune.data.readers import iter_records
 from finetune.data.readers.options import options_from
+from finetune.data.regions.limit import limit_regions
 from finetune.errors import ConfigError
 from finetune.inference.answers import read_answers
 from finetune.inference.preview_page import PreviewCard, card_html, preview_page
@@ -50,6 +51,7 @@ def _preview(arguments: argparse.Namespace) -> int:
     records, errors, num_errors = choose(found, arguments.num, arguments.id or (), arguments.seed)
     if not records and num_errors == 1:  # no such file, not one of its formats, ...
         raise errors[0]
+    records = limit_regions(records, config.max_regions).records
     dataset = ForensicDataset(records, processor, tokens, config)
     if template is not None:
         dataset.template = template

@@ -104,6 +104,8 @@ def _number_problems(config: RunConfig) -> list[str]:
             problems.append(f"train.group_learning_rates.{group} is {rate}; expected a number from 0 on")
     if train.warmup_ratio > 1:
         problems.append(f"train.warmup_ratio is {train.warmup_ratio}; expected a share of all steps, at most 1")
+    if train.warmup_steps is not None and train.warmup_steps < 0:
+        problems.append(f"train.warmup_steps is {train.warmup_steps}; expected a number from 0 on, or null")
     if train.max_steps == 0 or train.max_steps < -1:
         problems.append(f"train.max_steps is {train.max_steps}; expected a positive number, or -1 to count epochs")
     if train.max_steps == -1 and not train.epochs > 0:

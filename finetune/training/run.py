@@ -24,6 +24,7 @@ from finetune.config import ModelConfig, RunConfig, to_dict
 from finetune.data.dataset import ForensicDataset, checked_dataset
 from finetune.data.image_size import set_short_side
 from finetune.data.pictures import PictureDataset
+from finetune.data.regions.limit import limit_regions, regions_in_chunks
 from finetune.data.sources import hold_back, read_sources
 from finetune.errors import ConfigError
 from finetune.losses.criterion import TERMS
@@ -31,6 +32,7 @@ from finetune.metrics.calibration import Calibration
 from finetune.models.adapters import set_trainable
 from finetune.models.groups import trainable_table
 from finetune.models.loading import Bundle, load_bundle
+from finetune.schema import Record
 from finetune.special_tokens import SpecialTokens
 from finetune.training.arguments import training_arguments
 from finetune.training.callbacks import CALIBRATION, BestFolders, BestModelCallback, TimeBudgetCallback
@@ -38,6 +40,7 @@ from finetune.training.checks import check_best, check_run
 from finetune.training.evaluation_table import EvaluationTable
 from finetune.training.feature_cache import FeatureCache, cache_folder
 from finetune.training.monitoring import HeatmapSnapshots, Watch
+from finetune.training.precision import hold_in_float32
 from finetune.training.reproducibility import run_record
 from finetune.training.retention import TextRetention
 from finetune.training.search_cache import use_search_cache
@@ -136,6 +139,7 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
     check_sharding(config, args, train_set, eval_set)
     with built_whole(args):
         bundle = set_trainable(bundle, config.train.trainable, config.lora, config.vision_lora, config.vision_top)
+    hold_in_float32(bundle, config.train.trainable, args)
     keep_heads_whole(bundle, args)
     if not any(parameter.requires_grad for parameter in bundle.model.parameters()):
         names = ", ".join(config.train.trainable)
@@ -207,6 +211,7 @@ def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, Fore
         held = read_sources(data.eval, "eval")
     elif data.val_ratio:
         records, held = hold_back(records, data.val_ratio, data.val_seed)
+    records, held = _about_few_regions(records, held, data.max_regions)
     kind = PictureDataset if config.reads_pictures_only else ForensicDataset
     found = []
     for what, own in (("train", records), ("eval", held)):
@@ -214,6 +219,20 @@ def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, Fore
             found.append(checked_dataset(own, what, bundle.processor, bundle.tokens, data, kind))
             found[-1].heads_read_text = config.heads.source != "vision"
     return found[0], found[1] if held is not None else None
+
+
+def _about_few_regions(
+    records: list[Record], held: list[Record] | None, max_regions: int | None
+) -> tuple[list[Record], list[Record] | None]:
+    """Records with at most `max_regions` candidates: training ones shortened, those to evaluate on in several parts."""
+    limited = limit_regions(records, max_regions)
+    if limited.shortened:
+        logger.warning(
+            "%d of %d training records have more than data.max_regions = %d candidate regions: %d candidates are left "
+            "out", limited.shortened, len(records), max_regions, limited.left_out,
+        )  # fmt: skip
+    parts = None if held is None else [part for record in held for part in regions_in_chunks(record, max_regions)]
+    return limited.records, parts
 
 
 def _evaluation_callbacks(config: RunConfig, bundle: Bundle) -> list[Any]:

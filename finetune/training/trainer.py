@@ -276,8 +276,11 @@ class ForensicTrainer(CheckpointingTrainer):
         """Our schedule, which a time budget can compress."""
         if self.lr_scheduler is None:
             train = self.run_config.train
+            warmup = train.warmup_ratio
+            if train.warmup_steps is not None:
+                warmup = min(train.warmup_steps / max(num_training_steps, 1), 1.0)
             self.lr_scheduler = make_scheduler(
-                optimizer or self.optimizer, train.lr_scheduler, num_training_steps, train.warmup_ratio, self.budget
+                optimizer or self.optimizer, train.lr_scheduler, num_training_steps, warmup, self.budget
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
