@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,6 +31,7 @@ from finetune.losses.counting import (
     text_count,
     zero_of,
 )
+from finetune.losses.distance import signed_distance
 from finetune.special_tokens import IGNORE_INDEX
 
 DICE_SMOOTH = 1e-5
@@ -112,27 +112,6 @@ def dice_loss(mask_logits: Sequence[Tensor], mask_targets: Sequence[Tensor | Non
         overlap = (scores * truth).sum()
         total = total + 1 - (2 * overlap + DICE_SMOOTH) / (scores.sum() + truth.sum() + DICE_SMOOTH)
     return total, image_count(mask_targets, is_tampered)
-
-
-def signed_distance(mask: Tensor) -> Tensor:
-    """Signed Euclidean distance in pixels from each pixel centre to the mask's border, negative inside the mask.
-
-    The border runs between pixels, so the nearest values are +-0.5. This is `one_hot2dist` of the authors' code minus
-    0.5 (theirs is 0 on the innermost border pixels, which then get no gradient).
-
-    Args:
-        mask: (h, w), non-zero inside; needs pixels of both kinds, else the result is all zero.
-
-    Returns:
-        (h, w) float32 on the CPU.
-    """
-    inside = np.ascontiguousarray((mask != 0).to(torch.uint8).cpu().numpy())
-    if inside.all() or not inside.any():
-        return torch.zeros(inside.shape, dtype=torch.float32)
-    outward, inward = (  # as exact as scipy's `distance_transform_edt`, in a third of its time
-        cv2.distanceTransform(part, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for part in (1 - inside, inside)
-    )
-    return torch.from_numpy(np.where(inside, 0.5 - inward, outward - 0.5).astype(np.float32))
 
 
 def boundary_loss(mask_logits: Sequence[Tensor], mask_targets: Sequence[Tensor | None]) -> SumCount:

@@ -2,6 +2,7 @@
 
 import math
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -136,6 +137,21 @@ def test_signed_distance_is_exact_at_the_size_of_photographs() -> None:
     outward, inward = distance_transform_edt(~mask), distance_transform_edt(mask)
     found = L.signed_distance(torch.from_numpy(mask)).numpy()
     np.testing.assert_allclose(found, np.where(mask, 0.5 - inward, outward - 0.5), atol=1e-4)
+
+
+def test_signed_distance_does_not_depend_on_where_its_memory_lies() -> None:
+    """A resumed run must take the same steps: two processes never have the same addresses."""
+    mask = torch.zeros(112, 84, dtype=torch.uint8)
+    mask[30:50, 20:61], mask[77:80, 3:70] = 1, 1
+    used_ipp = hasattr(cv2, "ipp") and cv2.ipp.useIPP()
+    first, kept = L.signed_distance(mask), []
+    for size in range(1, 400):  # allocations of every size between the calls move the next ones
+        kept.append(np.empty(size * 7, dtype=np.uint8))
+        assert torch.equal(L.signed_distance(mask), first)
+    outward, inward = distance_transform_edt(1 - mask.numpy()), distance_transform_edt(mask.numpy())
+    exact = np.where(mask.numpy(), 0.5 - inward.astype(np.float32), outward.astype(np.float32) - 0.5)
+    assert np.array_equal(first.numpy(), exact)
+    assert (hasattr(cv2, "ipp") and cv2.ipp.useIPP()) == used_ipp  # other users of OpenCV find it as it was
 
 
 def test_boundary_by_hand() -> None:
