@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.config import HeadsConfig, RunConfig, SourceConfig, build, config_hash, load_config, to_dict
+from finetune.config import HeadsConfig, RunConfig, SourceConfig, build, config_hash, load_config, stage_runs, to_dict
 from finetune.errors import ConfigError
 
 
@@ -104,6 +104,38 @@ def test_mistakes_are_named_in_one_line(write: Any, text: str, message: str) -> 
 def test_bad_overrides(write: Any, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write("seed: 1\n"), [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("{evidence}", "{evidence}"),
+        ("Look: {regions}? # 1", "Look: {regions}? # 1"),
+        ("2024", "2024"),
+        ("yes", "yes"),
+        ("null", "null"),
+        ("", ""),
+        ("'it''s a: path'", "it's a: path"),
+        ('"two\\nlines"', "two\nlines"),
+        ("'half", "'half"),
+    ],
+)
+def test_the_value_of_a_text_is_the_text_it_is(write: Any, text: str, meant: str) -> None:
+    """What YAML would make a mapping, a number, a truth value or an error of."""
+    path = write("stages: [{name: one, data: {template: zh}}]\n")
+    config = load_config(path, [f"output_dir={text}", f"data.template={text}"])
+    assert (config.output_dir, config.data.template) == (meant, meant)
+    assert stage_runs(config)[0].config.data.template == meant
+    config = load_config(path, [f"stages.one.data.template={text}"])
+    assert stage_runs(config)[0].config.data.template == meant
+
+
+def test_a_text_that_may_be_missing_can_be_taken_away(write: Any) -> None:
+    path = write("model: {adapter: a}\ntrain: {best_folders: {best_val: eval_f1}}\n")
+    for nothing in ("null", "~", ""):
+        assert load_config(path, [f"model.adapter={nothing}"]).model.adapter is None
+    config = load_config(path, ["model.adapter='null'", "train.best_folders.best_val=1", "heads.layer=2"])
+    assert (config.model.adapter, config.train.best_folders, config.heads.layer) == ("null", {"best_val": "1"}, 2)
 
 
 def test_extends_merges_sections_and_replaces_lists(write: Any) -> None:

@@ -77,6 +77,21 @@ def test_overrides_and_a_missing_lora(tmp_path: Path) -> None:
     assert load_vision_config(write(tmp_path, INFERENCE_KEYS | nothing), [], VisionInferenceConfig).user_prompt is None
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("{evidence}", "{evidence}"),
+        ("Where: {boxes}", "Where: {boxes}"),
+        ("[a, b]", ["a", "b"]),
+        ("null", None),
+        ("'{\"x\": 1}'", '{"x": 1}'),
+    ],
+)
+def test_a_prompt_is_given_as_it_is(tmp_path: Path, text: str, meant: Any) -> None:
+    path = write(tmp_path, INFERENCE_KEYS)
+    assert load_vision_config(path, [f"user_prompt={text}"], VisionInferenceConfig).user_prompt == meant
+
+
 @pytest.mark.parametrize("name", ["config_eval", "config_inference"])
 def test_the_ready_files_load_and_name_only_existing_keys(repo_root: Path, name: str) -> None:
     schema = VisionEvalConfig if name == "config_eval" else VisionInferenceConfig

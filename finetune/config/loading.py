@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +23,7 @@ T = TypeVar("T")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), schema: type[T] = RunConfig) -> T:  # type: ignore[assignment]
-    """Read a YAML file and apply `key.sub=value` overrides (values in YAML syntax).
+    """Read a YAML file and apply `key.sub=value` overrides (see `apply_override`).
 
     A top-level `extends: other.yaml` (relative to the file) is read first; mappings merge, everything else replaces.
     Without a file (None) the overrides change the defaults. In a run with `stages` an override also wins over what a
@@ -34,7 +37,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), schema: 
     if schema is RunConfig and is_region_yaml(tree):
         tree, overrides = _of_regions(tree, overrides, str(path))
     for override in overrides:
-        apply_override(tree, override)
+        apply_override(tree, override, schema)
     where = "defaults" if path is None else str(path)
     config = build(schema, tree, where=where)
     if isinstance(config, RunConfig):
@@ -60,21 +63,28 @@ def config_hash(config: Any) -> str:
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `key.sub=value` in a tree, and in those of its stages that say something about the key."""
+def apply_override(tree: dict[str, Any], override: str, schema: Any = None) -> None:
+    """Set one `key.sub=value` in a tree, and in those of its stages that say something about the key.
+
+    Args:
+        schema: dataclass of the tree. The value of a key that is a text there is that text, whatever YAML would make of
+            its braces, colons and digits: `user_prompt={evidence}`; quotes around all of it are YAML's, and `null` is
+            none where that is allowed. Every other value is read as YAML.
+
+    Raises:
+        ConfigError: not of this form, a value that is not YAML, a path through something that is no section.
+    """
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not of the form key.sub=value, e.g. train.max_steps=10")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML ({_one_line(error)})") from error
     parts = key.split(".")
+    is_of_stage = parts[0] == "stages" and len(parts) > 2
+    parsed = _value(value, _kind(schema, parts[2:] if is_of_stage else parts), override)
     stages = tree.get("stages")
     named = {}
     if isinstance(stages, list):
         named = {str(stage.get("name")): stage for stage in stages if isinstance(stage, dict)}
-    if parts[0] == "stages" and len(parts) > 2:
+    if is_of_stage:
         if parts[1] not in named:
             raise ConfigError(f"override {override!r}: there is no stage '{parts[1]}'; stages: {', '.join(named)}")
         _set(named[parts[1]], parts[2:], parsed, override)
@@ -83,6 +93,37 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     for stage in named.values():
         if _says(stage, parts):
             _set(stage, parts, parsed, override)
+
+
+def _kind(schema: Any, parts: Sequence[str]) -> Any:
+    """The type that a path of keys has in a dataclass, None where it has none."""
+    kind = schema
+    for part in parts:
+        if dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(part)
+        elif typing.get_origin(kind) in (dict, Mapping):
+            kind = typing.get_args(kind)[1]
+        else:
+            return None
+    return kind
+
+
+def _value(text: str, kind: Any, override: str) -> Any:
+    """What the text after `=` means for a key of this type."""
+    kinds = set(typing.get_args(kind)) if typing.get_origin(kind) in (typing.Union, types.UnionType) else {kind}
+    problem, parsed = None, None
+    try:
+        parsed = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = error
+    if str in kinds and kinds <= {str, type(None), list[str]}:
+        is_quoted = isinstance(parsed, str) and text.strip()[:1] in ("'", '"')
+        is_none = type(None) in kinds and problem is None and parsed is None
+        is_list = list[str] in kinds and isinstance(parsed, list)
+        return parsed if is_quoted or is_none or is_list else text
+    if problem is not None:
+        raise ConfigError(f"override {override!r}: the value is not YAML ({_one_line(problem)})") from problem
+    return parsed
 
 
 def _set(tree: dict[str, Any], parts: Sequence[str], value: Any, override: str) -> None:

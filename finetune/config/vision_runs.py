@@ -110,7 +110,7 @@ def load_vision_config(path: str | Path, overrides: Sequence[str], schema: type[
     tree = _nested(_read(Path(path)), str(path))
     for override in ("", *overrides):
         if override:
-            apply_override(tree, override)
+            apply_override(tree, override, schema)
         if tree.get("visual_lora", 0) is None:  # no section: the LoRA that lies beside the heads
             del tree["visual_lora"]
     config = build(schema, tree, where=str(path))
