@@ -53,9 +53,9 @@ def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: 
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelLoadError(
-            f"{path}: no Qwen2.5-VL tokenizer and processor could be read ({first_line(error)}); point model.path "
-            f"at a "
-            "complete checkpoint folder"
+            not_found(path, error)
+            or f"{path}: no Qwen2.5-VL tokenizer and processor could be read ({first_line(error)}); point model.path at "
+            "a complete checkpoint folder"
         ) from error
     size = dict(image_processor.size)
     image_processor.size = {
@@ -119,6 +119,19 @@ def check_folder(path: str) -> None:
         raise ModelLoadError(
             f"model folder '{path}' does not exist; give an existing folder or a hub name like org/model"
         )
+
+
+def not_found(path: str | Path, error: BaseException) -> str | None:
+    """What to say of a name that is no folder here and could not be read as one of the hub; None where it is a folder.
+
+    `runs/none` may be meant as either: that the folder is missing comes first, then what became of the hub.
+    """
+    if Path(path).is_dir():
+        return None
+    return (
+        f"model folder '{path}' does not exist, and no model of that name could be read from the hub "
+        f"({first_line(error)}); give an existing folder or a hub name like org/model"
+    )
 
 
 def first_line(error: BaseException) -> str:

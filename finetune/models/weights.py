@@ -19,7 +19,7 @@ from finetune.config import ModelConfig
 from finetune.errors import MissingDependencyError, ModelLoadError
 from finetune.models.plain import attach_heads, saved_heads
 from finetune.models.qwen_forensics_model import HEAD_MODULES, QwenForensicsForConditionalGeneration
-from finetune.models.vocabulary import first_line
+from finetune.models.vocabulary import first_line, not_found
 
 # bitsandbytes, which PEFT imports, warns that a kernel it could download is missing; it works without.
 stdlib_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(stdlib_logging.ERROR)
@@ -69,7 +69,7 @@ def load_model(
             reason = (
                 "its weights have other shapes than this configuration; leave `heads` and `tokens` as they were saved"
             )
-        raise ModelLoadError(f"{path}: the model cannot be loaded: {reason}") from error
+        raise ModelLoadError(not_found(path, error) or f"{path}: the model cannot be loaded: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(key for key in info["missing_keys"] if key.split(".")[0] not in HEAD_MODULES)

@@ -19,8 +19,9 @@ from finetune.config import HeadsConfig, LoraConfig, ModelConfig
 from finetune.errors import ConfigError, ModelLoadError
 from finetune.models.adapters import set_trainable
 from finetune.models.configuration import HEAD_MODULES, TOWER_HEADS
-from finetune.models.loading import Bundle, load_bundle, save_bundle
+from finetune.models.loading import Bundle, load_bundle, load_model, save_bundle
 from finetune.models.qwen_forensics_model import QwenForensicsForConditionalGeneration
+from finetune.models.vision_loading import load_vision
 from finetune.special_tokens import SpecialTokens
 
 NAMES = ("real_84x140", "unmasked_140x84", "text")
@@ -283,6 +284,17 @@ def test_incomplete_folder(full_dir: Path, copy_of: Any, name: str, message: str
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"model folder '.*gone' does not exist"):
         load_bundle(ModelConfig(path=str(tmp_path / "gone")))
+
+
+def test_a_path_like_a_hub_name_is_first_of_all_a_missing_folder(vision_parts: Path) -> None:
+    """`runs/none` could be either; the folder is what its user meant."""
+    said = r"^model folder 'runs/none' does not exist, and no model of that name could be read from the hub \("
+    with pytest.raises(ModelLoadError, match=said):
+        load_bundle(ModelConfig(path="runs/none"))
+    with pytest.raises(ModelLoadError, match=said):
+        load_vision("runs/none", vision_parts)
+    with pytest.raises(ModelLoadError, match=said):  # the processor is there, the weights are not
+        load_model("runs/none", ModelConfig(), {})
 
 
 def test_adapter_with_a_foreign_key(adapter_dir: Path, copy_of: Any) -> None:
