@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from finetune.config import LoraConfig, VisionLoraConfig, VisionTopConfig
 from finetune.errors import ConfigError
 from finetune.models.configuration import HEAD_MODULES
-from finetune.models.continuing import Brought, Rank, merge_whole, put_back, take_off
+from finetune.models.continuing import Brought, Rank, is_inside, merge_whole, put_back, take_off
 from finetune.models.groups import (
     HEAD_GROUPS,
     LORA_GROUPS,
@@ -42,11 +43,16 @@ def set_trainable(
     lora: LoraConfig,
     vision_lora: VisionLoraConfig | None = None,
     vision_top: VisionTopConfig | None = None,
+    whole_dtype: torch.dtype | None = None,
 ) -> Bundle:
     """Freeze everything, then make exactly the named groups trainable; wraps the model in PEFT where needed.
 
     An adapter that the bundle brings is continued: its token rows, heads and LoRA are part of the new adapter, whether
-    they train or not, and outputs are unchanged by this call. With `lm_full` it is merged into the weights instead.
+    they train or not, and outputs are unchanged by this call. With `lm_full` it is merged into the weights instead;
+    LoRA inside a module that now trains whole is merged into that module.
+
+    Args:
+        whole_dtype: what the projector and single tower blocks that train whole are held in; None: as loaded.
 
     Raises:
         ConfigError: unknown group, groups that exclude each other, a pattern or block that matches nothing, or an
@@ -67,6 +73,9 @@ def set_trainable(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     modules = _module_paths(model, groups, vision_top)
+    for path in modules:
+        if whole_dtype is not None and path.startswith(VISION):
+            model.get_submodule(path).to(whole_dtype)
     kept: list[str] = []
     if bundle.tower is not None and not keeps_tower(groups):
         bundle = replace(bundle, tower=None)
@@ -178,7 +187,7 @@ def _lora_layers(
                     f"block {number}; its layers are attn.qkv, attn.proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj"
                 )
             layers |= dict.fromkeys(matched, Rank(vision_lora.r, vision_lora.alpha))
-    twice = [name for name in layers for path in modules if name == path or name.startswith(path + ".")]
+    twice = [name for name in layers for path in modules if is_inside(name, path)]
     if twice:
         raise ConfigError(f"'{twice[0]}' would train both whole and by LoRA; choose other blocks or targets")
     if layers and os.environ.get("RANK", "0") == "0":
@@ -206,6 +215,8 @@ def _wrap(
     has_rows = "new_tokens" in groups
     everywhere = dict(layers)
     if brought is not None:
+        brought = brought.merging_into(modules)
+        _check_whole(layers, brought)
         saved = _outermost([*saved, *brought.modules])
         has_rows = has_rows or brought.has_rows
         everywhere = brought.join(layers)
@@ -232,6 +243,16 @@ def _wrap(
         put_back(wrapped, brought)
     _release(wrapped, groups, modules)
     return wrapped
+
+
+def _check_whole(layers: Mapping[str, Rank], brought: Brought) -> None:
+    for name in layers:
+        module = next((module for module in brought.modules if is_inside(name, module)), None)
+        if module is not None:
+            raise ConfigError(
+                f"LoRA on '{name}': the adapter that training starts from holds '{module}' whole; leave it out, or "
+                "merge the adapter first (forensics merge) and start from that model"
+            )
 
 
 def _release(wrapped: nn.Module, groups: Sequence[str], modules: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ needs no other folder. Ranks may grow (the new part of the product is zero), nev
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ class Brought:
 
     tensors: parameter name in the wrapped model, without PEFT's outer prefixes -> values.
     modules: paths of the modules it holds whole. layers: its LoRA layers. scaling: their factors (alpha / r).
+    merged: LoRA layers that become part of a module which the new adapter holds whole.
     """
 
     tensors: dict[str, Tensor]
@@ -39,6 +40,14 @@ class Brought:
     layers: dict[str, Rank]
     scaling: dict[str, float]
     has_rows: bool
+    merged: frozenset[str] = frozenset()
+
+    def merging_into(self, modules: Sequence[str]) -> Brought:
+        """The same for a new adapter that holds `modules` whole: LoRA inside them is no layer of its own there."""
+        merged = frozenset(name for name in self.layers if any(is_inside(name, module) for module in modules))
+        return replace(
+            self, layers={name: rank for name, rank in self.layers.items() if name not in merged}, merged=merged
+        )
 
     def join(self, layers: Mapping[str, Rank]) -> dict[str, Rank]:
         """The layers of both; where both have one, the new rank.
@@ -55,6 +64,11 @@ class Brought:
                     f"smaller one cannot hold; use {key} = {old.r} or more, or start from a merged model"
                 )
         return {**self.layers, **layers}
+
+
+def is_inside(name: str, module: str) -> bool:
+    """Whether a module path is another one or below it."""
+    return name == module or name.startswith(module + ".")
 
 
 def take_off(bundle: Bundle) -> tuple[Bundle, Brought]:
@@ -107,7 +121,13 @@ def put_back(wrapped: nn.Module, brought: Brought) -> None:
         if hasattr(module, "lora_A")
     }
     with torch.no_grad():
+        for layer in brought.merged:
+            place = places[f"{layer}.weight"]
+            down, up = (brought.tensors[f"{layer}.lora_{part}.default.weight"].float() for part in "AB")
+            place.copy_(place.float() + brought.scaling[layer] * (up @ down).to(place.device))  # (out, in)
         for name, values in brought.tensors.items():
+            if name.split(".lora_")[0] in brought.merged:
+                continue
             place = places.get(name)
             if place is None:
                 raise ConfigError(

@@ -40,7 +40,7 @@ from finetune.training.checks import check_best, check_run
 from finetune.training.evaluation_table import EvaluationTable
 from finetune.training.feature_cache import FeatureCache, cache_folder
 from finetune.training.monitoring import HeatmapSnapshots, Watch
-from finetune.training.precision import hold_in_float32
+from finetune.training.precision import whole_dtype
 from finetune.training.reproducibility import run_record
 from finetune.training.retention import TextRetention
 from finetune.training.search_cache import use_search_cache
@@ -138,8 +138,9 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
         check_best(config, eval_set.records)
     check_sharding(config, args, train_set, eval_set)
     with built_whole(args):
-        bundle = set_trainable(bundle, config.train.trainable, config.lora, config.vision_lora, config.vision_top)
-    hold_in_float32(bundle, config.train.trainable, args)
+        bundle = set_trainable(
+            bundle, config.train.trainable, config.lora, config.vision_lora, config.vision_top, whole_dtype(args)
+        )
     keep_heads_whole(bundle, args)
     if not any(parameter.requires_grad for parameter in bundle.model.parameters()):
         names = ", ".join(config.train.trainable)

@@ -210,3 +210,45 @@ def test_whole_module_that_an_adapter_holds_goes_on(tied: Path, photo_records: P
 def test_overlapping_groups_are_refused(tied: Path, groups: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         set_trainable(load(tied), groups, LORA)
+
+
+def test_block_with_lora_goes_on_whole(tied: Path, photo_records: Path, tmp_path: Path) -> None:
+    """LoRA of a block that now trains whole becomes part of the block; that of the others stays LoRA."""
+    groups = ["new_tokens", "lm_lora", "projector", "vision_lora"]
+    first = disturbed(set_trainable(load(tied), groups, LORA, VisionLoraConfig(blocks=[1, 2], r=4, alpha=8)))
+    before = outputs(first, photo_records)
+    save_bundle(first, tmp_path / "first")
+    second = set_trainable(
+        reopened(tmp_path / "first"), ["lm_lora", "projector", "vision_top"], LORA, None, VisionTopConfig(blocks=1)
+    )
+    assert_close(outputs(second, photo_records), before)
+    trained = trained_names(second)
+    in_tower = {name for name in trained if name.startswith("model.visual.blocks.")}
+    assert in_tower
+    assert all(name.startswith("model.visual.blocks.2.") and ".lora_" not in name for name in in_tower)
+    lora = {plain_name(name) for name, _ in second.model.named_parameters() if ".lora_" in name and ".visual." in name}
+    assert lora
+    assert all(name.startswith("model.visual.blocks.1.") for name in lora)
+    disturbed(second)
+    moved = outputs(second, photo_records)
+    save_bundle(second, tmp_path / "second")
+    third = reopened(tmp_path / "second")
+    assert_close(outputs(third, photo_records), moved)
+    # and on from there: the block stays whole
+    fourth = set_trainable(third, ["lm_lora"], LORA)
+    assert_close(outputs(fourth, photo_records), moved)
+    with pytest.raises(ConfigError, match=r"holds 'model.visual.blocks.2' whole; leave it out"):
+        set_trainable(reopened(tmp_path / "second"), ["vision_lora"], LORA, VisionLoraConfig(blocks=[2], r=4, alpha=8))
+
+
+def test_what_trains_whole_may_be_held_in_float32(tied: Path, photo_records: Path) -> None:
+    """Beside a model in bfloat16, whose weights are too coarse for small steps; nothing else is converted."""
+    groups = ["lm_lora", "projector", "vision_top"]
+    bundle = set_trainable(load(tied, dtype="bfloat16"), groups, LORA, whole_dtype=torch.float32)
+    members = parameter_groups(bundle.model, groups)
+    assert {p.dtype for group in groups for _, p in members[group]} == {torch.float32}
+    frozen = {p.dtype for n, p in bundle.model.named_parameters() if not p.requires_grad and "language_model" in n}
+    assert frozen == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = outputs(bundle, photo_records).logits
+    assert bool(logits.isfinite().all())
