@@ -54,8 +54,8 @@ def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: 
     except (OSError, ValueError) as error:
         raise ModelLoadError(
             not_found(path, error)
-            or f"{path}: no Qwen2.5-VL tokenizer and processor could be read ({first_line(error)}); point model.path at "
-            "a complete checkpoint folder"
+            or f"{path}: no Qwen2.5-VL tokenizer and processor could be read ({first_line(error)}); point model.path "
+            "at a complete checkpoint folder"
         ) from error
     size = dict(image_processor.size)
     image_processor.size = {
