@@ -17,6 +17,8 @@ from finetune.data.storage.atomic import file_sha256, write_atomically
 from finetune.errors import ConfigError, shorten
 
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+"""Of the process that writes to the folder (`finetune.data.locking`), where it takes one; it belongs to no run."""
 
 
 def open_run(
@@ -43,11 +45,10 @@ def open_run(
             if old == new and can_continue:
                 return True
             raise ConfigError(f"{folder} {_difference(old, new)}; add --overwrite, or give another folder")
-    elif folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        found = min(path.name for path in folder.iterdir())
+    elif folder.is_dir() and (found := {path.name for path in folder.iterdir()} - {LOCK_FILE}) and not overwrite:
         raise ConfigError(
-            f"{folder} holds files that are of no {kind}, e.g. {found}; give another folder, or add --overwrite to "
-            "write beside them"
+            f"{folder} holds files that are of no {kind}, e.g. {min(found)}; give another folder, or add --overwrite "
+            "to write beside them"
         )
     folder.mkdir(parents=True, exist_ok=True)
     if overwrite:

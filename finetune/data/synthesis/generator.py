@@ -23,6 +23,7 @@ import skimage
 from tqdm import tqdm
 
 from finetune.data import masks
+from finetune.data.locking import locked
 from finetune.data.parallel import num_workers, ordered_map
 from finetune.data.synthesis.answers import (
     LANGUAGES,
@@ -34,7 +35,7 @@ from finetune.data.synthesis.answers import (
 )
 from finetune.data.synthesis.config import SynthConfig
 from finetune.data.synthesis.image_files import IMAGE_FORMATS, encode_image, encode_png, photo_exif, write_whole
-from finetune.data.synthesis.partial import Entry, PartialSet, locked
+from finetune.data.synthesis.partial import Entry, PartialSet
 from finetune.data.synthesis.photos import SPLITS, PhotoSet, find_photos
 from finetune.data.synthesis.record_files import write_record_files
 from finetune.data.synthesis.samples import Sample, SampleTask, make_sample, plan_tasks
@@ -70,7 +71,8 @@ def synthesize(
     _check_target(out_dir, overwrite)
     photos = find_photos(config.photos_dir, config.held_out_fraction, config.workers, progress)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with locked(out_dir):
+    refusal = f"another process is making {str(out_dir)!r}; wait for it, or choose another --out"
+    with locked(out_dir.parent / f".{out_dir.name}.lock", refusal):
         _check_target(out_dir, overwrite)  # another process may have finished meanwhile
         partial = PartialSet(out_dir, {**_content(config, photos), "code": _code_hash()})
         try:

@@ -1,4 +1,4 @@
-"""A set under construction: a hidden folder beside its final place, a journal of finished samples, and a lock.
+"""A set under construction: a hidden folder beside its final place and a journal of finished samples.
 
 The folder is named by everything that decides its content, so that an interrupted run goes on where it stopped and
 nothing of another run is mixed in. What a killed process left half done is found by the hashes in the journal.
@@ -6,19 +6,16 @@ nothing of another run is mixed in. What a killed process left half done is foun
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from finetune.data.synthesis.image_files import write_whole
-from finetune.errors import ForensicsError
 
 logger = logging.getLogger(__name__)
 
@@ -26,33 +23,6 @@ _JOURNAL = "journal.jsonl"
 
 Entry = dict[str, Any]
 """`{"record": ..., "sha256": {path relative to the set's folder: hash}}` of one finished sample."""
-
-
-@contextmanager
-def locked(out_dir: Path) -> Iterator[None]:
-    """Hold a set's place for this process; the lock goes with the process, however it ends.
-
-    Raises:
-        ForensicsError: another process is making a set there.
-    """
-    path = out_dir.parent / f".{out_dir.name}.lock"
-    while True:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise ForensicsError(
-                f"another process is making {str(out_dir)!r}; wait for it, or choose another --out"
-            ) from error
-        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-            break
-        os.close(descriptor)  # removed by its last holder between our two calls
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
 
 
 class PartialSet:

@@ -12,15 +12,17 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from PIL import Image
 
+from finetune.data.locking import locked
 from finetune.data.storage.atomic import write_atomically
 from finetune.errors import ConfigError, DataFormatError
-from finetune.inference.run_folder import open_run
+from finetune.inference.run_folder import LOCK_FILE, open_run
 from finetune.inference.visualization import UInt8, save_mask_png
 
 KIND = "vision inference"
@@ -44,6 +46,22 @@ CSV_COLUMNS = (
     "error",
 )
 """Columns of the CSV, all of them in the journal too; `prompt` and `stamp` are in the journal only."""
+
+
+@contextmanager
+def held(evidence_dir: str | Path) -> Iterator[None]:
+    """Keep every other process out of an evidence folder, which is made where it is not there.
+
+    Raises:
+        ForensicsError: another process writes to it.
+    """
+    folder = Path(evidence_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output.evidence_dir is {folder}, which is a file; give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    refusal = f"another process is writing to {folder}; wait for it, or give another output.evidence_dir"
+    with locked(folder / LOCK_FILE, refusal):
+        yield
 
 
 class EvidenceFolder:

@@ -23,7 +23,7 @@ from finetune.data.images import load_image
 from finetune.errors import ConfigError, DataFormatError
 from finetune.inference.commands import find_images
 from finetune.inference.evidence.explaining import Explainer, Explanation, Finding, prompts_of
-from finetune.inference.evidence.folder import EvidenceFolder, failed_row, file_stamp
+from finetune.inference.evidence.folder import EvidenceFolder, failed_row, file_stamp, held
 from finetune.inference.evidence.models import open_vision_predictor
 from finetune.inference.evidence.overlay import draw_overlay
 from finetune.inference.evidence.prefetch import prefetch
@@ -58,14 +58,15 @@ def infer_command(arguments: argparse.Namespace) -> int:
     predictor, models = load_models(config)
     with_text = Explainer(predictor, config) if config.explain else None
     identity = {"settings": influential(config), "model": models}
-    output = EvidenceFolder(config.output.csv, config.output.evidence_dir, identity, overwrite=arguments.overwrite)
-    todo = output.pending({name: file_stamp(path) for name, path in images.items()})
-    if output.is_resumed:
-        print(f"{len(images) - len(todo)} of {len(images)} images are done already; going on with {len(todo)}")
-    with output, tqdm(total=len(images), initial=len(images) - len(todo), unit="image", disable=None) as progress:
-        for row in inspect({name: images[name] for name in todo}, predictor, with_text, config, output):
-            output.write(row)
-            progress.update()
+    with held(config.output.evidence_dir):
+        output = EvidenceFolder(config.output.csv, config.output.evidence_dir, identity, overwrite=arguments.overwrite)
+        todo = output.pending({name: file_stamp(path) for name, path in images.items()})
+        if output.is_resumed:
+            print(f"{len(images) - len(todo)} of {len(images)} images are done already; going on with {len(todo)}")
+        with output, tqdm(total=len(images), initial=len(images) - len(todo), unit="image", disable=None) as progress:
+            for row in inspect({name: images[name] for name in todo}, predictor, with_text, config, output):
+                output.write(row)
+                progress.update()
     return _summary([output.rows[name] for name in images], config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import logging
 import shutil
@@ -157,6 +158,24 @@ def test_another_run_does_not_write_into_the_folder(
     assert (tmp_path / "r.csv").read_bytes() == before
     assert infer(settings, image, *only_verdicts("heatmap_threshold=0.6"), "--overwrite") == 0
     assert infer(settings, image, *only_verdicts("heatmap_threshold=0.6", "batch_size=1", "num_workers=0")) == 0
+
+
+def test_two_processes_do_not_write_one_folder(
+    settings: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also with --overwrite, which would remove what the other one writes; a killed one holds nobody up."""
+    folder = tmp_path / "evidence"
+    folder.mkdir()
+    with (folder / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for more in ((), ("--overwrite",)):
+            assert infer(settings, str(photos / "a.png"), *more, *only_verdicts()) == 2
+            error = capsys.readouterr().err
+            assert f"another process is writing to {folder}; wait for it, or give another" in error
+            assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert infer(settings, str(photos / "a.png"), *only_verdicts()) == 0
+    assert rows_of(tmp_path / "r.csv")["a.png"]["error"] == ""
+    assert not (folder / ".lock").exists()
 
 
 def test_verdicts_alone_do_not_load_the_language_model(settings: Path, photos: Path) -> None:
