@@ -27,7 +27,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if has_cuda and torch.cuda.is_bf16_supported() else "fp32"
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    known = _known()
     checkpointing = "activation" if "activation_checkpointing" in known else "gradient"  # renamed during 5.x
     arguments: dict[str, Any] = {
         "output_dir": config.output_dir,
@@ -64,11 +64,8 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "dataloader_pin_memory": has_cuda,
         "disable_tqdm": None,
     }
-    for key in train.trainer_args:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            advice = f"; did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"train.trainer_args: '{key}' is no field of transformers.TrainingArguments{advice}")
+    for problem in trainer_argument_problems(config):
+        raise ConfigError(problem)
     if "wandb" in train.report_to and importlib.util.find_spec("wandb") is None:
         raise ConfigError("train.report_to names wandb, which is not installed; pip install wandb, or remove it")
     try:
@@ -78,3 +75,29 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     if result.n_gpu > 1:  # started without a launcher: DataParallel would split lists of masks and images wrongly
         result._n_gpu = 1
     return result
+
+
+def trainer_argument_problems(config: RunConfig) -> list[str]:
+    """What is wrong with the names in `train.trainer_args`, one line each."""
+    known, problems = _known(), []
+    for key in config.train.trainer_args:
+        if key in _OF_OUR_SCHEDULE:
+            problems.append(
+                f"train.trainer_args.{key} would not be read: the schedule is a run's own; set {_OF_OUR_SCHEDULE[key]}"
+            )
+        elif key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            advice = f"; did you mean '{near[0]}'?" if near else ""
+            problems.append(f"train.trainer_args: '{key}' is no field of transformers.TrainingArguments{advice}")
+    return problems
+
+
+_OF_OUR_SCHEDULE = {
+    "lr_scheduler_type": "train.lr_scheduler",
+    "warmup_ratio": "train.warmup_ratio",
+    "warmup_steps": "train.warmup_steps or train.warmup_ratio",
+}
+
+
+def _known() -> set[str]:
+    return {field.name for field in dataclasses.fields(TrainingArguments)}

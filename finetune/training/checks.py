@@ -15,6 +15,7 @@ from finetune.losses.criterion import TERMS
 from finetune.models.groups import EXCLUSIVE, GROUPS
 from finetune.schema import Record
 from finetune.training.adversarial import adversarial_problems
+from finetune.training.arguments import trainer_argument_problems
 from finetune.training.evaluation import METRICS
 from finetune.training.feature_cache import cache_problems
 from finetune.training.region_masking import masking_problems
@@ -59,6 +60,7 @@ def run_problems(config: RunConfig) -> list[str]:
     return [
         *_group_problems(config),
         *_number_problems(config),
+        *trainer_argument_problems(config),
         *_metric_problems(config),
         *_data_problems(config),
         *_heads_problems(config),

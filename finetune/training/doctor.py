@@ -15,6 +15,7 @@ from finetune.data.dataset import ForensicDataset
 from finetune.data.image_size import set_short_side
 from finetune.data.pictures import PictureDataset
 from finetune.data.readers.options import options_from
+from finetune.data.regions.limit import fitted_records
 from finetune.data.validation import Problem, check_file, leaking_tokens
 from finetune.errors import ForensicsError
 from finetune.models.loading import load_processor
@@ -100,6 +101,11 @@ def check_config(config: RunConfig) -> list[Problem]:
             problems += found
             if processor is not None and not any(problem.severity == "error" for problem in found):
                 kind = PictureDataset if config.reads_pictures_only else ForensicDataset
+                try:
+                    records = fitted_records(records, what, config.data.max_regions)
+                except ForensicsError as error:
+                    problems.append(_error(str(error)))
+                    continue
                 errors = kind(records, processor, tokens, config.data).check_lengths()
                 problems += [_error(str(error)) for error in errors]
     return problems

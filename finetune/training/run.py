@@ -24,7 +24,7 @@ from finetune.config import ModelConfig, RunConfig, to_dict
 from finetune.data.dataset import ForensicDataset, checked_dataset
 from finetune.data.image_size import set_short_side
 from finetune.data.pictures import PictureDataset
-from finetune.data.regions.limit import limit_regions, regions_in_chunks
+from finetune.data.regions.limit import fitted_records, limit_regions
 from finetune.data.sources import hold_back, read_sources
 from finetune.errors import ConfigError
 from finetune.losses.criterion import TERMS
@@ -232,8 +232,7 @@ def _about_few_regions(
             "%d of %d training records have more than data.max_regions = %d candidate regions: %d candidates are left "
             "out", limited.shortened, len(records), max_regions, limited.left_out,
         )  # fmt: skip
-    parts = None if held is None else [part for record in held for part in regions_in_chunks(record, max_regions)]
-    return limited.records, parts
+    return limited.records, None if held is None else fitted_records(held, "eval", max_regions)
 
 
 def _evaluation_callbacks(config: RunConfig, bundle: Bundle) -> list[Any]:

@@ -46,6 +46,17 @@ def limit_regions(records: Iterable[Record], max_regions: int | None) -> Limited
     return Limited(found, shortened, left_out)
 
 
+def fitted_records(records: Iterable[Record], what: str, max_regions: int | None) -> list[Record]:
+    """Records as a run takes them: those of `train` shortened, those of `eval` divided, so that none is left out.
+
+    Raises:
+        DataFormatError: as `keep_regions`.
+    """
+    if what == "train":
+        return limit_regions(records, max_regions).records
+    return [part for record in records for part in regions_in_chunks(record, max_regions)]
+
+
 def regions_in_chunks(record: Record, max_regions: int | None) -> Iterator[Record]:
     """The record as it is, or several of its id with at most `max_regions` candidates each, every one of them once.
 
