@@ -17,7 +17,7 @@ from finetune.data.pictures import PictureDataset
 from finetune.data.readers.options import options_from
 from finetune.data.regions.limit import fitted_records
 from finetune.data.validation import Problem, check_file, leaking_tokens
-from finetune.errors import ForensicsError
+from finetune.errors import ConfigError, ForensicsError
 from finetune.models.loading import load_processor
 from finetune.schema import Record
 from finetune.special_tokens import SpecialTokens
@@ -103,6 +103,8 @@ def check_config(config: RunConfig) -> list[Problem]:
                 kind = PictureDataset if config.reads_pictures_only else ForensicDataset
                 try:
                     records = fitted_records(records, what, config.data.max_regions)
+                except ConfigError:
+                    continue  # among run_problems already
                 except ForensicsError as error:
                     problems.append(_error(str(error)))
                     continue

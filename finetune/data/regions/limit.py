@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from finetune.data.regions.text import POSITIVE_IDS, REGIONS, REGIONS_PLACEHOLDER, record_regions
-from finetune.errors import DataFormatError
+from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Record, Turn
 
 
@@ -33,8 +33,9 @@ def limit_regions(records: Iterable[Record], max_regions: int | None) -> Limited
     """Records with at most `max_regions` candidates each; None changes nothing.
 
     Raises:
-        DataFormatError: as `keep_regions`.
+        ConfigError: `max_regions` below 1. DataFormatError: as `keep_regions`.
     """
+    _check(max_regions)
     found, shortened, left_out = [], 0, 0
     for record in records:
         regions = record_regions(record) if max_regions is not None else None
@@ -63,8 +64,9 @@ def regions_in_chunks(record: Record, max_regions: int | None) -> Iterator[Recor
     The parts follow the order of the list and are as equal in size as can be.
 
     Raises:
-        DataFormatError: as `keep_regions`.
+        ConfigError: `max_regions` below 1. DataFormatError: as `keep_regions`.
     """
+    _check(max_regions)
     regions = record_regions(record)
     if max_regions is None or regions is None or len(regions) <= max_regions:
         yield record
@@ -109,6 +111,11 @@ def keep_regions(record: Record, ids: Sequence[str]) -> Record:
         POSITIVE_IDS: [name for name in _positive_ids(record) if name in kept],
     }
     return replace(record, turns=turns, provenance=provenance)
+
+
+def _check(max_regions: int | None) -> None:
+    if max_regions is not None and max_regions < 1:
+        raise ConfigError(f"data.max_regions is {max_regions}; expected at least 1, or null")
 
 
 def _positive_ids(record: Record) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from finetune.data.regions.limit import drawn_ids, keep_regions, limit_regions, regions_in_chunks
 from finetune.data.regions.wording import load_region_template, parse_answer
-from finetune.errors import DataFormatError
+from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import ImageInput, ImageTarget, Record, Turn
 
 
@@ -107,3 +107,9 @@ def test_what_cannot_be_shortened_is_named(
         keep_regions(record, ["R1", "R2"])
     assert "scene/7" in str(caught.value)
     assert "6 candidates" in str(caught.value)
+
+
+def test_no_candidate_at_all_is_refused() -> None:
+    for call in (lambda: limit_regions([make("a", 1, 4)], 0), lambda: [*regions_in_chunks(make("a", 1, 4), 0)]):
+        with pytest.raises(ConfigError, match="data.max_regions is 0; expected at least 1"):
+            call()
