@@ -21,6 +21,9 @@ class ModelConfig:
         "auto"  # skip: the language model is neither built nor read; auto: skip where the heads need the tower alone
     )
     base: str | None = None  # Qwen2.5-VL under a folder of vision heads; default: the one that the folder names
+    region_features: bool = (
+        False  # add what the tower saw in each candidate region to the tokens of its id; a folder that has it keeps it
+    )
 
 
 @dataclass

@@ -333,13 +333,33 @@ def encode(pieces: Sequence[Segment], tokenizer: Any, image_tokens: Sequence[int
     """
     input_ids: list[int] = []
     labels: list[int] = []
-    counts = iter(image_tokens)
-    for text, is_supervised in _merge(pieces):
-        text = re.sub(re.escape(IMAGE_PAD), lambda _: IMAGE_PAD * next(counts), text) if IMAGE_PAD in text else text
+    for text, is_supervised in _written(pieces, image_tokens):
         ids = tokenizer.encode(text, add_special_tokens=False)
         input_ids += ids
         labels += ids if is_supervised else [IGNORE_INDEX] * len(ids)
     return input_ids, labels
+
+
+def token_spans(
+    pieces: Sequence[Segment], tokenizer: Any, image_tokens: Sequence[int]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The whole text of `encode`, and of each of its ids the characters [start, end) it was made of."""
+    whole = ""
+    spans: list[tuple[int, int]] = []
+    for text, _ in _written(pieces, image_tokens):
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        spans += [(start + len(whole), end + len(whole)) for start, end in found]
+        whole += text
+    return whole, spans
+
+
+def _written(pieces: Sequence[Segment], image_tokens: Sequence[int]) -> list[Segment]:
+    """Runs of segments between supervision changes, with each image's tokens."""
+    counts = iter(image_tokens)
+    return [
+        Segment(re.sub(re.escape(IMAGE_PAD), lambda _: IMAGE_PAD * next(counts), text), is_supervised)
+        for text, is_supervised in _merge(pieces)
+    ]
 
 
 def _merge(pieces: Sequence[Segment]) -> list[Segment]:

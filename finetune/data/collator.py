@@ -23,6 +23,8 @@ MODEL_KEYS = (
     "image_grid_thw",
     "logits_to_keep",
     "mask_sizes_hw",
+    "region_boxes",
+    "region_index",
 )
 """Keys of a batch that are arguments of the model's forward; the others are targets and names."""
 
@@ -62,12 +64,16 @@ class ForensicCollator:
             mask_sizes_hw: N pairs, the size each mask is compared at.
             cls_image_index, mask_image_index: which of the N images have tokens of each kind.
             record_ids: B names.
+            region_boxes: (B, R, 4) float32 and region_index: (B, T) int64, see `_regions`; absent where no sample has
+                regions the model shall look at.
             In a run without text the first three lines are absent. With a feature cache: feature_keys and
             feature_sizes_hw, N names and original (H, W), and cached_maps, per image its maps or None; pixel_values
             then holds the decoded images only (numbers in pixel_index), all of them where the expert reads pixels.
         """
         has_text = any(sample.input_ids for sample in samples)
         batch: dict[str, Any] = self._text(samples) if has_text else {}
+        if any(sample.region_boxes for sample in samples):
+            batch.update(self._regions(samples, batch["input_ids"].shape[1]))
         batch.update(self._images(samples))
         batch["cls_labels"] = torch.tensor([x for s in samples for x in s.cls_labels], dtype=torch.long)
         batch["mask_targets"] = [None if m is None else torch.from_numpy(m) for s in samples for m in s.masks]
@@ -121,6 +127,17 @@ class ForensicCollator:
             "logits_to_keep": supervised,
             "text_targets": labels[:, 1:][supervised[:, :-1]],
         }
+
+    def _regions(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
+        """Boxes of each sample, padded with zeros, and which tokens name them: 0 none, k the sample's box k - 1."""
+        boxes = torch.zeros(len(samples), max(len(sample.region_boxes) for sample in samples), 4)
+        index = torch.zeros(len(samples), length, dtype=torch.long)
+        for row, sample in enumerate(samples):
+            first = 0 if self.padding_side == "right" else length - len(sample.input_ids)
+            for number, (box, places) in enumerate(zip(sample.region_boxes, sample.region_tokens, strict=True)):
+                boxes[row, number] = torch.tensor(box)
+                index[row, [first + place for place in places]] = number + 1
+        return {"region_boxes": boxes, "region_index": index}
 
     def _images_with(self, samples: Sequence[Sample], ids: set[int]) -> Tensor:
         index: list[int] = []

@@ -17,12 +17,21 @@ from torch.utils.data import Dataset
 
 from finetune.config import DataConfig, SourceConfig
 from finetune.data.answer_polygons import MIN_POINTS, MIN_TOKENS, PolygonBudget, PolygonFrame
-from finetune.data.chat import Segment, conversation, encode, load_template, polygon_text, question_turns, segments
+from finetune.data.chat import (
+    Segment,
+    conversation,
+    encode,
+    load_template,
+    polygon_text,
+    question_turns,
+    segments,
+)
 from finetune.data.image_cache import ImageCache
 from finetune.data.image_size import short_side_size
 from finetune.data.images import image_size_hw
 from finetune.data.masks import load_mask, resize_mask
 from finetune.data.region_masking import Draw, RegionMasking, mask_regions
+from finetune.data.regions.places import region_places
 from finetune.data.regions.text import expand_regions
 from finetune.data.sources import read_sources, spread
 from finetune.data.validation import InvalidDataError, Problem, leaking_tokens, validate_for_training
@@ -52,6 +61,8 @@ class Sample:
     input_ids, labels: equally long, empty in a run without text. cls_labels: one per image, 0, 1 or -100. masks: one
     per image, (h, w) uint8 0/1 at `mask_sizes_hw`, or None. processed_hw: sizes after the processor's resize.
     features: one per image, none without a feature cache.
+    region_boxes: x1, y1, x2, y2 in pixels of the processed image; region_tokens: of each box the numbers of the ids
+    that name it. Both empty unless the model looks at regions itself.
     """
 
     record_id: str
@@ -63,6 +74,8 @@ class Sample:
     mask_sizes_hw: list[tuple[int, int]] = field(default_factory=list)
     processed_hw: list[tuple[int, int]] = field(default_factory=list)
     features: list[CachedFeatures] = field(default_factory=list)
+    region_boxes: list[tuple[int, ...]] = field(default_factory=list)
+    region_tokens: list[list[int]] = field(default_factory=list)
 
 
 class ForensicDataset(Dataset):
@@ -72,6 +85,7 @@ class ForensicDataset(Dataset):
         records: as read.
         processor: the Qwen2.5-VL processor, its pixel bounds already set.
         config: `template`, `layout`, `max_length`, `mask_resolution` and what is said of polygons are read.
+        region_features: whether the model is told where the candidate regions of a question are.
 
     Raises:
         ConfigError: a template that cannot be used, or a budget too small for one box.
@@ -80,7 +94,16 @@ class ForensicDataset(Dataset):
     has_text: ClassVar[bool] = True
     heads_read_text = True  # False where the heads see the vision tower alone, so that no answer can leak into them
 
-    def __init__(self, records: Sequence[Record], processor: Any, tokens: SpecialTokens, config: DataConfig) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        processor: Any,
+        tokens: SpecialTokens,
+        config: DataConfig,
+        *,
+        region_features: bool = False,
+    ) -> None:
+        self.region_features = region_features
         self.records = list(records)
         self.processor = processor
         self.tokens = tokens
@@ -117,7 +140,7 @@ class ForensicDataset(Dataset):
         """
         sample, pieces, processed = self.rendered(index)
         try:
-            sample.input_ids, sample.labels = self._render(self.records[index], pieces, processed)
+            self._fill(sample, self.records[index], pieces, processed)
         except DataFormatError:
             if not isinstance(index, Draw):
                 raise
@@ -198,7 +221,7 @@ class ForensicDataset(Dataset):
             turns = expand_regions(self.records[index], turns, sizes, processed)
             run = self.tokens.run * len(sample.images)
             pieces = [*segments(turns, self.template.system, for_generation=True), Segment(run, False)]
-            sample.input_ids, sample.labels = self._render(self.records[index], pieces, processed)
+            self._fill(sample, self.records[index], pieces, processed)
             samples.append(sample)
         return samples
 
@@ -214,8 +237,10 @@ class ForensicDataset(Dataset):
         masks: list[np.ndarray | None] = [None] * len(sizes)
         if any(self._needs_tracing(record, sizes, processed)):
             masks = [load_mask(t, s, record.id, record.source) for t, s in zip(record.targets, sizes, strict=True)]
-        turns = self._turns(record, sizes, processed, masks)
-        return len(self._render(record, segments(turns, self.template.system), processed)[0])
+        pieces = segments(self._turns(record, sizes, processed, masks), self.template.system)
+        if self.region_features:
+            self._places(record, pieces, sizes, processed)
+        return len(self._render(record, pieces, processed)[0])
 
     def check_lengths(self) -> list[DataFormatError]:
         """An error for every record that is too long, all at once, without decoding images."""
@@ -280,6 +305,25 @@ class ForensicDataset(Dataset):
             DataFormatError: an image too narrow for Qwen2.5-VL.
         """
         return processed_sizes(sizes, self.processor.image_processor, record.id, record.source)
+
+    def _fill(
+        self, sample: Sample, record: Record, pieces: Sequence[Segment], processed: Sequence[tuple[int, int]]
+    ) -> None:
+        """Ids and labels, and where the ids name regions."""
+        sample.input_ids, sample.labels = self._render(record, pieces, processed)
+        if self.region_features:
+            sizes = [(image.height, image.width) for image in sample.images]
+            sample.region_boxes, sample.region_tokens = self._places(record, pieces, sizes, processed)
+
+    def _places(
+        self,
+        record: Record,
+        pieces: Sequence[Segment],
+        sizes: Sequence[tuple[int, int]],
+        processed: Sequence[tuple[int, int]],
+    ) -> tuple[list[tuple[int, ...]], list[list[int]]]:
+        counts = [num_image_tokens(size, self.processor.image_processor) for size in processed]
+        return region_places(record, pieces, self.processor.tokenizer, counts, sizes, processed)
 
     def _render(
         self, record: Record, pieces: Sequence[Segment], processed: Sequence[tuple[int, int]]
@@ -358,17 +402,20 @@ def checked_dataset(
     tokens: SpecialTokens,
     config: DataConfig,
     kind: type[ForensicDataset] = ForensicDataset,
+    *,
+    region_features: bool = False,
 ) -> ForensicDataset:
     """`load_dataset` for records that are read already.
 
     Args:
         kind: the class that wraps them; its `has_text` decides what is checked.
+        region_features: as for `ForensicDataset`.
     """
     if what == "eval" and config.max_eval_samples is not None:
         records = spread(records, config.max_eval_samples)
     for warning in validate_for_training(records, tokens, check_pixels=False, has_text=kind.has_text):
         logger.warning("%s", warning.message)
-    dataset = kind(records, processor, tokens, config)
+    dataset = kind(records, processor, tokens, config, region_features=region_features)
     errors = dataset.check_lengths()
     if errors:
         problems = [Problem("error", error.record or "", str(error)) for error in errors]

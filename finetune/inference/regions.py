@@ -15,10 +15,11 @@ from typing import TypeVar
 import torch
 from PIL import Image
 
-from finetune.data.chat import question_turns
-from finetune.data.dataset import Sample, processed_sizes
+from finetune.data.chat import question_turns, segments
+from finetune.data.dataset import Sample, num_image_tokens, processed_sizes
 from finetune.data.images import load_image
 from finetune.data.regions.limit import regions_in_chunks
+from finetune.data.regions.places import region_places
 from finetune.data.regions.text import REGIONS, expand_regions, record_regions
 from finetune.data.regions.wording import (
     BUILT_IN,
@@ -95,6 +96,16 @@ class RegionPredictor(Predictor):
         processed = processed_sizes([size], self.bundle.processor.image_processor, record.id, record.source)
         turns = expand_regions(record, self.question(record), [size], processed)
         sample = self._sample(Query(record.id, record.images, turns), [picture], "")
+        if self.bundle.base.config.region_features:
+            image_processor = self.bundle.processor.image_processor
+            sample.region_boxes, sample.region_tokens = region_places(
+                record,
+                segments(turns, self.template.system, for_generation=True),
+                self.bundle.tokenizer,
+                [num_image_tokens(processed[0], image_processor)],
+                [size],
+                processed,
+            )
         if verdicts is not None:
             start = answer_start(list(verdicts), list(verdicts.values()))
             sample.input_ids = sample.input_ids + self.bundle.tokenizer.encode(start, add_special_tokens=False)

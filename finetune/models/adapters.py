@@ -145,6 +145,10 @@ def _module_paths(
 ) -> list[str]:
     """Paths of the modules that train whole; none inside another."""
     paths: list[str] = []
+    if "region_features" in groups and not model.config.region_features:
+        raise ConfigError(
+            "train.trainable names region_features, which this model lacks; set model.region_features: true"
+        )
     for group, names in HEAD_GROUPS.items():
         if group in groups:
             paths += [name for name in names if hasattr(model, name)]

@@ -21,8 +21,12 @@ from finetune.config import HeadsConfig, build  # noqa: E402
 from finetune.errors import ConfigError  # noqa: E402
 
 TOWER_HEADS = ("neck", "mask_queries")
-HEAD_MODULES = ("cls_head", "mask_head", "noise_residual", "layer_mix", "stream_to_language", *TOWER_HEADS)
-"""Attribute names of everything this class adds to Qwen2.5-VL; `TOWER_HEADS` with `heads.source: vision` only."""
+REGION_MODULE = "region_projection"
+HEAD_MODULES = (
+    "cls_head", "mask_head", "noise_residual", "layer_mix", "stream_to_language", *TOWER_HEADS, REGION_MODULE,
+)  # fmt: skip
+"""Attribute names of everything this class adds to Qwen2.5-VL; `TOWER_HEADS` with `heads.source: vision` only,
+`REGION_MODULE` with `region_features` only, heads or not."""
 
 
 class QwenForensicsConfig(Qwen2_5_VLConfig):
@@ -35,6 +39,8 @@ class QwenForensicsConfig(Qwen2_5_VLConfig):
         image_mean, image_std: the processor's normalisation, which the noise-residual stream undoes.
         has_language: whether the language model and its lm_head are part of the model; heads on the vision tower do
             without.
+        region_features: whether tokens that name a region gain what the tower saw there
+            (`finetune.models.region_features`).
     """
 
     model_type = "qwen_forensics"
@@ -47,6 +53,7 @@ class QwenForensicsConfig(Qwen2_5_VLConfig):
     image_mean: list | tuple = (0.48145466, 0.4578275, 0.40821073)
     image_std: list | tuple = (0.26862954, 0.26130258, 0.27577711)
     has_language: bool = True
+    region_features: bool = False
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -106,6 +113,8 @@ def check_heads(config: QwenForensicsConfig) -> None:
         ConfigError: `heads.layer` or one of `heads.vision_layers` out of range, or switches that exclude each other.
     """
     heads = config.heads_config
+    if config.region_features and not config.has_language:
+        raise ConfigError("model.region_features adds to what the language model reads, which is left out")
     if not heads.enabled:
         return
     num_layers, depth = config.text_config.num_hidden_layers, config.vision_config.depth

@@ -190,6 +190,11 @@ def _check_plain(bundle: Bundle) -> None:
             "(heads.noise_residual.to_language), which a plain Qwen2.5-VL cannot compute, so its text would change; "
             "merge without --plain, or train with to_language: false"
         )
+    if bundle.base.config.region_features:
+        raise ConfigError(
+            "--plain: this model's language part reads what the tower saw in each region (model.region_features), "
+            "which a plain Qwen2.5-VL does not compute, so its text would change; merge without --plain"
+        )
 
 
 # ---- weights ----
@@ -254,7 +259,7 @@ def _plain_config(bundle: Bundle, base: str, dtype: torch.dtype) -> dict[str, An
     tree: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
     if tree.get("model_type") != Qwen2_5_VLConfig.model_type:
         fields = bundle.base.config.to_dict()
-        for name in (*CONFIG_FIELDS, "model_type"):
+        for name in (*CONFIG_FIELDS, "region_features", "model_type"):
             fields.pop(name, None)
         tree = json.loads(Qwen2_5_VLConfig.from_dict(fields).to_json_string(use_diff=True))
     tree["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]

@@ -17,8 +17,10 @@ HEAD_GROUPS = {
     "cls_head": ("cls_head", "layer_mix"),
     "mask_head": ("mask_head", "mask_queries", "layer_mix"),
     "noise_residual": ("noise_residual", "stream_to_language"),
+    "region_features": ("region_projection",),
 }
-"""Modules of each group of heads; `neck` and `mask_queries` exist with `heads.source: vision` only."""
+"""Modules of each group of heads; `neck` and `mask_queries` exist with `heads.source: vision` only, the last one with
+`model.region_features`."""
 
 GROUPS = (
     "new_tokens", *HEAD_GROUPS, "lm_lora", "lm_full", "projector", "vision_lora", "vision_top", "vision_full",

@@ -5,7 +5,7 @@ A mixin without a `forward`: running the heads is `finetune.models.head_running`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from finetune.models.configuration import HEAD_MODULES, QwenForensicsConfig, che
 from finetune.models.heads import HEADS, ClsHead, evidence_size
 from finetune.models.neck import NUM_POOLED, FusionNeck
 from finetune.models.noise_residual import NoiseResidualStream
+from finetune.models.region_features import RegionProjection
 
 
 class HeadBuilder(nn.Module):
@@ -47,8 +48,10 @@ class HeadBuilder(nn.Module):
         check_heads(self.config)
         if heads.enabled:
             self._build_heads(heads)
-            if next(self.parameters()).device.type != "meta":
-                self.init_heads()
+        if self.config.region_features:
+            self.region_projection = RegionProjection(self.config.text_config.hidden_size)
+        if self.head_modules() and next(self.parameters()).device.type != "meta":
+            self.init_heads()
 
     def _build_heads(self, heads: HeadsConfig) -> None:
         text, residual = self.config.text_config, heads.noise_residual
@@ -81,21 +84,28 @@ class HeadBuilder(nn.Module):
         has_evidence = heads.cls_uses_mask and heads.mask != "none"
         return evidence_size(self.mask_head.num_features) if has_evidence else 0
 
-    def init_heads(self) -> None:
-        """(Re-)initialise every head from `heads.seed`, leaving the global RNG untouched."""
+    def init_heads(self, names: Collection[str] = HEAD_MODULES) -> None:
+        """(Re-)initialise the heads of these names from `heads.seed`, leaving the global RNG untouched."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.heads_config.seed)
-            for module in self.head_modules():
+            for name, module in self._own_modules():
+                if name not in names:
+                    continue
                 for part in module.modules():
                     reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
                     if reset is not None:
                         reset()
-            if hasattr(self, "layer_mix"):
-                self.layer_mix.weight.zero_()  # softmax of zeros: plain mean of the layers
-            if hasattr(self, "stream_to_language"):
-                self.stream_to_language.weight.zero_()
-                self.stream_to_language.bias.zero_()
+                if name == "layer_mix":
+                    module.weight.zero_()  # softmax of zeros: plain mean of the layers
+                elif name == "stream_to_language":
+                    module.weight.zero_()
+                    module.bias.zero_()
+                elif isinstance(module, RegionProjection):
+                    module.zero_output()
 
     def head_modules(self) -> list[nn.Module]:
         """The modules this class adds, in a fixed order."""
-        return [getattr(self, name) for name in HEAD_MODULES if hasattr(self, name)]
+        return [module for _, module in self._own_modules()]
+
+    def _own_modules(self) -> list[tuple[str, Any]]:
+        return [(name, getattr(self, name)) for name in HEAD_MODULES if hasattr(self, name)]

@@ -25,6 +25,7 @@ from finetune.models.features import (
 from finetune.models.head_building import HeadBuilder
 from finetune.models.heads import evidence_size, pool_evidence
 from finetune.models.perturbation import VisionOffsets, add_offsets
+from finetune.models.region_features import pool_regions, spread
 
 
 class Seen(NamedTuple):
@@ -61,12 +62,46 @@ class HeadRunner(HeadBuilder):
             vision = add_offsets(vision, offsets, image_grid_thw, self.heads_config.vision_layers, merge)
         return Seen(vision, stream)
 
-    def _encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> BaseModelOutputWithPooling:
+    def _add_regions(
+        self,
+        inputs_embeds: Tensor,
+        image: BaseModelOutputWithPooling,
+        input_ids: Tensor,
+        image_grid_thw: Tensor,
+        boxes_xyxy: Tensor,
+        region_index: Tensor,
+    ) -> Tensor:
+        """Embeddings (B, T, D) with what the tower saw in each region added to the tokens that name it.
+
+        Args:
+            boxes_xyxy: (B, R, 4) in pixels of the processed image, zeros where a sample has fewer; a sample with
+                regions has one image. region_index: (B, T), see `region_features.spread`.
+        """
+        vision = self.config.vision_config
+        merge, counts = vision.spatial_merge_size, self._images_per_row(input_ids)
+        rows, first = [], 0
+        for count, boxes in zip(counts, boxes_xyxy, strict=True):
+            if count:
+                _, h, w = (int(side) for side in image_grid_thw[first])
+                tokens = image.pooler_output[first]
+                rows.append(pool_regions(tokens, boxes, (h // merge, w // merge), merge * vision.patch_size))
+            else:
+                rows.append(boxes.new_zeros(len(boxes), 2 * inputs_embeds.shape[-1]))
+            first += count
+        pooled = torch.stack(rows)  # (B, R, 2 D)
+        return inputs_embeds + spread(self.region_projection(pooled), region_index).to(inputs_embeds.dtype)
+
+    def _images_per_row(self, input_ids: Tensor) -> list[int]:
+        return count_images(input_ids, self.config.vision_start_token_id, self.config.image_token_id)
+
+    def _encode_images(
+        self, pixel_values: Tensor, image_grid_thw: Tensor, *, keeps_blocks: bool = True
+    ) -> BaseModelOutputWithPooling:
         """Vision tower with the hidden states of every block; without a graph while all of it is frozen."""
         needs_graph = pixel_values.requires_grad or any(p.requires_grad for p in self.model.visual.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and needs_graph):
             vision: BaseModelOutputWithPooling = self.model.get_image_features(
-                pixel_values, image_grid_thw, output_hidden_states=True, return_dict=True
+                pixel_values, image_grid_thw, output_hidden_states=keeps_blocks, return_dict=True
             )
         return vision
 
@@ -77,7 +112,7 @@ class HeadRunner(HeadBuilder):
             return None
         if not config.cls_token_ids or not config.mask_token_ids:
             return None
-        images = count_images(input_ids, config.vision_start_token_id, config.image_token_id)
+        images = self._images_per_row(input_ids)
         return (
             locate_runs(input_ids, config.cls_token_ids, images),
             locate_runs(input_ids, config.mask_token_ids, images),

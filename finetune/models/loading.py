@@ -136,6 +136,7 @@ def load_bundle(
     if adapter and read_config(base_path) is None:  # a plain base lacks rows for the tokens the adapter brings
         new_ids = processor.tokenizer.convert_tokens_to_ids(list(tokens.all))
     settings_of_model = _model_settings(saved, heads, processor, tokens)
+    settings_of_model["region_features"] = config.region_features or (saved is not None and saved.region_features)
     settings_of_model["has_language"] = config.language != "skip" and (saved is None or saved.has_language)
     if build_base is not None:
         model = build_base(settings_of_model)

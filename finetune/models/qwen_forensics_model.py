@@ -31,7 +31,12 @@ from transformers.modeling_utils import slice_logits_to_keep  # noqa: E402
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel  # noqa: E402
 
 from finetune.errors import ConfigError  # noqa: E402
-from finetune.models.configuration import HEAD_MODULES, QwenForensicsConfig, QwenForensicsOutput  # noqa: E402
+from finetune.models.configuration import (  # noqa: E402
+    HEAD_MODULES,
+    REGION_MODULE,
+    QwenForensicsConfig,
+    QwenForensicsOutput,
+)
 from finetune.models.head_running import Seen  # noqa: E402
 from finetune.models.perturbation import VisionOffsets  # noqa: E402
 from finetune.models.vision_heads import NO_LANGUAGE, VisionHeadRunner, VisionOnlyModel  # noqa: E402
@@ -79,23 +84,25 @@ class QwenForensicsForConditionalGeneration(VisionHeadRunner, Qwen2_5_VLForCondi
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
-        expected = {name for name, _ in model.named_parameters() if name.split(".")[0] in HEAD_MODULES}
-        missing = expected & set(info["missing_keys"])
-        if missing and missing != expected:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: {len(missing)} of {len(expected)} head weights are missing, e.g. "
-                f"'{min(missing)}'; the heads configuration does not fit these weights"
-            )
         for module in model.head_modules():
             module.float()  # `_keep_in_fp32_modules_strict` reaches stored weights only, not new ones
-        if missing:
-            model.init_heads()
-            info["missing_keys"] = type(info["missing_keys"])(k for k in info["missing_keys"] if k not in missing)
+        heads = tuple(name for name in HEAD_MODULES if name != REGION_MODULE)
+        for modules in (heads, (REGION_MODULE,)):  # regions may come to a folder that has heads
+            expected = {name for name, _ in model.named_parameters() if name.split(".")[0] in modules}
+            missing = expected & set(info["missing_keys"])
+            if missing and missing != expected:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: {len(missing)} of {len(expected)} head weights are missing, "
+                    f"e.g. '{min(missing)}'; the heads configuration does not fit these weights"
+                )
+            if missing:
+                model.init_heads(modules)
+                info["missing_keys"] = type(info["missing_keys"])(k for k in info["missing_keys"] if k not in missing)
         return (model, info) if wants_info else model
 
     def _supports_mm_encoder_outputs(self) -> bool:
-        """False with heads: else `generate` encodes the images beforehand and drops the pixels the heads need."""
-        return not self.has_heads and super()._supports_mm_encoder_outputs()
+        """False with heads or regions: else `generate` encodes the images beforehand and drops what these need."""
+        return not self.head_modules() and super()._supports_mm_encoder_outputs()
 
     def forward(
         self,
@@ -117,6 +124,8 @@ class QwenForensicsForConditionalGeneration(VisionHeadRunner, Qwen2_5_VLForCondi
         mask_sizes_hw: Sequence[tuple[int, int]] | None = None,
         vision_offsets: VisionOffsets | None = None,
         tower_maps: Sequence[Sequence[Tensor]] | None = None,
+        region_boxes: Tensor | None = None,
+        region_index: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -130,10 +139,13 @@ class QwenForensicsForConditionalGeneration(VisionHeadRunner, Qwen2_5_VLForCondi
             vision_offsets: added to what the vision tower gives; needs heads, and forensic tokens where they read them.
             tower_maps: what `self.tower_maps` gave for these images, instead of running the tower; `pixel_values` are
                 then needed for the noise-residual stream only.
+            region_boxes: (B, R, 4) x1, y1, x2, y2 in pixels of the processed image, padded with zeros; a sample with
+                regions has one image. Read by a model with `region_features` where it reads pixels.
+            region_index: (B, T) which tokens name them: 0 none, k the sample's box k - 1.
             return_dict: accepted for the base class's callers; the output is always a `QwenForensicsOutput`.
 
-        The steps: 1 vision tower and noise stream; 2 language model; 3 text logits; 4 states at the forensic tokens, or
-        of the tower; 5 masks; 6 image scores, which read the masks' evidence.
+        The steps: 1 vision tower, noise stream, regions; 2 language model; 3 text logits; 4 states at the forensic
+        tokens, or of the tower; 5 masks; 6 image scores, which read the masks' evidence.
         """
         has_text = input_ids is not None or inputs_embeds is not None
         self._check_inputs(has_text, pixel_values, tower_maps)
@@ -147,6 +159,17 @@ class QwenForensicsForConditionalGeneration(VisionHeadRunner, Qwen2_5_VLForCondi
                 image = self._add_stream(seen.vision, seen.stream, image_grid_thw)
                 mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": image}
                 pixel_values = None
+        if self.config.region_features and region_boxes is not None and region_index is not None:
+            if pixel_values is not None and image_grid_thw is not None:
+                image = self._encode_images(pixel_values, image_grid_thw, keeps_blocks=False)
+                mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": image}
+                pixel_values = None
+            seen_images = (mm_encoder_outputs or {}).get("image")
+            if seen_images is not None and input_ids is not None:  # else a later step of generation
+                embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+                inputs_embeds = self._add_regions(
+                    embeds, seen_images, input_ids, image_grid_thw, region_boxes, region_index
+                )
 
         result, outputs = QwenForensicsOutput(), None
         if has_text or not self.reads_tower:

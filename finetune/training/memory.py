@@ -127,6 +127,7 @@ def meta_model(config: RunConfig) -> QwenForensicsForConditionalGeneration:
         cls_token_ids=list(range(first, first + num_cls)),
         mask_token_ids=list(range(first + num_cls, first + num_cls + num_mask)),
         has_language=config.model.language == "load" or not config.reads_pictures_only,
+        region_features=config.model.region_features,
     )
     full.text_config.tie_word_embeddings = tied
     with torch.device("meta"):

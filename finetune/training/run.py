@@ -217,7 +217,8 @@ def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, Fore
     found = []
     for what, own in (("train", records), ("eval", held)):
         if own is not None:
-            found.append(checked_dataset(own, what, bundle.processor, bundle.tokens, data, kind))
+            looks = bundle.base.config.region_features
+            found.append(checked_dataset(own, what, bundle.processor, bundle.tokens, data, kind, region_features=looks))
             found[-1].heads_read_text = config.heads.source != "vision"
     return found[0], found[1] if held is not None else None
 

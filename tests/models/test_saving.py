@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from finetune.config import HeadsConfig, LoraConfig, ModelConfig
 from finetune.errors import ConfigError, ModelLoadError
 from finetune.models.adapters import set_trainable
-from finetune.models.configuration import HEAD_MODULES, TOWER_HEADS
+from finetune.models.configuration import HEAD_MODULES, REGION_MODULE, TOWER_HEADS
 from finetune.models.loading import Bundle, load_bundle, load_model, save_bundle
 from finetune.models.qwen_forensics_model import QwenForensicsForConditionalGeneration
 from finetune.models.vision_loading import load_vision
@@ -30,7 +30,7 @@ RICH: dict[str, Any] = {
     "noise_residual": replace(STREAM, to_language=True),
 }
 LORA = LoraConfig(r=4, dropout=0.0)
-TOKEN_HEADS = set(HEAD_MODULES) - set(TOWER_HEADS)
+TOKEN_HEADS = set(HEAD_MODULES) - {*TOWER_HEADS, REGION_MODULE}
 """Every module of heads on tokens."""
 
 

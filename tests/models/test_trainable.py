@@ -14,11 +14,11 @@ from finetune.config import LoraConfig
 from finetune.data.collator import MODEL_KEYS
 from finetune.errors import ConfigError
 from finetune.models.adapters import set_trainable
-from finetune.models.configuration import HEAD_MODULES, TOWER_HEADS
+from finetune.models.configuration import HEAD_MODULES, REGION_MODULE, TOWER_HEADS
 from finetune.models.groups import group_of, parameter_groups, trainable_table
 from finetune.models.loading import Bundle
 
-TOKEN_HEADS = set(HEAD_MODULES) - set(TOWER_HEADS)
+TOKEN_HEADS = set(HEAD_MODULES) - {*TOWER_HEADS, REGION_MODULE}
 """Every module of heads on tokens."""
 
 STAGE_1 = ["new_tokens", "cls_head", "mask_head", "noise_residual"]
