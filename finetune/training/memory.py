@@ -21,7 +21,7 @@ from transformers import Qwen2_5_VLConfig
 
 from finetune.config import RunConfig, to_dict
 from finetune.errors import ConfigError
-from finetune.models.groups import group_of
+from finetune.models.groups import group_of, needs_adapter
 from finetune.models.qwen_forensics_model import (
     HEAD_MODULES,
     QwenForensicsConfig,
@@ -152,6 +152,8 @@ def estimate(config: RunConfig, layout: Layout, num_gpus: int, model: Any = None
         for name, parameter in model.named_parameters()
     )
     added = trained.get("lm_lora", 0) + trained.get("vision_lora", 0) + trained.get("new_tokens", 0)
+    if needs_adapter(config.train.trainable):  # PEFT trains a copy beside the frozen original
+        added += trained.get("projector", 0) + trained.get("vision_top", 0)
     train_bytes = 2 if is_deepspeed and is_half else 4
     weight_bytes += added * train_bytes
     number = sum(trained.values())
@@ -188,13 +190,21 @@ def _moments(config: RunConfig, trained: Mapping[str, int], width: float) -> flo
     return sum(number * width * (1.0 if group in muon else adam) for group, number in trained.items())
 
 
+def _is_top(name: str, config: RunConfig, model: nn.Module) -> bool:
+    """Whether a parameter of the tower is of the blocks that `vision_top` trains, or of the merger where it does."""
+    if ".visual.merger." in name:
+        return config.vision_top.merger
+    block = re.search(r"\.visual\.blocks\.(\d+)\.", name)
+    return block is not None and int(block[1]) >= model.config.vision_config.depth - config.vision_top.blocks
+
+
 def trainable_numbers(config: RunConfig, model: nn.Module) -> dict[str, int]:
     """Parameters of each group that trains; LoRA and token rows are computed from the layers they would be added to."""
     groups = config.train.trainable
     found: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         group = group_of(name, groups)
-        if group is not None:
+        if group is not None and (group != "vision_top" or _is_top(name, config, model)):
             found[group] = found.get(group, 0) + parameter.numel()
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if "lm_lora" in groups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,6 +57,16 @@ def test_counts_are_those_of_a_real_run(make_config: Callable[..., RunConfig]) -
         for group, parameters in parameter_groups(trainer.model, LORA).items()
     }
     assert trainable_numbers(config, meta_model(config)) == real
+
+
+@pytest.mark.parametrize("name", ["regions_phase1", "regions_phase2", "regions_phase3"])
+def test_counts_of_the_region_phases_are_those_of_the_golden_lists(name: str) -> None:
+    """Tower blocks, the projector and LoRA on the tower, at the size of 3B."""
+    config = load_config(CONFIGS / f"{name}.yaml")
+    golden = (CONFIGS.parents[1] / "tests" / "golden" / "trainable" / f"{name}.txt").read_text("utf-8")
+    lines = [re.match(r"(\w+): \d+ tensors, ([\d,]+) parameters", line) for line in golden.splitlines()]
+    expected = {found[1]: int(found[2].replace(",", "")) for found in lines if found}
+    assert trainable_numbers(config, meta_model(config)) == expected
 
 
 def test_switches_move_the_parts_they_should() -> None:

@@ -111,5 +111,5 @@ def test_what_cannot_be_shortened_is_named(
 
 def test_no_candidate_at_all_is_refused() -> None:
     for call in (lambda: limit_regions([make("a", 1, 4)], 0), lambda: [*regions_in_chunks(make("a", 1, 4), 0)]):
-        with pytest.raises(ConfigError, match="data.max_regions is 0; expected at least 1"):
+        with pytest.raises(ConfigError, match=r"data\.max_regions is 0; expected at least 1"):
             call()
