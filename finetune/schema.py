@@ -124,3 +124,8 @@ class Prediction:
     text_label: int | None = None
     text_polygons: tuple[Polygon, ...] | None = None
     raw_score: float | None = None
+
+    @property
+    def own_score(self) -> float:
+        """The head's own probability, whether `score` was calibrated or not."""
+        return self.score if self.raw_score is None else self.raw_score

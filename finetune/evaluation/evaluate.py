@@ -78,7 +78,7 @@ def run_model(
     predictor: Predictor, records: Sequence[Record], arguments: argparse.Namespace, with_text: bool
 ) -> tuple[EvaluationResults, list[ReportSample]]:
     """Predict every record, write each prediction, and keep what metrics and report need."""
-    results = EvaluationResults(arguments.mask_threshold, with_text=with_text)
+    results = EvaluationResults(arguments.mask_threshold, with_text=with_text, with_masks=predictor.has_mask_head)
     samples: list[ReportSample] = []
     shown = {record.id for record in spread(records, arguments.report_samples)}
     answers = predictor.predict(

@@ -15,6 +15,7 @@ from finetune.metrics.localization import authentic_metrics, pixel_metrics
 from finetune.metrics.text import verdict_metrics
 from finetune.schema import Prediction
 
+NO_MASK_HEAD = "no mask head"
 PIXEL_METRICS = ("f1", "iou", "dice", "auc", "f1_best_threshold")
 
 
@@ -35,11 +36,15 @@ class EvaluationResults:
     Args:
         mask_threshold: score from which a pixel counts as tampered.
         with_text: whether answers were asked for; an empty answer then counts as one that cannot be read.
+        with_masks: whether the model has a mask head; without one (stage A) it takes no part in pixel metrics, instead
+            of counting as one that marks nothing, and `absent` in their sections says so.
     """
 
     mask_threshold: float = 0.5
     with_text: bool = True
+    with_masks: bool = True
     scores: list[float] = field(default_factory=list)
+    raw_scores: list[float | None] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     pixels: list[dict[str, float | None]] = field(default_factory=list)
     authentic: list[dict[str, Any]] = field(default_factory=list)
@@ -55,6 +60,7 @@ class EvaluationResults:
         """Take in one image; returns its pixel F1 if it is tampered and has a mask."""
         if label is not None:
             self.scores.append(prediction.score)
+            self.raw_scores.append(prediction.raw_score)
             self.labels.append(label)
             self.origins.append(origin)
         if self.with_text:
@@ -67,7 +73,7 @@ class EvaluationResults:
         self, mask_scores: np.ndarray | None, mask: np.ndarray | None, origin: Origin = UNKNOWN
     ) -> float | None:
         """Take in one pixel map against its target; None targets are passed over."""
-        if mask is None:
+        if mask is None or not self.with_masks:
             return None
         if not mask.any():
             self.authentic.append(dict(authentic_metrics([(mask_scores, mask)], self.mask_threshold)))
@@ -90,6 +96,7 @@ class EvaluationResults:
         image = image_metrics(np.array(self.scores), np.array(self.labels), threshold) if self.labels else {}
         return {
             "image": dict(image),
+            "image_uncalibrated": self.uncalibrated(threshold),
             "localization": self.localization(),
             "authentic": self.false_alarms(),
             "text": self._text(),
@@ -98,9 +105,18 @@ class EvaluationResults:
             "intervals_over_groups": self.intervals(over_groups=True) if self._has_groups() else {},
         }
 
+    def uncalibrated(self, threshold: float) -> dict[str, Any]:
+        """Image metrics of the heads' own scores; {} where scores were not calibrated."""
+        raw = [score for score in self.raw_scores if score is not None]
+        if not raw or len(raw) < len(self.labels):
+            return {}
+        found = image_metrics(np.array(raw), np.array(self.labels), threshold)
+        return {name: found[name] for name in ("auroc", "average_precision", "ece", "accuracy", "balanced_accuracy")}
+
     def localization(self) -> dict[str, Any]:
         """Pixel metrics averaged over tampered images."""
-        return {name: _mean([row[name] for row in self.pixels]) for name in PIXEL_METRICS} | {"n": len(self.pixels)}
+        means = {name: _mean([row[name] for row in self.pixels]) for name in PIXEL_METRICS}
+        return {**means, "n": len(self.pixels), **self._absent()}
 
     def false_alarms(self) -> dict[str, Any]:
         """What is marked on authentic images, averaged over them."""
@@ -108,7 +124,12 @@ class EvaluationResults:
             "false_alarm_rate": _mean([row["false_alarm_rate"] for row in self.authentic]),
             "false_positive_area": _mean([row["false_positive_area"] for row in self.authentic]),
             "n": len(self.authentic),
+            **self._absent(),
         }
+
+    def _absent(self) -> dict[str, str]:
+        """Why a section of pixel metrics is empty, where the model is the reason."""
+        return {} if self.with_masks else {"absent": NO_MASK_HEAD}
 
     def operations(self) -> dict[str, dict[str, Any]]:
         """Of each tampering operation that is known: `n`, image AUROC against all authentic images, pixel F1 at 0.5."""

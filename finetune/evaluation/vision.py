@@ -50,7 +50,6 @@ from finetune.inference.report.charts import precision_recall_chart
 from finetune.inference.report.page import ReportSample, format_table, write_report
 from finetune.inference.report.thresholds import thresholds_html
 from finetune.inference.run_folder import open_run
-from finetune.metrics.classification import image_metrics
 from finetune.metrics.thresholds import PixelTable, image_table
 from finetune.schema import Prediction, Record
 
@@ -133,7 +132,8 @@ def run_model(
     predictor: Predictor, records: Sequence[Record], config: VisionEvalConfig, outputs: Outputs
 ) -> tuple[EvaluationResults, PixelTable, list[Judged]]:
     """Predict every image, write its map and line, and keep the numbers; memory is flat in the pixels."""
-    results, pixels = EvaluationResults(config.heatmap_threshold, with_text=False), PixelTable()
+    results = EvaluationResults(config.heatmap_threshold, with_text=False, with_masks=predictor.has_mask_head)
+    pixels = PixelTable()
     judged: list[Judged] = []
     progress = tqdm(total=len(records), unit="record", disable=None, file=sys.stdout)
     with PredictionWriter(outputs.folder, outputs.predictions) as writer, progress:
@@ -181,16 +181,8 @@ def gather_metrics(
     """The sections of metrics.json; `image_uncalibrated` is there where the scores were calibrated."""
     metrics = results.metrics(config.classification_threshold)
     del metrics["text"]  # none was asked for
-    raw = [case.prediction.raw_score for case in judged if case.label is not None]
-    own: dict[str, Any] = {}
-    if raw and all(score is not None for score in raw):
-        found = image_metrics(
-            np.array(raw, dtype=np.float64), np.array(results.labels), config.classification_threshold
-        )
-        own = {name: found[name] for name in ("auroc", "average_precision", "ece", "accuracy", "balanced_accuracy")}
     return {
         **metrics,
-        "image_uncalibrated": own,
         "empty_maps": empty_maps(judged, config.heatmap_threshold),
         "thresholds": {
             "image": image_table(results.scores, results.labels),

@@ -62,6 +62,8 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     rows = []
     for section in ("image", "image_uncalibrated", "localization", "authentic", "empty_maps"):
         for name, value in metrics[section].items():
+            if name == "absent":
+                continue  # the reason why its numbers are missing
             low, high = intervals.get(f"{section}.{name}", (None, None))
             rows.append((section, name, value, low, high))
     for name, found in metrics["operations"].items():
@@ -78,7 +80,7 @@ def write_predictions(path: Path, judged: Sequence[Judged], mask_threshold: floa
     for case in judged:
         prediction = case.prediction
         correct = None if case.label is None else int(case.label == prediction.label)
-        raw = prediction.score if prediction.raw_score is None else prediction.raw_score
+        raw = prediction.own_score
         figures = (round(prediction.score, 6), round(raw, 6), _rounded(case.f1), _rounded(case.iou))
         rest = (_rounded(case.area), _rounded(case.peak), case.mask_path, _note(case, mask_threshold))
         rows.append((prediction.id, prediction.image_path, case.label, prediction.label, correct, *figures, *rest))

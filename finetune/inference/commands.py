@@ -14,6 +14,7 @@ from finetune.config import GenerationConfig, ModelConfig
 from finetune.data.chat import load_template
 from finetune.data.images import load_image
 from finetune.errors import ConfigError, DataFormatError, ModelLoadError
+from finetune.inference.calibrating import calibration_of
 from finetune.inference.output import PredictionWriter
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import query_for_image
@@ -25,7 +26,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".g
 
 
 def load_predictor(arguments: argparse.Namespace) -> Predictor:
-    """The predictor that --model, --adapter, --template, the thresholds and --device describe."""
+    """The predictor that --model, --adapter, --template, the thresholds, --no-calibration and --device describe."""
     device = check_device(arguments.device)
     bundle = load_bundle(ModelConfig(path=arguments.model, adapter=arguments.adapter))
     if bundle.has_new_heads:
@@ -40,7 +41,9 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
         batch_size=arguments.batch_size,
     )
     template = load_template(arguments.template) if arguments.template else None
-    return Predictor(bundle, generation, template=template, device=device)
+    asked = "off" if arguments.no_calibration else "auto"
+    calibration = calibration_of(bundle, arguments.adapter or arguments.model, asked)
+    return Predictor(bundle, generation, template=template, device=device, calibration=calibration)
 
 
 def check_device(name: str) -> str:
@@ -110,7 +113,8 @@ def describe(prediction: Prediction, mask_threshold: float) -> str:
         else f"  area {100 * float((prediction.mask_scores >= mask_threshold).mean()):.1f} %"
     )
     verdict = "tampered" if prediction.label else "real    "
-    line = f"{verdict}  score {prediction.score:.3f}{area}  {prediction.image_path}"
+    own = "" if prediction.raw_score is None else f" (uncalibrated {prediction.raw_score:.3f})"
+    line = f"{verdict}  score {prediction.score:.3f}{own}{area}  {prediction.image_path}"
     return f"{line}\n    {prediction.text}" if prediction.text else line
 
 

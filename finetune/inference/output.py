@@ -15,10 +15,10 @@ from finetune.schema import Polygon, Prediction
 class PredictionWriter:
     """Writes one line per prediction as it comes; a context manager.
 
-    A line: `{id, image_path, label, score, mask_path, polygons, text, parse_ok, text_polygons, size_hw}`; `label` is
-    the verdict (0 real, 1 tampered), `mask_path` is relative to the folder and null without a mask, its pixels are
-    scores times 255. Polygons are `[[[x, y], ...], ...]` in pixels of the original image; `text_polygons` are those
-    the text states, null where it could not be read.
+    A line: `{id, image_path, label, score, raw_score, mask_path, polygons, text, parse_ok, text_polygons, size_hw}`;
+    `label` is the verdict (0 real, 1 tampered), `raw_score` the score before calibration, `mask_path` is relative to
+    the folder and null without a mask, its pixels are scores times 255. Polygons are `[[[x, y], ...], ...]` in pixels
+    of the original image; `text_polygons` are those the text states, null where it could not be read.
     """
 
     def __init__(self, out_dir: str | Path, name: str = "predictions.jsonl") -> None:
@@ -64,6 +64,7 @@ def as_line(prediction: Prediction, mask_path: str | None) -> dict[str, Any]:
         "image_path": prediction.image_path,
         "label": prediction.label,
         "score": round(prediction.score, 6),
+        "raw_score": round(prediction.own_score, 6),
         "mask_path": mask_path,
         "polygons": _points(prediction.polygons),
         "text": prediction.text,

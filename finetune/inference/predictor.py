@@ -81,6 +81,11 @@ class Predictor:
         """Whether there is a language model; without one `text` stays empty."""
         return bool(self.bundle.base.config.has_language)
 
+    @property
+    def has_mask_head(self) -> bool:
+        """Whether pixels are judged at all; without a mask head `mask_scores` is always None."""
+        return hasattr(self.bundle.base, "mask_head")
+
     def predict(self, queries: Iterable[Query], *, with_text: bool = True) -> Iterator[list[Prediction]]:
         """One list of predictions (one per image) for each query, in order.
 

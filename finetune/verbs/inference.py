@@ -27,12 +27,22 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="score from which a pixel is tampered (0.5)",
     )
+    calibration_argument(parser)
     parser.add_argument("--no-text", action="store_true", help="verdict and mask only: one forward pass, no generation")
     parser.add_argument(
         "--max-new-tokens", type=positive, default=256, metavar="N", help="limit of the answer (default 256)"
     )
     parser.add_argument(
         "--template", default=None, help="zh, en or a template YAML (default: as the model was trained)"
+    )
+
+
+def calibration_argument(parser: argparse.ArgumentParser) -> None:
+    """For verbs whose model may be heads on the vision tower."""
+    parser.add_argument(
+        "--no-calibration",
+        action="store_true",
+        help="scores as vision heads give them, without the calibration.json beside them",
     )
 
 
@@ -101,6 +111,7 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mask-threshold", type=probability, default=0.5, metavar="P", help="the same of a pixel (0.5)"
     )
+    calibration_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: as each model was trained)")
     parser.add_argument("--template", help="zh, en or a template YAML (default: as each model was trained)")
     parser.add_argument("--language", choices=("zh", "en"), help="of the messages (default: the system's)")

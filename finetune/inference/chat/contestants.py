@@ -11,6 +11,7 @@ from typing import Literal
 from finetune.config import GenerationConfig, ModelConfig
 from finetune.data.chat import Template, load_template
 from finetune.errors import ConfigError
+from finetune.inference.calibrating import calibration_of
 from finetune.inference.chat.dialogue import Speaker
 from finetune.inference.commands import check_device
 from finetune.models.loading import ADAPTER_CONFIG, base_model_path, load_bundle
@@ -34,6 +35,7 @@ class Contestants:
     Args:
         base_path: base model of the adapters; None where only whole models take part.
         models: at least one, names unique.
+        calibration: `auto` or `off`, see `calibrating.calibration_of`.
     """
 
     def __init__(
@@ -45,10 +47,12 @@ class Contestants:
         model_config: ModelConfig,
         device: str,
         template: Template | None,
+        calibration: str = "auto",
     ) -> None:
         self.models = {model.name: model for model in models}
         self.generation = generation
         self._base_path, self._config, self._device, self._template = base_path, model_config, device, template
+        self._calibration = calibration
         self._shared: SharedBase | None = None
         self._speakers: dict[str, Speaker] = {}
 
@@ -89,7 +93,8 @@ class Contestants:
                 assert self._base_path is not None
                 self._shared = SharedBase(self._model_config(self._base_path))
             bundle = self._shared.base() if model.kind == "base" else self._shared.adapter(model.path)
-        return Speaker(bundle, self.generation, template=self._template, device=self._device)
+        calibration = calibration_of(bundle, model.path, self._calibration)
+        return Speaker(bundle, self.generation, template=self._template, device=self._device, calibration=calibration)
 
     def _model_config(self, path: str) -> ModelConfig:
         return ModelConfig(path=path, dtype=self._config.dtype, quantization=self._config.quantization)
@@ -139,6 +144,7 @@ def contestants(arguments: argparse.Namespace) -> Contestants:
         model_config=ModelConfig(dtype=arguments.dtype, quantization=arguments.quantization),
         device=check_device(arguments.device),
         template=load_template(arguments.template) if arguments.template else None,
+        calibration="off" if arguments.no_calibration else "auto",
     )
 
 

@@ -221,7 +221,7 @@ def _row(
         "label": prediction.label,
         "verdict": verdict_word(prediction.label, config.language),
         "score": round(prediction.score, 6),
-        "raw_score": round(prediction.score if prediction.raw_score is None else prediction.raw_score, 6),
+        "raw_score": round(prediction.own_score, 6),
         "num_regions": evidence.num_regions,
         "area": round(evidence.area, 6),
         "boxes": boxes_text(evidence),

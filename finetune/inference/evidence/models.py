@@ -17,10 +17,10 @@ from finetune.config import GenerationConfig, ModelConfig
 from finetune.config.vision_runs import VisionModelSettings
 from finetune.data.storage.atomic import file_sha256
 from finetune.errors import ConfigError, ModelLoadError
+from finetune.inference.calibrating import calibration_of, find_calibration
 from finetune.inference.commands import check_device
 from finetune.inference.predictor import Predictor
 from finetune.inference.run_folder import folder_identity
-from finetune.metrics.calibration import Calibration
 from finetune.models.loading import ADAPTER_CONFIG
 from finetune.models.plain import HEADS_FILE
 from finetune.models.vision_loading import load_vision
@@ -28,7 +28,6 @@ from finetune.models.vision_parts import LORA_DIR, parts_section, read_heads
 
 logger = logging.getLogger(__name__)
 
-CALIBRATION = "calibration.json"
 _LORA_FILE = "adapter_model.safetensors"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -72,7 +71,7 @@ def open_vision_predictor(
     chosen = generation or GenerationConfig()
     chosen.score_threshold, chosen.mask_threshold = settings.classification_threshold, settings.heatmap_threshold
     chosen.batch_size = settings.batch_size
-    apply = None if calibration is None else Calibration.load(calibration).apply
+    apply = calibration_of(bundle, heads, settings.calibration)
     predictor = Predictor(bundle, chosen, device=device, calibration=apply)
     identity = {
         "base": folder_identity(base),
@@ -163,19 +162,3 @@ def lora_blocks(folder: Path) -> list[int]:
     except (OSError, SafetensorError) as error:
         raise ModelLoadError(f"{file}: cannot be read ({str(error).splitlines()[0][:120]}); copy it again") from error
     return sorted({int(match[1]) for key in keys if (match := re.search(r"visual\.blocks\.(\d+)\.", key))})
-
-
-def find_calibration(asked: str, heads: Path) -> Path | None:
-    """The file of `calibration`: beside the heads where it is `auto` (None where there is none), None for `off`.
-
-    Raises:
-        ConfigError: a file that is named and not there.
-    """
-    if asked == "off":
-        return None
-    path = heads / CALIBRATION if asked == "auto" else Path(asked)
-    if path.is_file():
-        return path
-    if asked == "auto":
-        return None
-    raise ConfigError(f"calibration is {asked}, which is no file; give a {CALIBRATION}, auto or off")

@@ -115,6 +115,16 @@ def interval_of(metrics: Mapping[str, Any], path: str) -> tuple[float, float] | 
     return None if low is None or high is None else (low, high)
 
 
+ABSENT: dict[str, tuple[str, str]] = {"no mask head": ("模型没有掩膜头，未评测", "no mask head, not measured")}
+"""What `absent` in a group of metrics.json says, in both languages."""
+
+
+def absent_text(metrics: Mapping[str, Any], group: str) -> tuple[str, str] | None:
+    """Why the model has no value in a group, Chinese and English; None where it has."""
+    reason = _mapping(metrics.get(group)).get("absent")
+    return None if reason is None else ABSENT.get(str(reason), (str(reason), str(reason)))
+
+
 def format_table(metrics: Mapping[str, Any]) -> str:
     """Plain-text table: metric, model with its 95 % interval, and both baselines, aligned also with Chinese in it.
 
@@ -133,13 +143,19 @@ def format_table(metrics: Mapping[str, Any]) -> str:
             values = [value_of(metrics, row, name) for name in (None, *names)]
             if all(as_number(value) is None for value in values):
                 continue
+            if absent_text(metrics, group) is not None and not names:
+                continue  # a count of 0 images
             interval = interval_of(metrics, row.path)
             best = best_columns(row, values)
             cells = [format_number(value) + ("*" if i in best else " ") for i, value in enumerate(values)]
             ends = DASH if interval is None else f"{interval[0]:.3f}-{interval[1]:.3f}"
             name = row.en if row.zh == row.en else f"{row.en} {row.zh}"
             rows.append([f"  {name} {_ARROWS[row.direction]}".rstrip(), cells[0], ends, *cells[1:]])
-        if rows:
+        absent = absent_text(metrics, group)
+        if absent is not None:
+            lines.append(f"{zh} {en}: {absent[1]} {absent[0]}")
+            lines += rows
+        elif rows:
             lines += [f"{zh} {en}", *rows]
     table = [head, *(line for line in lines if isinstance(line, list))]
     widths = [max(display_width(line[i]) for line in table) for i in range(len(head))]
@@ -179,6 +195,8 @@ def table_html(metrics: Mapping[str, Any]) -> str:
     rows = metric_rows(metrics)
     for group in shown_groups(metrics):
         zh, en = GROUPS[group]
+        if (absent := absent_text(metrics, group)) is not None:
+            zh, en = f"{zh}：{absent[0]}", f"{en}: {absent[1]}"
         body.append(f'<tr class="group"><th colspan="{columns}" scope="colgroup">{bilingual(zh, en)}</th></tr>')
         body += [_row_html(metrics, row, names) for row in rows if row.group == group]
     return (
@@ -197,7 +215,9 @@ def tiles_html(metrics: Mapping[str, Any]) -> str:
         path = row.path
         zh, en = titles.get(path, (row.zh, row.en))
         interval = interval_of(metrics, path)
-        notes = [] if interval is None else [f"95% {interval[0]:.3f} – {interval[1]:.3f}"]
+        absent = absent_text(metrics, row.group)
+        notes = [] if absent is None else [bilingual(*absent)]
+        notes += [] if interval is None else [f"95% {interval[0]:.3f} – {interval[1]:.3f}"]
         known = [(name, as_number(value_of(metrics, row, name))) for name in baseline_keys(metrics)]
         beside = " · ".join(f"{_short_html(name)} {value:.3f}" for name, value in known if value is not None)
         notes += [beside] if beside else []
