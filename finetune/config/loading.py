@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from finetune.config.conversion import build, merge, to_dict
-from finetune.config.region_yaml import check_overrides, is_region_key, is_region_yaml, translate
+from finetune.config.region_yaml import RegionYaml, check_overrides, is_region_key, is_region_yaml, translate
 from finetune.config.sections import RunConfig
 from finetune.config.stages import stage_runs
 from finetune.errors import ConfigError, shorten
@@ -52,7 +52,7 @@ def _of_regions(tree: dict[str, Any], overrides: Sequence[str], where: str) -> t
     others = []
     for key, override in zip(keys, overrides, strict=True):
         if is_region_key(key):
-            apply_override(tree, override)
+            apply_override(tree, override, RegionYaml)
         else:
             others.append(override)
     return translate(tree, where), others

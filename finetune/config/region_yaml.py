@@ -84,6 +84,8 @@ class RegionYaml:
 
 MARKS = frozenset(field.name for field in dataclasses.fields(RegionYaml)) - {"data"}
 _DATA = ("train_jsonl", "val_jsonl")
+REGION_FEATURES = "model.region_features"
+"""A run's key beside these: the features train where they are switched on."""
 _SECTIONS = ("peft", "freeze", "optim", "trainer")
 NATIVE = {
     "model_name": "model.path", "precision": "train.precision", "image_short_side": "data.image_short_side",
@@ -114,8 +116,11 @@ def is_region_yaml(tree: Mapping[str, Any]) -> bool:
 
 
 def is_region_key(key: str) -> bool:
-    """Whether the key of an override is of this spelling, or of none, so that `translate` says which is nearest."""
+    """Whether `translate` needs an override's key: one of this spelling, one that decides what trains, or one of
+    neither spelling, so that it says which is nearest."""
     first, _, rest = key.partition(".")
+    if key == REGION_FEATURES:
+        return True
     if first == "data":
         return rest.split(".")[0] not in _fields(DataConfig)
     return first in MARKS or first not in _fields(RunConfig)
@@ -153,6 +158,8 @@ def translate(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not keys.model_name and not (beside.get("model") or {}).get("path"):
         raise ConfigError(f"{where}: 'model_name' is missing; give a Qwen2.5-VL folder or hub name")
     settings, said = _settings(keys, own, where)
+    if (beside.get("model") or {}).get("region_features") is True:
+        settings["train"]["trainable"].append("region_features")
     _check_twice(said, beside, where)
     return merge(merge(_DEFAULTS, settings), beside)
 

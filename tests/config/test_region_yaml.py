@@ -173,6 +173,13 @@ def test_sections_of_a_run_stand_beside(load: Load) -> None:
     assert (config.data.max_length, len(config.data.train)) == (777, 1)
 
 
+def test_region_features_train_where_they_are_switched_on(load: Load) -> None:
+    for config in (load(model={"region_features": True}), load(["model.region_features=true"])):
+        assert config.model.region_features
+        assert config.train.trainable == ["lm_lora", "projector", "region_features"]
+    assert load(["model.region_features=false"]).train.trainable == ["lm_lora", "projector"]
+
+
 def test_extends_keeps_the_spelling(load: Load, tmp_path: Path) -> None:
     load()
     child = tmp_path / "child.yaml"

@@ -110,6 +110,24 @@ def test_three_phases_go_on_from_each_other(first: str, built: Path, tiny_dir: P
     assert processed_size((112, 224), loaded.processor.image_processor) == (84, 168)
 
 
+@pytest.mark.slow
+def test_region_features_go_on_with_the_phases(built: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    """Switched on in phase 1 alone: its folder brings them along, and they stay as they are."""
+    starts = {"regions_phase1": "null", "regions_phase2": str(tmp_path / "regions_phase1" / "best")}
+    held = []
+    for name, start in starts.items():
+        more = [f"model.adapter={start}", f"model.region_features={start == 'null'}".lower()]
+        tower = "true" if start == "null" else "lora_top_2"
+        config = config_of(name, built, tiny_dir, tmp_path / name, *more, f"freeze.vision_tower={tower}")
+        assert ("region_features" in config.train.trainable) == (start == "null")
+        train(config)
+        tensors = load_file(tmp_path / name / "best" / "adapter_model.safetensors")
+        held.append({key: value for key, value in tensors.items() if "region_projection" in key})
+    assert held[0]
+    assert held[0].keys() == held[1].keys()
+    assert all(torch.equal(value, held[1][key]) for key, value in held[0].items())
+
+
 def test_a_phase_starts_where_the_one_before_ended(built: Path, tiny_dir: Path, tmp_path: Path) -> None:
     """In float32 the validation loss before the first step of phase 3 is that of phase 2's model; the block that had
     LoRA and now trains whole among it."""
