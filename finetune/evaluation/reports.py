@@ -24,7 +24,9 @@ from finetune.data.reports.template import load_report_template
 from finetune.data.sources import spread
 from finetune.data.storage.atomic import write_atomically
 from finetune.errors import ConfigError
-from finetune.inference.reports import WrittenReport, load_report_predictor, report_queries, write_reports
+from finetune.inference.commands import load_writer
+from finetune.inference.predictor import Predictor
+from finetune.inference.reports import WrittenReport, report_queries, write_reports
 from finetune.inference.reports_page import ReportCard, reports_page
 from finetune.metrics.reports import field_metrics, level_metrics
 from finetune.training.reproducibility import commit, versions
@@ -38,7 +40,7 @@ def infer_command(arguments: argparse.Namespace) -> int:
     """
     settings = load_reports_config(arguments.config, arguments.overrides).table
     template = load_report_template(settings.template, list(settings.fields))
-    predictor = load_report_predictor(arguments)
+    predictor = load_writer(arguments, Predictor, "reports")
     queries = report_queries(arguments.inputs, arguments.images, settings, template, predictor.template)
     if arguments.max_samples is not None:
         queries = spread(queries, arguments.max_samples)

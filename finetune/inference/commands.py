@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from finetune.schema import ImageInput, Prediction
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 
 
+P = TypeVar("P", bound=Predictor)
+
+
 def load_predictor(arguments: argparse.Namespace) -> Predictor:
     """The predictor that --model, --adapter, --template, the thresholds, --no-calibration and --device describe."""
     device = check_device(arguments.device)
@@ -44,6 +48,27 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
     asked = "off" if arguments.no_calibration else "auto"
     calibration = calibration_of(bundle, arguments.adapter or arguments.model, asked)
     return Predictor(bundle, generation, template=template, device=device, calibration=calibration)
+
+
+def load_writer(arguments: argparse.Namespace, kind: type[P], what: str) -> P:
+    """A predictor whose language model is asked, that --model, --adapter, --dtype, --quantization, --device and the
+    limits describe.
+
+    Args:
+        kind: its class. what: that it writes, for the error.
+
+    Raises:
+        ModelLoadError: nothing to load. ConfigError: no such device, or a model without a language model.
+    """
+    device = check_device(arguments.device)
+    config = ModelConfig(
+        path=arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, quantization=arguments.quantization
+    )
+    generation = GenerationConfig(max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size)
+    predictor = kind(load_bundle(config), generation, device=device)
+    if not predictor.writes_text:
+        raise ConfigError(f"{arguments.model} has no language model, so it writes no {what}; give another --model")
+    return predictor
 
 
 def check_device(name: str) -> str:

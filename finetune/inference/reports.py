@@ -7,14 +7,12 @@ holds its error.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from finetune.config import GenerationConfig, ModelConfig
 from finetune.data.chat import Template, question_turns
 from finetune.data.dataset import processed_sizes
 from finetune.data.images import load_image
@@ -23,12 +21,11 @@ from finetune.data.reports.settings import ReportSettings
 from finetune.data.reports.table import canonical_level, report_values
 from finetune.data.reports.template import ParsedReport, ReportTemplate
 from finetune.data.storage import is_stored
-from finetune.errors import ConfigError, DataFormatError
-from finetune.inference.commands import check_device, find_images
+from finetune.errors import DataFormatError
+from finetune.inference.commands import find_images
 from finetune.inference.evidence.prefetch import prefetch
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import Query, batched
-from finetune.models.loading import load_bundle
 from finetune.schema import ImageInput, Record, Turn
 
 _TABLES = (".csv", ".tsv")
@@ -67,23 +64,6 @@ class WrittenReport:
     text: str
     parsed: ParsedReport
     error: DataFormatError | None = None
-
-
-def load_report_predictor(arguments: argparse.Namespace) -> Predictor:
-    """The predictor that --model, --adapter, --dtype, --quantization, --device and the limits describe.
-
-    Raises:
-        ModelLoadError: nothing to load. ConfigError: no such device, or a model without a language model.
-    """
-    device = check_device(arguments.device)
-    config = ModelConfig(
-        path=arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, quantization=arguments.quantization
-    )
-    generation = GenerationConfig(max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size)
-    predictor = Predictor(load_bundle(config), generation, device=device)
-    if not predictor.writes_text:
-        raise ConfigError(f"{arguments.model} has no language model, so it writes no reports; give another --model")
-    return predictor
 
 
 def report_queries(

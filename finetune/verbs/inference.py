@@ -37,6 +37,13 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where and in which precision a model's language part runs."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they were saved)")
+    parser.add_argument("--quantization", choices=("none", "nf4"), default="none", help="nf4: 4-bit base")
+
+
 def calibration_argument(parser: argparse.ArgumentParser) -> None:
     """For verbs whose model may be heads on the vision tower."""
     parser.add_argument(
@@ -96,9 +103,7 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="page that shows the answers of --script side by side")
     reader_arguments(parser.add_argument_group("how --script is read"))
     parser.add_argument("--max-samples", type=positive, metavar="N", help="ask the first N dialogues of --script")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they were saved)")
-    parser.add_argument("--quantization", choices=("none", "nf4"), default="none", help="nf4: 4-bit base")
+    loading_arguments(parser)
     parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="dialogues of --script at once (4)")
     parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="limit of an answer (512)")
     parser.add_argument(

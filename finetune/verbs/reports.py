@@ -6,7 +6,7 @@ import argparse
 
 from finetune.errors import ConfigError
 from finetune.verbs.argument_types import VerbParser, override_arguments, positive
-from finetune.verbs.inference import DTYPES
+from finetune.verbs.inference import loading_arguments
 
 
 def reports_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,9 +106,7 @@ def infer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", metavar="DIR", help="image paths of a table are relative to it")
     parser.add_argument("--config", metavar="YAML", help="fields, levels and template: see configs/data/reports.yaml")
     override_arguments(parser, "changes to --config or the defaults, e.g. table.template=my_report.yaml")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they were saved)")
-    parser.add_argument("--quantization", choices=("none", "nf4"), default="none", help="nf4: 4-bit base")
+    loading_arguments(parser)
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images per forward pass (8)")
     parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="limit of a report (512)")
     parser.add_argument("--max-samples", type=positive, metavar="N", help="take N inputs, evenly spread")
