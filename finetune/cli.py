@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         ("evaluate", "metrics, predictions and an HTML report on a labelled data set", inference.evaluate_arguments),
         ("vision", "heads on the vision tower: evaluate, infer with evidence, annotate", vision.vision_arguments),
-        ("regions", "candidate regions from labelled images: samples, scan, prepare, build", regions.regions_arguments),
+        ("regions", "candidate regions of images: samples, scan, prepare, build, evaluate", regions.regions_arguments),
         ("reports", "inspection reports from a table: prepare, infer", reports.reports_arguments),
         ("merge", "turn an adapter into a standalone model folder, verified by reloading it", training.merge_arguments),
         ("doctor", "check environment, data and configuration, all problems at once", training.doctor_arguments),

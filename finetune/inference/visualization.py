@@ -283,7 +283,8 @@ def drawable_text(text: str, font_path: str | None = None) -> str:
     return " ".join("".join(char if char.isascii() else " " for char in line).split())
 
 
-def _font(text: str, size: int, font_path: str | None) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font_for(text: str, size: int, font_path: str | None = None) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """A font that can draw `drawable_text` of a line."""
     path = None if text.isascii() and font_path is None else find_cjk_font(font_path)
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
@@ -306,11 +307,11 @@ def _lay_out(
     panel = Image.new("RGB", (panel_width, top + _LABEL_HEIGHT + height + _BAR_HEIGHT + 2 * _MARGIN), "white")
     draw = ImageDraw.Draw(panel)
     if line:
-        font = _font(line, 16, font_path)
+        font = font_for(line, 16, font_path)
         draw.text((_MARGIN, _MARGIN), _shorten_to(draw, line, font, panel_width - 2 * _MARGIN), fill=_INK, font=font)
     for index, (label, tile) in enumerate(tiles):
         left = _MARGIN + index * (column + _GAP) + (column - width) // 2
-        font = _font(label, 13, None)
+        font = font_for(label, 13)
         draw.text((left, top), _shorten_to(draw, label, font, column), fill=_INK, font=font)
         panel.paste(tile.convert("RGB"), (left, top + _LABEL_HEIGHT))
         if label == _HEAT_LABEL:
@@ -321,7 +322,7 @@ def _lay_out(
 
 
 def _mark_bar_ends(draw: ImageDraw.ImageDraw, left: int, top: int, width: int) -> None:
-    font = _font("0", 10, None)
+    font = font_for("0", 10)
     draw.text((left, top), "0", fill=_INK, font=font)
     draw.text((left + width - draw.textlength("1", font=font), top), "1", fill=_INK, font=font)
 

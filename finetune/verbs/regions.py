@@ -1,10 +1,12 @@
-"""Verbs of region candidates: samples, scan, prepare, build below `regions`. Layers are imported when they run."""
+"""Verbs of region candidates: samples, scan, prepare, build, evaluate below `regions`. Layers are imported when they
+run."""
 
 from __future__ import annotations
 
 import argparse
 
-from finetune.verbs.argument_types import VerbParser, override_arguments, positive
+from finetune.verbs.argument_types import VerbParser, override_arguments, positive, probability
+from finetune.verbs.inference import loading_arguments
 
 
 def regions_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +16,11 @@ def regions_arguments(parser: argparse.ArgumentParser) -> None:
         ("scan", "count what the label files hold, and print a label_map to paste", scan_arguments),
         ("prepare", "divide images by folder and choose candidate regions", prepare_arguments),
         ("build", "write conversations about the candidates, ready to train on", build_arguments),
+        (
+            "evaluate",
+            "choose a threshold on the validation file, then metrics and a page of the test file",
+            evaluate_arguments,
+        ),
     ):
         add_arguments(verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + "."))
 
@@ -91,3 +98,33 @@ def _build(arguments: argparse.Namespace) -> int:
     from finetune.data.regions.command import build_command
 
     return build_command(arguments)
+
+
+def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="trained folder, or what forensics merge wrote")
+    parser.add_argument("--adapter", metavar="DIR", help="adapter folder to put on --model")
+    threshold = parser.add_mutually_exclusive_group(required=True)
+    threshold.add_argument(
+        "--val", metavar="FILE", help="the threshold from 0.40 to 0.80 with the best region F1 here is taken for --test"
+    )
+    threshold.add_argument("--threshold", type=probability, metavar="P", help="take this one instead")
+    threshold.add_argument("--threshold-from", metavar="FILE", help="the threshold.json of an earlier evaluation")
+    parser.add_argument("--test", required=True, metavar="FILE", help="read when the threshold is fixed, not before")
+    parser.add_argument("--out", required=True, metavar="DIR", help="metrics.json, predictions.jsonl, report.html, ...")
+    parser.add_argument("--any-split", action="store_true", help="let --test hold records of train or val")
+    parser.add_argument(
+        "--max-regions", type=positive, metavar="N", help="candidates per question; more are asked in several (all)"
+    )
+    loading_arguments(parser)
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="questions per forward pass (8)")
+    parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="limit of an answer (512)")
+    parser.add_argument("--max-samples", type=positive, metavar="N", help="take N records of a file, evenly spread")
+    parser.add_argument("--report-samples", type=positive, default=60, metavar="N", help="images in report.html (60)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output of an earlier evaluation")
+    parser.set_defaults(handler=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from finetune.evaluation.regions import evaluate_command
+
+    return evaluate_command(arguments)

@@ -84,8 +84,13 @@ def line_chart(
     x_label: tuple[str, str] = ("步", "step"),
     y_range: tuple[float, float] | None = None,
     has_legend: bool = True,
+    marker: float | None = None,
 ) -> str:
-    """A <figure> with lines over a common axis. Long curves get a running mean over a pale raw line."""
+    """A <figure> with lines over a common axis. Long curves get a running mean over a pale raw line.
+
+    Args:
+        marker: x of a vertical line, such as a threshold.
+    """
     points = [point for line in series for point in line.points]
     if not points:
         return ""
@@ -100,15 +105,24 @@ def line_chart(
             body.append(axes.path(_running_mean(shown), f"line {line.color}"))
         if line.has_markers:
             body += [axes.dot(x, y, line.color) for x, y in shown]
+    if marker is not None:
+        body.append(axes.vertical(marker))
     return _figure(title, body, series if has_legend else (), _spoken(title, series))
 
 
-def histogram(labels: Sequence[int], scores: Sequence[float], threshold: float = 0.5, bins: int = 20) -> str:
+def histogram(
+    labels: Sequence[int],
+    scores: Sequence[float],
+    threshold: float = 0.5,
+    bins: int = 20,
+    names: tuple[tuple[str, str], tuple[str, str]] = (("真实", "real"), ("篡改", "tampered")),
+) -> str:
     """Scores of real and tampered images, each as a share of its class, with the decision threshold.
 
     Args:
         labels: (N,) 0 real, 1 tampered.
         scores: (N,) in [0, 1].
+        names: of the classes 0 and 1, in Chinese and English.
     """
     truth, values = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     edges = np.linspace(0, 1, bins + 1)
@@ -124,10 +138,10 @@ def histogram(labels: Sequence[int], scores: Sequence[float], threshold: float =
         body += [axes.bar(edges[i] + shift, half, float(share[i]), color) for i in range(bins) if share[i] > 0]
     body.append(axes.vertical(threshold))
     title = ("分数分布（各类占比）", "Scores, share of each class")
-    legend = (
-        Series(f"真实 {int((truth == 0).sum())}", f"real {int((truth == 0).sum())}", "c4", []),
-        Series(f"篡改 {int((truth == 1).sum())}", f"tampered {int((truth == 1).sum())}", "c2", []),
-    )
+    legend = [
+        Series(f"{zh} {int((truth == label).sum())}", f"{en} {int((truth == label).sum())}", color, [])
+        for label, (zh, en), color in zip((0, 1), names, ("c4", "c2"), strict=True)
+    ]
     return _figure(title, body, legend, f"{title[1]}; threshold {threshold:g}")
 
 

@@ -35,7 +35,9 @@ Section = tuple[str, tuple[str, str], str]
 
 _FACTS: dict[str, tuple[str, str]] = {
     "model": ("模型", "Model"),
+    "adapter": ("适配器", "Adapter"),
     "data": ("数据", "Data"),
+    "validation": ("验证数据", "Validation data"),
     "config": ("配置", "Configuration"),
     "config_hash": ("配置哈希", "Config hash"),
     "seed": ("随机种子", "Seed"),

@@ -46,8 +46,8 @@ def thresholds_html(
     known = [part for part in parts if any(as_number(row[name]) is not None for row in part[1] for name in part[2])]
     if not known:
         return f'<div class="charts">{beside}</div>' if beside else ""
-    charts = beside + "".join(_chart(title, rows, columns) for title, rows, columns, _, _ in known)
-    tables = "".join(_table(title, rows, columns, used) for title, rows, columns, _, used in known)
+    charts = beside + "".join(threshold_chart(title, rows, columns) for title, rows, columns, _, _ in known)
+    tables = "".join(threshold_table(title, rows, columns, used) for title, rows, columns, _, used in known)
     note = bilingual(
         "加粗：该列最佳；高亮：当前阈值。在同一批图像上挑选阈值并报告结果会过于乐观，请在验证集上选择。",
         "Bold: best of the column; shaded: the threshold in use. Choosing a threshold on the images that are then "
@@ -56,7 +56,10 @@ def thresholds_html(
     return f'<div class="charts">{charts}</div><p class="note">{note}</p><div class="tables">{tables}</div>'
 
 
-def _chart(title: tuple[str, str], rows: Rows, columns: dict[str, tuple[str, str]]) -> str:
+def threshold_chart(
+    title: tuple[str, str], rows: Rows, columns: dict[str, tuple[str, str]], marker: float | None = None
+) -> str:
+    """A chart with up to four columns of rows over their `threshold`; `marker` is the one in use."""
     lines = []
     for color, (name, (zh, en)) in zip(("c1", "c3", "c4", "c2"), columns.items(), strict=False):
         points: Points = [
@@ -64,10 +67,11 @@ def _chart(title: tuple[str, str], rows: Rows, columns: dict[str, tuple[str, str
         ]
         if points:
             lines.append(Series(zh, en, color, points, has_markers=False, is_noisy=False))
-    return line_chart(title, lines, x_label=("阈值", "threshold"), y_range=(0.0, 1.0))
+    return line_chart(title, lines, x_label=("阈值", "threshold"), y_range=(0.0, 1.0), marker=marker)
 
 
-def _table(title: tuple[str, str], rows: Rows, columns: dict[str, tuple[str, str]], used: float) -> str:
+def threshold_table(title: tuple[str, str], rows: Rows, columns: dict[str, tuple[str, str]], used: float) -> str:
+    """The same as numbers; the best of each column in bold, the row nearest to the threshold `used` shaded."""
     best: dict[str, float] = {}
     for name in columns:
         values = [number for row in rows if (number := as_number(row[name])) is not None]
