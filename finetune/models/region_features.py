@@ -2,8 +2,8 @@
 
 A box written in digits must be turned into a place by the language model; here its image tokens are pooled directly.
 Idea: features of a region beside its mention, as in GPT4RoI (arXiv:2307.03601), Ferret (arXiv:2310.07704) and Osprey
-(arXiv:2312.10032); ours is the plainest form, two means and one linear layer. Which tokens name which box is told by
-the collator (`region_index`), nothing is searched here.
+(arXiv:2312.10032); ours is the plainest form, mean, maximum and one linear layer. Which tokens name which box is told
+by the collator (`region_index`), nothing is searched here.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-SURROUNDINGS = 2.0
-"""Side of the frame around a region that its surroundings are read from, in sides of the region."""
+MIN_COVER = 0.3
+"""Cells that the maximum is taken over are covered by at least this part of what the most covered cell is."""
 
 
 def box_weights(boxes_xyxy: Tensor, grid_hw: tuple[int, int], cell: int) -> Tensor:
@@ -35,7 +35,10 @@ def box_weights(boxes_xyxy: Tensor, grid_hw: tuple[int, int], cell: int) -> Tens
 
 
 def pool_regions(tokens: Tensor, boxes_xyxy: Tensor, grid_hw: tuple[int, int], cell: int) -> Tensor:
-    """Mean of the image tokens inside each box, and how it differs from the mean around the box.
+    """Mean and maximum of the image tokens inside each box.
+
+    The mean weighs cells by how much of them is covered. The maximum of each channel keeps what fills few cells, such
+    as a crack across a large box, and is taken over the cells that count (`MIN_COVER`).
 
     Args:
         tokens: (h * w, D) merged image tokens in raster order.
@@ -43,20 +46,15 @@ def pool_regions(tokens: Tensor, boxes_xyxy: Tensor, grid_hw: tuple[int, int], c
         grid_hw: (h, w) of the tokens. cell: pixels of a token's side, patch size times merge size.
 
     Returns:
-        (R, 2 D) float32. The surroundings are a frame of `SURROUNDINGS` times the box's sides, as far as it lies in
-        the image, without the box; where nothing is left of it the difference is 0.
+        (R, 2 D) float32.
     """
-    boxes = boxes_xyxy.float()
-    inside = box_weights(boxes, grid_hw, cell)
-    margin = (boxes[:, 2:] - boxes[:, :2]) * (SURROUNDINGS - 1) / 2
-    around = box_weights(torch.cat([boxes[:, :2] - margin, boxes[:, 2:] + margin], dim=1), grid_hw, cell) - inside
-    means = []
-    for weights in (inside, around.clamp(min=0)):
-        flat = weights.flatten(1)  # (R, h * w)
-        total = flat.sum(dim=1, keepdim=True)
-        means.append((flat @ tokens.float() / total.clamp(min=1e-6), total > 1e-6))
-    (own, has_own), (other, has_other) = means
-    return torch.cat([own, (own - other) * (has_own & has_other)], dim=1)  # (R, 2 D)
+    weights = box_weights(boxes_xyxy, grid_hw, cell).flatten(1)  # (R, h * w)
+    total, most = weights.sum(dim=1, keepdim=True), weights.amax(dim=1, keepdim=True)
+    values = tokens.float()
+    mean = weights @ values / total.clamp(min=1e-6)
+    counts = (weights >= MIN_COVER * most) & (most > 0)
+    peak = values[None].masked_fill(~counts[:, :, None], -torch.inf).amax(dim=1)  # (R, D)
+    return torch.cat([mean, torch.where(most > 0, peak, 0.0)], dim=1)  # (R, 2 D)
 
 
 class RegionProjection(nn.Module):

@@ -48,23 +48,27 @@ def test_the_marked_cell_is_found(grid_hw: tuple[int, int]) -> None:
         x, y = 28 * (number % width), 28 * (number // width)
         boxes = torch.tensor([[x, y, x + 28, y + 28], [x + 5, y + 9, x + 7, y + 10]]).float()
         pooled = pool_regions(tokens, boxes, grid_hw, 28)
-        torch.testing.assert_close(pooled[:, :4], torch.full((2, 4), float(number)))
+        torch.testing.assert_close(pooled, torch.full((2, 8), float(number)))
 
 
-def test_means_by_hand() -> None:
-    """Half of cell 0 and a quarter of cell 1; around it what is left of a frame twice as large."""
-    tokens = torch.tensor([[2.0], [8.0], [5.0], [1.0]])  # a 2 x 2 grid
+def test_mean_and_maximum_by_hand() -> None:
+    """Half of cell 0, a quarter of cell 1; cell 1 is half as covered as cell 0, so that both count for the maximum."""
+    tokens = torch.tensor([[2.0, 9.0], [8.0, 1.0], [50.0, 50.0], [60.0, 60.0]])  # a 2 x 2 grid
     pooled = pool_regions(tokens, torch.tensor([[14.0, 0.0, 35.0, 28.0]]), (2, 2), 28)
-    inside = (2 * 0.5 + 8 * 0.25) / 0.75
-    # frame: x 3.5 .. 45.5, y 0 .. 42: cells cover 0.875 and 0.625 in the first row, half of that in the second
-    around = (2 * 0.375 + 8 * 0.375 + 5 * 0.4375 + 1 * 0.3125) / (0.375 + 0.375 + 0.4375 + 0.3125)
-    torch.testing.assert_close(pooled, torch.tensor([[inside, inside - around]]))
+    mean = [(2 * 0.5 + 8 * 0.25) / 0.75, (9 * 0.5 + 1 * 0.25) / 0.75]
+    torch.testing.assert_close(pooled, torch.tensor([[*mean, 8.0, 9.0]]))
 
 
-def test_nothing_around_and_padding() -> None:
+def test_a_touched_cell_has_no_part_in_the_maximum() -> None:
+    tokens = torch.tensor([[2.0], [8.0]])
+    pooled = pool_regions(tokens, torch.tensor([[0.0, 0.0, 31.0, 28.0]]), (1, 2), 28)
+    torch.testing.assert_close(pooled, torch.tensor([[(2 + 8 * 3 / 28) / (1 + 3 / 28), 2.0]]))
+
+
+def test_whole_image_and_padding() -> None:
     tokens = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     pooled = pool_regions(tokens, torch.tensor([[0.0, 0.0, 84.0, 56.0], [0.0, 0.0, 0.0, 0.0]]), (2, 3), 28)
-    torch.testing.assert_close(pooled[0], torch.cat([tokens.mean(dim=0), torch.zeros(3)]))
+    torch.testing.assert_close(pooled[0], torch.cat([tokens.mean(dim=0), tokens.amax(dim=0)]))
     assert not pooled[1].any()
 
 
