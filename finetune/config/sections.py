@@ -112,6 +112,8 @@ class DataConfig:
     num_workers: int = 0
     image_cache_megabytes: int = 0  # decoded images each loading process keeps in memory; 0: none
     class_balanced: bool = True  # draw real and tampered equally often
+    # Records about candidate regions are drawn mirrored: left and right, or also upside down and turned by a quarter.
+    mirror_regions: Literal["off", "horizontal", "all"] = "off"
     max_regions: int | None = None  # candidate regions per training record; records to evaluate on are split into parts
 
     @property

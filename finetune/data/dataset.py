@@ -31,6 +31,7 @@ from finetune.data.image_size import short_side_size
 from finetune.data.images import image_size_hw
 from finetune.data.masks import load_mask, resize_mask
 from finetune.data.region_masking import Draw, RegionMasking, mask_regions
+from finetune.data.regions.mirroring import mirrored
 from finetune.data.regions.places import region_places
 from finetune.data.regions.text import expand_regions
 from finetune.data.sources import read_sources, spread
@@ -115,6 +116,7 @@ class ForensicDataset(Dataset):
                 "box may take, or null to count points"
             )
         self.image_cache = ImageCache(config.image_cache_megabytes)
+        self.draw_seed = 0  # of what a draw by a numbered sampler changes
         self.region_masking: RegionMasking | None = None  # hides regions of the records a numbered sampler draws
         self._may_leak: bool | None = None
         _warn_of_leaks(self.records, tokens)
@@ -140,7 +142,7 @@ class ForensicDataset(Dataset):
         """
         sample, pieces, processed = self.rendered(index)
         try:
-            self._fill(sample, self.records[index], pieces, processed)
+            sample.input_ids, sample.labels = self._render(self.records[index], pieces, processed)
         except DataFormatError:
             if not isinstance(index, Draw):
                 raise
@@ -155,14 +157,18 @@ class ForensicDataset(Dataset):
             DataFormatError: unreadable image or mask.
         """
         record, sample, sizes, masks = self._opened(index)
-        turns = self._turns(record, sizes, sample.processed_hw, masks)
-        return sample, segments(turns, self.template.system), sample.processed_hw
+        pieces = segments(self._turns(record, sizes, sample.processed_hw, masks), self.template.system)
+        if self.region_features:
+            sample.region_boxes, sample.region_tokens = self._places(record, pieces, sizes, sample.processed_hw)
+        return sample, pieces, sample.processed_hw
 
     def _opened(self, index: int) -> tuple[Record, Sample, list[tuple[int, int]], list[np.ndarray | None]]:
-        """A record with its images decoded, before any text: record and sample, regions hidden where a numbered sampler
-        asks for it; each image's (H, W) and its mask at that size."""
+        """A record with its images decoded, before any text: record and sample, mirrored and regions hidden where a
+        numbered sampler asks for it; each image's (H, W) and its mask at that size."""
         record = self.records[index]
         images = [self.image_cache.load(image, record.id, record.source) for image in record.images]
+        if isinstance(index, Draw):
+            record, images = mirrored(record, images, self.config.mirror_regions, (self.draw_seed, index.position))
         sizes = [(image.height, image.width) for image in images]
         processed = self._processed(record, sizes)
         masks = [
@@ -221,7 +227,9 @@ class ForensicDataset(Dataset):
             turns = expand_regions(self.records[index], turns, sizes, processed)
             run = self.tokens.run * len(sample.images)
             pieces = [*segments(turns, self.template.system, for_generation=True), Segment(run, False)]
-            self._fill(sample, self.records[index], pieces, processed)
+            if self.region_features:
+                sample.region_boxes, sample.region_tokens = self._places(self.records[index], pieces, sizes, processed)
+            sample.input_ids, sample.labels = self._render(self.records[index], pieces, processed)
             samples.append(sample)
         return samples
 
@@ -305,15 +313,6 @@ class ForensicDataset(Dataset):
             DataFormatError: an image too narrow for Qwen2.5-VL.
         """
         return processed_sizes(sizes, self.processor.image_processor, record.id, record.source)
-
-    def _fill(
-        self, sample: Sample, record: Record, pieces: Sequence[Segment], processed: Sequence[tuple[int, int]]
-    ) -> None:
-        """Ids and labels, and where the ids name regions."""
-        sample.input_ids, sample.labels = self._render(record, pieces, processed)
-        if self.region_features:
-            sizes = [(image.height, image.width) for image in sample.images]
-            sample.region_boxes, sample.region_tokens = self._places(record, pieces, sizes, processed)
 
     def _places(
         self,

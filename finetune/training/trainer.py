@@ -107,12 +107,16 @@ class ForensicTrainer(CheckpointingTrainer):
             labels = dataset.class_labels
             if {0, 1} <= set(labels):
                 sampler = ClassBalancedSampler(labels, dataset.pairs, seed=self.args.seed)
-        if self.run_config.region_masking.enabled and isinstance(dataset, ForensicDataset):
+        is_masked = self.run_config.region_masking.enabled
+        is_mirrored = self.run_config.data.mirror_regions != "off"
+        if (is_masked or is_mirrored) and isinstance(dataset, ForensicDataset):
             is_sequential = self.args.train_sampling_strategy == "sequential"
             plain = SequentialSampler(dataset) if is_sequential else shuffled(len(dataset), self.args.seed)
             sampler = NumberedSampler(sampler or plain)
+            dataset.draw_seed = self.args.seed
             self.remove_callback(RegionMaskingCallback)
-            self.add_callback(RegionMaskingCallback(dataset, self.run_config))
+            if is_masked:
+                self.add_callback(RegionMaskingCallback(dataset, self.run_config))
         if sampler is None:
             return super()._get_train_sampler(dataset)
         self.remove_callback(SamplerEpochCallback)
