@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -77,10 +77,7 @@ class ReadRegions:
 
 
 class RegionPredictor(Predictor):
-    """A predictor that is asked about candidate regions; takes the arguments of `Predictor`.
-
-    The records given to its methods have as many candidates as are asked about at once.
-    """
+    """A predictor that is asked about candidate regions; takes the arguments of `Predictor`."""
 
     def region_sample(self, record: Record, picture: Image.Image, verdicts: Mapping[str, bool] | None = None) -> Sample:
         """The question about a record's candidates, up to where the answer begins, or behind its verdicts.
@@ -112,19 +109,22 @@ class RegionPredictor(Predictor):
             sample.labels = [IGNORE_INDEX] * len(sample.input_ids)
         return sample
 
-    def read_verdicts(self, records: Sequence[Record], pictures: Sequence[Image.Image]) -> list[dict[str, float]]:
-        """Probability of `abnormal` for each candidate of each record, id -> [0, 1], from one prefill of all."""
-        samples = [self.region_sample(*pair) for pair in zip(records, pictures, strict=True)]
-        ids = [region_ids(record) for record in records]
+    def read_verdicts(self, samples: Sequence[Sample], ids: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+        """Probability of `abnormal` for each region, id -> [0, 1], from one prefill of all questions.
+
+        Args:
+            samples: `region_sample`s without verdicts. ids: of each one's regions, in order.
+        """
         with self._lock, torch.inference_mode():
             answers = CachedAnswers(self.model, self.bundle.base, self._inputs(samples))
             return verdict_scores(answers, self.bundle.tokenizer, ids)
 
-    def write_answers(
-        self, records: Sequence[Record], pictures: Sequence[Image.Image], verdicts: Sequence[Mapping[str, bool]]
-    ) -> list[WrittenAnswer]:
-        """The answers to the questions about the records, their verdicts given: id -> abnormal, for each candidate."""
-        samples = [self.region_sample(*each) for each in zip(records, pictures, verdicts, strict=True)]
+    def write_answers(self, samples: Sequence[Sample], verdicts: Sequence[Mapping[str, bool]]) -> list[WrittenAnswer]:
+        """The answers whose verdicts are given.
+
+        Args:
+            samples: `region_sample`s with these verdicts. verdicts: of each one id -> abnormal.
+        """
         with self._lock, torch.inference_mode():
             written = self._generate_ids(self._inputs(samples))
         found = []
@@ -152,7 +152,11 @@ def score_regions(
     Args:
         max_regions: candidates asked about at once; None asks about all of a record together.
     """
-    found = _ask(records, predictor, max_regions, lambda _, parts, pictures: predictor.read_verdicts(parts, pictures))
+
+    def read(asked: Sequence[_Asked], samples: Sequence[Sample]) -> list[dict[str, float]]:
+        return predictor.read_verdicts(samples, [region_ids(each.part) for each in asked])
+
+    found = _ask(predictor, records, max_regions, lambda asked: None, read)
     for record, (parts, error) in zip(records, found, strict=True):
         scores = {name: score for part in parts for name, score in part.items()}
         yield ReadRegions(record, {} if error is not None else scores, error=error)
@@ -168,14 +172,13 @@ def explain_regions(
     """
     usable = [each for each in scored if each.error is None]
 
-    def write(numbers: Sequence[int], parts: Sequence[Record], pictures: Sequence[Image.Image]) -> list[WrittenAnswer]:
-        words = [
-            {name: usable[number].scores[name] >= threshold for name in region_ids(part)}
-            for number, part in zip(numbers, parts, strict=True)
-        ]
-        return predictor.write_answers(parts, pictures, words)
+    def verdicts(asked: _Asked) -> dict[str, bool]:
+        return {name: usable[asked.number].scores[name] >= threshold for name in region_ids(asked.part)}
 
-    written = _ask([each.record for each in usable], predictor, max_regions, write)
+    def write(asked: Sequence[_Asked], samples: Sequence[Sample]) -> list[WrittenAnswer]:
+        return predictor.write_answers(samples, [verdicts(each) for each in asked])
+
+    written = _ask(predictor, [each.record for each in usable], max_regions, verdicts, write)
     for each in scored:
         if each.error is not None:
             yield each
@@ -188,8 +191,8 @@ def explain_regions(
         for answer in answers:
             for finding in answer.parsed.findings:
                 findings.setdefault(finding.id, finding)
-        verdicts = {name: score >= threshold for name, score in each.scores.items()}
-        yield replace(each, verdicts=verdicts, findings=findings, answers=tuple(answers))
+        decided = {name: score >= threshold for name, score in each.scores.items()}
+        yield replace(each, verdicts=decided, findings=findings, answers=tuple(answers))
 
 
 def region_ids(record: Record) -> list[str]:
@@ -210,44 +213,61 @@ def region_ids(record: Record) -> list[str]:
     return [name for name, _ in regions]
 
 
+class _Asked(NamedTuple):
+    """One question: the number of its record, the candidates it is about, and why it cannot be asked."""
+
+    number: int
+    part: Record
+    error: DataFormatError | None = None
+
+
 def _ask(
-    records: Sequence[Record],
     predictor: RegionPredictor,
+    records: Sequence[Record],
     max_regions: int | None,
-    ask: Callable[[Sequence[int], Sequence[Record], Sequence[Image.Image]], list[T]],
+    verdicts: Callable[[_Asked], Mapping[str, bool] | None],
+    run: Callable[[Sequence[_Asked], Sequence[Sample]], list[T]],
 ) -> Iterator[tuple[list[T], DataFormatError | None]]:
-    """For each record what `ask` gave for the questions about it, or why it cannot be used; in order, in batches.
+    """For each record what `run` gave for the questions about it, or why it cannot be used; in order, in batches.
 
     Args:
-        ask: of the records' numbers, their parts and images.
+        verdicts: that stand in a question's sample. run: of the questions of a batch and their samples.
     """
 
-    def parts() -> Iterator[tuple[int, Record, DataFormatError | None]]:
-        for number, record in enumerate(records):
-            try:
-                region_ids(record)
-                asked = replace(record, turns=predictor.question(record))
-                yield from ((number, part, None) for part in regions_in_chunks(asked, max_regions))
-            except DataFormatError as error:
-                yield number, record, error
+    def opened(asked: _Asked) -> Image.Image:
+        if asked.error is not None:
+            raise asked.error
+        return load_image(asked.part.images[0], asked.part.id, asked.part.source)
 
-    def opened(item: tuple[int, Record, DataFormatError | None]) -> Image.Image:
-        _, part, error = item
-        if error is not None:
-            raise error
-        picture = load_image(part.images[0], part.id, part.source)
-        processor = predictor.bundle.processor.image_processor
-        processed_sizes([(picture.height, picture.width)], processor, part.id, part.source)
-        return picture
+    def sample(asked: _Asked, found: Image.Image | DataFormatError) -> Sample | DataFormatError:
+        if isinstance(found, DataFormatError):
+            return found
+        try:
+            return predictor.region_sample(asked.part, found, verdicts(asked))
+        except DataFormatError as error:
+            return error
 
     def results() -> Iterator[tuple[int, T | DataFormatError]]:
-        for batch in batched(prefetch(parts(), opened, workers=2), predictor.generation.batch_size):
-            usable = [(*item[:2], found) for item, found in batch if not isinstance(found, DataFormatError)]
-            answers = iter(ask(*zip(*usable, strict=True)) if usable else [])
-            for item, found in batch:
-                yield item[0], found if isinstance(found, DataFormatError) else next(answers)
+        questions = prefetch(_questions(predictor, records, max_regions), opened, workers=2)
+        for batch in batched(questions, predictor.generation.batch_size):
+            made = [(asked, sample(asked, found)) for asked, found in batch]
+            usable = [(asked, found) for asked, found in made if isinstance(found, Sample)]
+            answers = iter(run([asked for asked, _ in usable], [found for _, found in usable]) if usable else [])
+            for asked, found in made:
+                yield asked.number, next(answers) if isinstance(found, Sample) else found
 
     for _, group in itertools.groupby(results(), key=lambda each: each[0]):
         found = [each for _, each in group]
         error = next((each for each in found if isinstance(each, DataFormatError)), None)
         yield [each for each in found if not isinstance(each, DataFormatError)], error
+
+
+def _questions(predictor: RegionPredictor, records: Sequence[Record], max_regions: int | None) -> Iterator[_Asked]:
+    """Every question about every record, without its answer."""
+    for number, record in enumerate(records):
+        try:
+            region_ids(record)
+            whole = replace(record, turns=predictor.question(record))
+            yield from (_Asked(number, part) for part in regions_in_chunks(whole, max_regions))
+        except DataFormatError as error:
+            yield _Asked(number, record, error)

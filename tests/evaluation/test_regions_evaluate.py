@@ -17,10 +17,10 @@ import torch
 
 from finetune.cli import main
 from finetune.config import HeadsConfig, LoraConfig, ModelConfig
-from finetune.data.regions.wording import RegionFinding, write_answer
+from finetune.data.regions.wording import RegionFinding, parse_answer, write_answer
 from finetune.data.synthesis.surface_defects import write_surface_samples
 from finetune.evaluation.region_sets import region_labels
-from finetune.inference.regions import RegionPredictor
+from finetune.inference.regions import RegionPredictor, WrittenAnswer
 from finetune.models.adapters import set_trainable
 from finetune.models.loading import load_bundle, save_bundle
 from finetune.schema import Record
@@ -68,27 +68,24 @@ def knows(monkeypatch: pytest.MonkeyPatch) -> Knows:
     def use(score: Callable[[str, bool], float], answer: Callable[[dict[str, str | None]], str]) -> list[str]:
         asked: list[str] = []
 
-        def read(_self: Any, records: Sequence[Record], pictures: Sequence[Any]) -> list[dict[str, float]]:
-            assert len(records) == len(pictures)
-            asked.extend(record.id for record in records)
-            return [
-                {name: score(name, kind is not None) for name, kind in region_labels(record).items()}
-                for record in records
-            ]
-
         def sample(self: Any, record: Record, picture: Any, verdicts: Any = None) -> Any:
-            self.last = [*getattr(self, "last", []), record] if verdicts is not None else []
-            return original(self, record, picture, verdicts)
+            made = original(self, record, picture, verdicts)
+            made.truth = region_labels(record)
+            return made
 
-        def generate(self: Any, inputs: Any) -> list[list[int]]:
-            records, self.last = self.last, []
-            texts = [answer(region_labels(record)) for record in records]
-            return [self.bundle.tokenizer.encode(text.split('"abnormal":', 1)[1]) for text in texts]
+        def read(_self: Any, samples: Sequence[Any], ids: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+            assert [list(each.truth) for each in samples] == [list(names) for names in ids]
+            asked.extend(each.record_id for each in samples)
+            return [{name: score(name, kind is not None) for name, kind in each.truth.items()} for each in samples]
+
+        def write(self: Any, samples: Sequence[Any], verdicts: Any) -> list[WrittenAnswer]:
+            texts = [(answer(each.truth), list(each.truth)) for each in samples]
+            return [WrittenAnswer(text, parse_answer(text, names), True) for text, names in texts]
 
         original = RegionPredictor.region_sample
         monkeypatch.setattr(RegionPredictor, "read_verdicts", read)
         monkeypatch.setattr(RegionPredictor, "region_sample", sample)
-        monkeypatch.setattr(RegionPredictor, "_generate_ids", generate)
+        monkeypatch.setattr(RegionPredictor, "write_answers", write)
         return asked
 
     return use
@@ -136,7 +133,7 @@ def test_a_model_that_knows_is_found_to_know(tiny_dir: Path, data: Path, tmp_pat
     for part in (metrics["val"], metrics["test"]):
         assert (part["roi"]["f1"], part["roi"]["auroc"], part["image"]["f1"]) == (1.0, 1.0, 1.0)
         form = part["answers"]
-        assert (form["exact"], form["parsed"], form["n"]) == (1.0, 1.0, part["num_images"])
+        assert form == {"exact": 1.0, "parsed": 1.0, "finished": 1.0, "n": part["num_images"]}
         assert all(
             found == {"regions": found["regions"], "recall": 1.0, "named": 1.0} for found in part["types"].values()
         )

@@ -27,20 +27,33 @@ COUNTS = [2, 4, 1, 3]
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Text only, both words tokens of its own, with weights large enough that each word and each image counts."""
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint for which both words are tokens of their own."""
     shape = TinyShape(
         hidden_size=64, num_layers=2, intermediate_size=128, vision_hidden_size=32, vision_depth=3,
         vision_intermediate_size=64, fullatt_block_indexes=(2,), vocab_size=600,
     )  # fmt: skip
     words = [write_answer({"R1": True, "R2": False}, [])] * 200
-    folder = build_tiny(tmp_path_factory.mktemp("model") / "tiny", [*tokenizer_corpus(), *words], shape)
-    loaded = load_bundle(ModelConfig(path=str(folder), dtype="float32"), heads=HeadsConfig(enabled=False))
+    return build_tiny(tmp_path_factory.mktemp("model") / "tiny", [*tokenizer_corpus(), *words], shape)
+
+
+def load(folder: Path, *, region_features: bool) -> Any:
+    """Text only, with weights large enough that each word and each image counts."""
+    config = ModelConfig(path=str(folder), dtype="float32", region_features=region_features)
+    loaded = load_bundle(config, heads=HeadsConfig(enabled=False))
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in loaded.model.named_parameters():
-            if parameter.ndim > 1:
+            if "region" in name:  # starts at zero, as if it were not there
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            elif parameter.ndim > 1:
                 parameter.mul_(10 if "embed_tokens" in name else 4)
     return loaded
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: Path) -> Any:
+    return load(tiny, region_features=False)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +133,17 @@ def test_cached_reading_equals_whole_forward_passes(
         assert each.scores == pytest.approx(scores, abs=1e-4)
 
 
+def test_a_model_that_looks_at_the_regions_reads_the_same_in_batches(
+    tiny: Path, records: list[Record], expected: list[dict[str, float]]
+) -> None:
+    """What the tower saw inside each box is in the prefill, and nowhere else."""
+    looks = load(tiny, region_features=True)
+    own = [by_hand(predictor(looks), record) for record in records]
+    for each, scores, without in zip(score_regions(predictor(looks), records), own, expected, strict=True):
+        assert each.scores == pytest.approx(scores, abs=1e-4)
+        assert each.scores != pytest.approx(without, abs=1e-3)
+
+
 def test_cache_equals_whole_passes_where_words_have_many_tokens(
     bundle: Any, records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,9 +187,10 @@ def test_reading_leaves_generation_as_it_was(bundle: Any, records: list[Record])
     asks = predictor(bundle)
     picture = load_image(records[1].images[0])
     verdicts = dict.fromkeys(names(records[1]), True)
-    before = asks.write_answers(records[1:2], [picture], [verdicts])
+    sample = asks.region_sample(records[1], picture, verdicts)
+    before = asks.write_answers([sample], [verdicts])
     list(score_regions(asks, records))
-    assert asks.write_answers(records[1:2], [picture], [verdicts]) == before
+    assert asks.write_answers([sample], [verdicts]) == before
 
 
 def test_the_answer_goes_on_behind_the_verdicts_of_the_threshold(bundle: Any, records: list[Record]) -> None:
@@ -233,6 +258,18 @@ def test_a_bad_record_comes_back_with_its_error_and_stops_nobody(
     explained = list(explain_regions(predictor(bundle, 2), found, 0.5))
     assert [each.error for each in explained] == [each.error for each in found]
     assert isinstance(explained[1].error, DataFormatError)
+
+
+def test_a_question_that_cannot_be_made_stops_nobody(tiny: Path, records: list[Record]) -> None:
+    """Without its list of regions, a model that looks at them cannot be told where they are."""
+    asks = predictor(load(tiny, region_features=True))
+    bare = Record(
+        "bare", records[0].images, records[0].targets, (Turn("user", "<image>Is R1 all right?"),), "", "b.jsonl:4",
+        records[0].provenance,
+    )  # fmt: skip
+    found = list(score_regions(asks, [records[0], bare, records[2]]))
+    assert [each.error is None for each in found] == [True, False, True]
+    assert "no list of regions in the question" in str(found[1].error)
 
 
 def test_answers_in_the_record_are_never_shown(bundle: Any, records: list[Record]) -> None:
