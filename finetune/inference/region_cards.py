@@ -95,22 +95,21 @@ def _mark(outcome: Outcome) -> str:
 
 def _controls(cards: Sequence[RegionCard]) -> str:
     """The page's script filters by `data-outcome` and `data-op`, so that an image may be of both wrong kinds."""
-    counts = {"all": len(cards), "wrong": 0, "fn": 0, "fp": 0}
-    for card in cards:
-        wrong = _wrong(card)
-        counts["wrong"] += bool(wrong)
-        for outcome in wrong:
-            counts[outcome] += 1
+    kinds = [_kinds(card) for card in cards]
+    counts = {"all": len(cards), "wrong": sum("fp" in found or "fn" in found for found in kinds)}
+    counts |= {name: sum(name in found for found in kinds) for name in ("fn", "fp", "error")}
     names = {
         "all": ("全部", "All"),
         "wrong": ("有错", "With mistakes"),
         "fn": ("有漏检", "With missed regions"),
         "fp": ("有误报", "With false alarms"),
+        "error": ("无法使用", "Not usable"),
     }
     buttons = "".join(
         f'<button type="button" data-filter="{key}" aria-pressed="{"true" if key == "all" else "false"}">'
         f"{bilingual(*names[key])} <b>{count}</b></button>"
         for key, count in counts.items()
+        if count or key != "error"
     )
     orders = (
         ("index", "原顺序 original order"),
@@ -125,17 +124,19 @@ def _controls(cards: Sequence[RegionCard]) -> str:
     )
 
 
-def _wrong(card: RegionCard) -> list[str]:
-    return [outcome for outcome in ("fp", "fn") if outcome in card.outcomes.values()]
+def _kinds(card: RegionCard) -> list[str]:
+    """What the buttons know the card by: the mistakes on it, else `error` or `right`."""
+    wrong = [outcome for outcome in ("fp", "fn") if outcome in card.outcomes.values()]
+    return wrong or ["error" if card.error else "right"]
 
 
 def _card(card: RegionCard, index: int, side: int) -> str:
-    wrong = _wrong(card)
+    kinds = _kinds(card)
     probabilities = [row["probability"] for row in card.rows if row["probability"] is not None]
-    look = "bad" if wrong or card.error else "ok"
+    look = "ok" if kinds == ["right"] else "bad"
     data = (
-        f'data-index="{index}" data-outcome="{wrong[0] if wrong else "tp"}" '
-        f'data-op="{wrong[-1] if wrong else ""}" data-score="{max(probabilities, default="")}"'
+        f'data-index="{index}" data-outcome="{kinds[0]}" data-op="{kinds[-1]}" '
+        f'data-score="{max(probabilities, default="")}"'
     )
     header = f"<header><h3>{esc(card.id)}</h3>{_badges(card)}</header>"
     if card.error:
