@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from finetune.inference.region_pictures import LOOKS, DrawnRegion, Outcome, draw_regions
+from finetune.inference.report.cards import controls_bar, filter_button
 from finetune.inference.report.markup import bilingual, data_uri, esc, format_number
 
 OUTCOME_NAMES: dict[Outcome, tuple[str, str]] = {
@@ -105,23 +106,17 @@ def _controls(cards: Sequence[RegionCard]) -> str:
         "fp": ("有误报", "With false alarms"),
         "error": ("无法使用", "Not usable"),
     }
-    buttons = "".join(
-        f'<button type="button" data-filter="{key}" aria-pressed="{"true" if key == "all" else "false"}">'
-        f"{bilingual(*names[key])} <b>{count}</b></button>"
+    buttons = [
+        filter_button(key, *names[key], count, is_pressed=key == "all")
         for key, count in counts.items()
         if count or key != "error"
-    )
+    ]
     orders = (
         ("index", "原顺序 original order"),
         ("score-down", "最高概率 ↓ highest probability first"),
         ("score-up", "最高概率 ↑ lowest probability first"),
     )
-    options = "".join(f'<option value="{value}">{text}</option>' for value, text in orders)
-    return (
-        f'<div class="controls"><div class="filters" role="group" aria-label="filter">{buttons}</div>'
-        f'<label>{bilingual("排序", "Sort")} <select id="sort">{options}</select></label>'
-        '<output id="shown" aria-live="polite"></output></div>'
-    )
+    return controls_bar(buttons, orders)
 
 
 def _kinds(card: RegionCard) -> list[str]:

@@ -12,6 +12,7 @@ from finetune.inference.region_cards import CARDS_CSS, RegionCard, cards_html
 from finetune.inference.report.charts import histogram, precision_recall_chart, roc_chart
 from finetune.inference.report.markup import DASH, bilingual, esc, format_number
 from finetune.inference.report.page import page_html, section_html
+from finetune.inference.report.table import confusion_html
 from finetune.inference.report.thresholds import threshold_chart, threshold_table
 
 SWEEP_COLUMNS: dict[str, tuple[str, str]] = {
@@ -65,12 +66,6 @@ _FACTS = (
     "versions",
 )
 """Of the run, shown in the heading."""
-_CSS = (
-    CARDS_CSS
-    + """
-.confusion td.hit{font-weight:700;background:var(--okbg);color:var(--ok)}
-"""
-)
 
 
 def regions_page(
@@ -98,7 +93,7 @@ def regions_page(
     links = [(anchor, *names) for anchor, names, _ in sections]
     body = "".join(section_html(*section) for section in sections)
     facts = {key: metrics["run"][key] for key in _FACTS if metrics["run"][key] is not None}
-    return page_html(title, links, facts, body, _CSS)
+    return page_html(title, links, facts, body, CARDS_CSS)
 
 
 def _tiles(metrics: Mapping[str, Any]) -> str:
@@ -217,25 +212,11 @@ def _types(test: Mapping[str, Any]) -> str:
 
 
 def _confusion(confusion: Mapping[str, Mapping[str, int]]) -> str:
-    """Truth down, verdict and written type across."""
     called = sorted({name for row in confusion.values() for name in row}, key=lambda name: (name != "normal", name))
-    names = {"normal": bilingual("正常", "normal"), "abnormal": bilingual("异常（未写类型）", "abnormal, no type")}
-    head = "".join(f'<th scope="col">{names.get(name, esc(name))}</th>' for name in called)
-    rows = "".join(
-        f'<tr><th scope="row">{names["normal"] if truth == "normal" else esc(truth)}</th>'
-        + "".join(f"<td{_hit(truth == name)}>{row.get(name, 0)}</td>" for name in called)
-        + "</tr>"
-        for truth, row in confusion.items()
+    names = {"normal": ("正常", "normal"), "abnormal": ("异常（未写类型）", "abnormal, no type")}
+    return confusion_html(
+        confusion, called, ("行为真实，列为模型所判", "Truth down, verdict and written type across"), names
     )
-    caption = bilingual("行为真实，列为模型所判", "Truth down, verdict and written type across")
-    return (
-        f'<div class="scroll ops" style="margin-top:14px"><table class="metrics confusion"><caption>{caption}</caption>'
-        f'<thead><tr><th scope="col"></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
-
-
-def _hit(is_hit: bool) -> str:
-    return ' class="hit"' if is_hit else ""
 
 
 def _charts(sweep: Sequence[dict[str, Any]], threshold: float, scored: tuple[Sequence[int], Sequence[float]]) -> str:

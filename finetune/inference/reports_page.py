@@ -13,6 +13,7 @@ from PIL import Image
 
 from finetune.inference.report.markup import DASH, bilingual, data_uri, esc, format_number
 from finetune.inference.report.page import page_html, section_html
+from finetune.inference.report.table import confusion_html
 from finetune.metrics.reports import MISSING, is_same
 
 _SIDE = 360
@@ -26,7 +27,6 @@ overflow-wrap:anywhere}
 .fields thead th{border-top:0;color:var(--soft);font-weight:500;font-size:.82rem}
 .fields tbody th{font-weight:500;white-space:nowrap}
 .fields td.ok{color:var(--ok)}.fields td.bad{color:var(--bad)}.fields .none{color:var(--soft)}
-.confusion td.hit{font-weight:700;background:var(--okbg);color:var(--ok)}
 .reports{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(min(100%,520px),1fr))}
 details{margin-top:8px;font-size:.87rem;color:var(--soft)}
 .problem{color:var(--bad);overflow-wrap:anywhere;margin:0}
@@ -115,27 +115,11 @@ def _tiles(metrics: Mapping[str, Any]) -> str:
 
 
 def _confusion(level: Mapping[str, Any] | None) -> str:
-    """Truth down, answers across."""
     if not level or not level["n"]:
         return ""
     answers = list(next(iter(level["confusion"].values())))
-    none = bilingual("未写出", "not written")
-    head = "".join(f'<th scope="col">{esc(name) if name != MISSING else none}</th>' for name in answers)
-    rows = "".join(
-        f'<tr><th scope="row">{esc(truth)}</th>'
-        + "".join(f"<td{_hit(truth == answer)}>{count}</td>" for answer, count in row.items())
-        + "</tr>"
-        for truth, row in level["confusion"].items()
-    )
-    caption = bilingual("风险等级：行为真实，列为模型所写", "Risk level: truth down, written across")
-    return (
-        f'<div class="scroll ops"><table class="metrics confusion"><caption>{caption}</caption>'
-        f'<thead><tr><th scope="col"></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
-
-
-def _hit(is_hit: bool) -> str:
-    return ' class="hit"' if is_hit else ""
+    caption = ("风险等级：行为真实，列为模型所写", "Risk level: truth down, written across")
+    return confusion_html(level["confusion"], answers, caption, {MISSING: ("未写出", "not written")})
 
 
 def _fields_table(fields: Mapping[str, Mapping[str, Any]]) -> str:

@@ -20,6 +20,7 @@ table.metrics{border-collapse:collapse;width:100%;font-variant-numeric:tabular-n
 .metrics .plot{width:150px;text-align:left}.metrics .plot .right{float:right}
 .metrics caption{text-align:left;padding:10px 14px 6px;font-weight:650;font-size:.9rem}
 .scroll.ops{max-width:760px}
+.confusion td.hit{font-weight:700;background:var(--okbg);color:var(--ok)}
 .metrics tr.used>*{background:var(--tile);box-shadow:inset 0 1px var(--accent),inset 0 -1px var(--accent)}
 .tables{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));align-items:start}
 .tables .metrics th,.tables .metrics td{padding:3px 12px}

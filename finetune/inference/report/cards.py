@@ -74,14 +74,14 @@ def controls_html(samples: Sequence[ReportSample]) -> str:
     """Filter buttons with their counts and the sort menu; the page's script makes them work."""
     count = {outcome: sum(sample.outcome == outcome for sample in samples) for outcome in _OUTCOMES}
     buttons = [
-        _button("all", "全部", "All", len(samples), is_pressed=True),
-        _button("wrong", "判错", "Wrong verdicts", count["fp"] + count["fn"]),
-        _button("fn", "漏检", "Missed tampering", count["fn"]),
-        _button("fp", "误报", "False alarms", count["fp"]),
+        filter_button("all", "全部", "All", len(samples), is_pressed=True),
+        filter_button("wrong", "判错", "Wrong verdicts", count["fp"] + count["fn"]),
+        filter_button("fn", "漏检", "Missed tampering", count["fn"]),
+        filter_button("fp", "误报", "False alarms", count["fp"]),
     ]
     for index, name in enumerate(operations(samples)):
         n = sum(sample.operation == name for sample in samples)
-        buttons.append(_button(f"op{index}", name, name, n))
+        buttons.append(filter_button(f"op{index}", name, name, n))
     orders = (
         ("index", "原顺序 original order"),
         ("score-down", "分数 ↓ score, high first"),
@@ -89,6 +89,15 @@ def controls_html(samples: Sequence[ReportSample]) -> str:
         ("f1-up", "F1 ↑ worst first"),
         ("f1-down", "F1 ↓ best first"),
     )
+    return controls_bar(buttons, orders)
+
+
+def controls_bar(buttons: Sequence[str], orders: Sequence[tuple[str, str]]) -> str:
+    """The bar above the cards.
+
+    Args:
+        buttons: each a `filter_button`. orders: `KEY-up` or `KEY-down` of the cards' `data-KEY`, and what it is called.
+    """
     options = "".join(f'<option value="{value}">{text}</option>' for value, text in orders)
     return (
         f'<div class="controls"><div class="filters" role="group" aria-label="filter">{"".join(buttons)}</div>'
@@ -241,7 +250,8 @@ def _bar_cell(value: float | None) -> str:
     return f'<td>{value:.3f} <span class="meter"><i style="width:{100 * value:.0f}%"></i></span></td>'
 
 
-def _button(value: str, zh: str, en: str, count: int, is_pressed: bool = False) -> str:
+def filter_button(value: str, zh: str, en: str, count: int, is_pressed: bool = False) -> str:
+    """A button that shows the cards whose `data-outcome` or `data-op` is `value`, with their number."""
     pressed = "true" if is_pressed else "false"
     state = f'data-filter="{value}" aria-pressed="{pressed}"'
     return f'<button type="button" {state}>{bilingual(zh, en)} <b>{count}</b></button>'

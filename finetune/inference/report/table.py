@@ -7,7 +7,7 @@ table and shown with dashes in the report only when it is a known metric.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -201,6 +201,38 @@ def table_html(metrics: Mapping[str, Any]) -> str:
         body += [_row_html(metrics, row, names) for row in rows if row.group == group]
     return (
         f'<div class="scroll"><table class="metrics"><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
+    )
+
+
+def confusion_html(
+    confusion: Mapping[str, Mapping[str, int]],
+    answers: Sequence[str],
+    caption: tuple[str, str],
+    names: Mapping[str, tuple[str, str]],
+) -> str:
+    """A table of counts, truth down and answers across, with the agreeing ones marked.
+
+    Args:
+        confusion: truth -> answer -> count; a missing one is 0. answers: the columns.
+        caption, names: Chinese and English; what `names` lacks is written as it is.
+    """
+
+    def name(text: str) -> str:
+        return bilingual(*names[text]) if text in names else esc(text)
+
+    def cell(truth: str, answer: str) -> str:
+        hit = ' class="hit"' if truth == answer else ""
+        return f"<td{hit}>{confusion[truth].get(answer, 0)}</td>"
+
+    head = "".join(f'<th scope="col">{name(answer)}</th>' for answer in answers)
+    rows = "".join(
+        f'<tr><th scope="row">{name(truth)}</th>{"".join(cell(truth, answer) for answer in answers)}</tr>'
+        for truth in confusion
+    )
+    return (
+        '<div class="scroll ops" style="margin-top:14px"><table class="metrics confusion">'
+        f'<caption>{bilingual(*caption)}</caption><thead><tr><th scope="col"></th>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 
