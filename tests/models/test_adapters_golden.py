@@ -65,6 +65,7 @@ def model_for(config: RunConfig) -> Bundle:
             "cls_token_ids": ids[0],
             "mask_token_ids": ids[1],
             "has_language": has_language,
+            "region_features": config.model.region_features,
         }
         settings.pop("model_type")
         with torch.device("meta"):
@@ -95,7 +96,7 @@ def trainable_of(run: RunConfig) -> list[str]:
     tree = to_dict(run)
     size = real_size(run) or "tiny"
     keys = ("tokens", "heads", "lora", "vision_lora", "vision_top")
-    key = json.dumps([size, run.train.trainable, *(tree[name] for name in keys)])
+    key = json.dumps([size, run.model.region_features, run.train.trainable, *(tree[name] for name in keys)])
     if key not in FOUND:
         bundle = set_trainable(model_for(run), run.train.trainable, run.lora, run.vision_lora, run.vision_top)
         FOUND[key] = trainable(bundle, run.train.trainable)
