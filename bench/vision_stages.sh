@@ -48,7 +48,7 @@ number=0
 for stage in a b c; do
     number=$((number + 1))
     forensics evaluate --model "$OUT/stage$number/best" --data "$QUICK/data/eval.jsonl" --out "$OUT/measured_$stage" \
-        --batch-size 16 --no-text --no-baselines
+        --batch-size 16 --no-text --no-baselines --no-calibration
 done
 python - "$OUT" <<'PY'
 import json

@@ -100,7 +100,7 @@ else
 fi
 overrides+=("train.batch_size=$((8 / ranks))")
 accelerate launch --quiet --config_file "configs/accelerate/${launch[0]}" --main_process_port 0 \
-    --num_cpu_threads_per_process "${launch[1]}" sft_llm.py --config configs/train/quickstart.yaml "${overrides[@]}"
+    --num_cpu_threads_per_process "${launch[1]}" sft_llm.py --config configs/train/quickstart.yaml --overwrite "${overrides[@]}"
 
 step 5 "evaluation on images made from other photographs"
 forensics evaluate --model "$OUT/best" --data "$OUT/data/eval.jsonl" --baseline-data "$OUT/data/train.jsonl" \

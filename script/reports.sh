@@ -64,7 +64,7 @@ forensics tiny --out "$OUT/tiny" --corpus "$OUT/data/train"
 
 step 3 "training"
 yaml() { printf "'%s'" "${1//\'/\'\'}"; } # override values are YAML: quoted, any path is a string
-bash script/sft_llm.sh configs/train/reports_tiny.yaml "output_dir=$(yaml "$OUT")" "model.path=$(yaml "$OUT/tiny")" \
+bash script/sft_llm.sh configs/train/reports_tiny.yaml --overwrite "output_dir=$(yaml "$OUT")" "model.path=$(yaml "$OUT/tiny")" \
     "data.train=[{path: $(yaml "$OUT/data/train")}]" "data.eval=[{path: $(yaml "$OUT/data/val")}]" "train.max_seconds=$LIMIT"
 
 step 4 "reports for the test split, beside the true ones"

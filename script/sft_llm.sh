@@ -5,10 +5,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 usage() {
     cat <<'TXT'
-usage: bash script/sft_llm.sh CONFIG [--resume] [key.sub=value ...]
+usage: bash script/sft_llm.sh CONFIG [--resume | --overwrite] [key.sub=value ...]
 
   CONFIG            a YAML under configs/train/
   --resume          continue from the last sound checkpoint of output_dir, or start if there is none
+  --overwrite       output_dir holds a run: start anew; what it wrote is moved to output_dir/earlier
   key.sub=value     overrides of its keys, e.g. train.learning_rate=1e-4 output_dir=runs/try1
 
 environment
@@ -36,7 +37,7 @@ shift
 [[ -f "$CONFIG" ]] || fail "no file '$CONFIG'; there are: $(cd "$ROOT" && ls configs/train/*.yaml 2>/dev/null | tr '\n' ' ')"
 CONFIG="$(cd "$(dirname "$CONFIG")" && pwd)/$(basename "$CONFIG")"
 for arg in "$@"; do
-    [[ "$arg" == *=* || "$arg" == --resume ]] || fail "'$arg' is not an override; expected key.sub=value"
+    [[ "$arg" == *=* || "$arg" == --resume || "$arg" == --overwrite ]] || fail "'$arg' is not an override; expected key.sub=value"
 done
 
 bash "$ROOT/script/setup.sh" run

@@ -41,7 +41,7 @@ TXT
   --accelerate-config C  a file, or a name under configs/accelerate / accelerate 配置
   --config YAML          another base configuration, e.g. configs/train/vision_a_tiny.yaml / 换用其他基础配置
   --resume               continue from the last checkpoint of --out_dir / 从断点继续
-  --overwrite            --out_dir holds a run: move it aside (OUT_DIR.1, ...) and start anew / 将旧结果移开后重新开始
+  --overwrite            --out_dir holds a run: move it aside (OUT_DIR/earlier) and start anew / 将旧结果移开后重新开始
   --dry-run              show the command, do not run it / 只显示命令
   KEY=VALUE              any key of the YAML, e.g. train.feature_cache=false / 配置中的任意键
 TXT
@@ -64,22 +64,20 @@ model_in() {
 number() { [[ "$2" =~ ^[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$ ]] || fail "$1 is '$2', expected a number"; }
 
 run_stage() {
-    local out="" overwrite=0
     local config="configs/train/vision_$STAGE.yaml" train="" val="" ratio="" root="" before="" model="" dry=0 resume=()
     local overrides=() extra=() flag value
     while (($#)); do
         flag="$1" value=""
         case "$flag" in
             -h | --help) usage; exit 0 ;;
-            --resume) resume=(--resume); shift; continue ;;
-            --overwrite) overwrite=1; shift; continue ;;
+            --resume) resume+=(--resume); shift; continue ;;
+            --overwrite) resume+=(--overwrite); shift; continue ;;
             --no-balance | --no_balance) overrides+=("data.class_balanced=false"); shift; continue ;;
             --dry-run | --dry_run) dry=1; shift; continue ;;
             --*=*) value="${flag#*=}" flag="${flag%%=*}"; shift ;;
             --*)
                 [[ $# -ge 2 ]] || { usage >&2; fail "$flag needs a value, or is not known"; }
                 value="$2"; shift 2 ;;
-            output_dir=*) out="${flag#*=}" extra+=("$flag"); shift; continue ;; # is looked into below, as with --out_dir
             *=*) extra+=("$flag"); shift; continue ;;
             *) usage >&2; fail "unknown argument '$flag'" ;;
         esac
@@ -93,7 +91,7 @@ run_stage() {
             __train_ann) train="$value" ;;
             __val_ann) val="$value" ;;
             __clsA_dir) before="$value" ;;
-            __out_dir) out="$value" overrides+=("output_dir=$(yaml "$value")") ;;
+            __out_dir) overrides+=("output_dir=$(yaml "$value")") ;;
             __model_path) model="$value" ;;
             __evi_alpha | __sparse_w | __contrast_w)
                 [[ $STAGE != a ]] || fail "$flag weighs the heat map, which stage A has not; it belongs to stages B and C"
@@ -131,16 +129,6 @@ run_stage() {
     fi
     [[ "$config" == /* || -f "$config" ]] || config="$ROOT/$config"
     [[ -f "$config" ]] || fail "--config: no file '$config'"
-    [[ -n "$out" ]] || out="$(sed -n 's/^output_dir: *//p' "$config")"
-    if [[ ${#resume[@]} == 0 && -f "$out/run_record.json" ]]; then
-        [[ $overwrite == 1 ]] || fail "$out holds a run already; add --resume to go on with it, --overwrite to start anew, or give another --out_dir"
-        if [[ $dry == 0 ]]; then
-            local aside=1
-            while [[ -e "$out.$aside" ]]; do aside=$((aside + 1)); done
-            mv "$out" "$out.$aside"
-            say "the run in $out is now $out.$aside"
-        fi
-    fi
     local command=(bash "$ROOT/script/sft_llm.sh" "$config" "${resume[@]}" "${overrides[@]}" "${extra[@]}")
     if [[ $dry == 1 ]]; then
         printf '%q ' "${command[@]}"

@@ -40,6 +40,7 @@ from finetune.training.checks import check_best, check_run
 from finetune.training.evaluation_table import EvaluationTable
 from finetune.training.feature_cache import FeatureCache, cache_folder
 from finetune.training.monitoring import HeatmapSnapshots, Watch
+from finetune.training.output_folder import RUN_RECORD, take_folder
 from finetune.training.precision import whole_dtype
 from finetune.training.reproducibility import run_record
 from finetune.training.retention import TextRetention
@@ -50,11 +51,14 @@ from finetune.training.trainer import ForensicTrainer
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
     """Run the training a configuration describes.
 
     Writes to `output_dir`: `config.yaml`, `run_record.json`, `trainable.txt`, checkpoints, `best/`, `tensorboard/`,
     `history.json` (every logged number).
+
+    Args:
+        overwrite: start anew in a folder that holds a run; see `output_folder.take_folder`.
 
     Returns:
         The run record with seconds, steps and the best evaluation; with `exit_status` where a signal stopped the run
@@ -63,6 +67,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     Raises:
         ForensicsError: anything wrong with configuration, model or data, before the first step where it can be known.
     """
+    check_run(config)  # before an earlier run is moved
+    if os.environ.get("RANK", "0") == "0" and (moved := take_folder(config, overwrite=overwrite)):
+        print(moved)
     trainer, best, record = build_trainer(config)
     out_dir = Path(config.output_dir)
     start = time.monotonic()
@@ -85,7 +92,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     }
     if trainer.is_world_process_zero():
         _keep_calibration(out_dir)
-        _write_json(out_dir / "run_record.json", record)
+        _write_json(out_dir / RUN_RECORD, record)
         _write_json(out_dir / "history.json", trainer.state.log_history)
         if stopped:
             print(
@@ -277,7 +284,7 @@ def _write_start(config: RunConfig, table: str, record: dict[str, Any]) -> None:
     written = yaml.safe_dump(to_dict(config), allow_unicode=True, sort_keys=False)
     (out_dir / "config.yaml").write_text(written, encoding="utf-8")
     (out_dir / "trainable.txt").write_text(table + "\n", encoding="utf-8")
-    _write_json(out_dir / "run_record.json", record)
+    _write_json(out_dir / RUN_RECORD, record)
 
 
 def _has_just_evaluated(trainer: ForensicTrainer) -> bool:

@@ -29,14 +29,18 @@ from finetune.config import RunConfig, StageRun, find_stage, load_config, stage_
 from finetune.errors import ConfigError
 from finetune.training.adversarial import ZERO_3
 from finetune.training.checks import run_problems
+from finetune.training.output_folder import STAGE_RECORD, take_folder_of_stages
 
-MARKER = "stage.json"
+MARKER = STAGE_RECORD
 """In every stage's folder: what it was made from, and whether it is finished."""
 _DRIVEN = "FORENSICS_STAGE_DRIVER"
 
 
-def run_stages(config: RunConfig) -> int:
+def run_stages(config: RunConfig, *, overwrite: bool = False) -> int:
     """Run every stage that is not finished, each in a new process; link the last one's `best` as the run's.
+
+    Args:
+        overwrite: all of them anew; what an earlier run left in the folder is moved aside.
 
     Returns:
         0, or the exit status of the stage that failed or was stopped; the same command then goes on there.
@@ -52,7 +56,11 @@ def run_stages(config: RunConfig) -> int:
             if run.config.adversarial.share:  # known now, not after the stages before it
                 raise ConfigError(f"stage '{run.name}': {ZERO_3}")
     is_main = _rank() == 0
-    waiting = [run for run in runs if not _is_finished(runs, run)]
+    if is_main:
+        moved = take_folder_of_stages(config, [run.config.output_dir for run in runs], overwrite=overwrite)
+        _say(moved is not None, str(moved))
+    # With `overwrite` other ranks may come here before rank 0 has moved anything; all of them begin with stage 1.
+    waiting = list(runs) if overwrite else [run for run in runs if not _is_finished(runs, run)]
     with _written(config) as path:
         for run in runs:
             if run not in waiting:
@@ -155,7 +163,8 @@ def _is_finished(runs: Sequence[StageRun], run: StageRun) -> bool:
     if marker.get("hash") != stage_hash(runs, run):
         raise ConfigError(
             f"{folder} holds stage '{marker.get('name')}' of another configuration (hash {marker.get('hash')}, now "
-            f"{stage_hash(runs, run)}); give another output_dir, or remove that folder and those of later stages"
+            f"{stage_hash(runs, run)}); give another output_dir, add --overwrite to start all stages anew, or remove "
+            "that folder and those of later stages"
         )
     return bool(marker.get("finished"))
 

@@ -23,6 +23,11 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue from the last sound checkpoint of output_dir, or start if there is none (train.resume=auto)",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="output_dir holds a run: start anew, what it wrote is moved to output_dir/earlier",
+    )
     parser.add_argument("--stage", metavar="NAME", help="run this one of the configuration's stages (default: all)")
     parser.set_defaults(handler=_train)
 
@@ -30,15 +35,20 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from finetune.config import RunConfig, load_config
 
+    if arguments.overwrite and (arguments.resume or arguments.stage):
+        other = "--resume goes on with the run" if arguments.resume else "--stage runs one stage"
+        raise ConfigError(f"--overwrite starts the whole run anew, {other}; give one of them")
     overrides = [*arguments.overrides, *(["train.resume=auto"] if arguments.resume else [])]
     config: RunConfig = load_config(arguments.config, overrides)  # before the heavy imports: mistakes show at once
     if arguments.stage or config.stages:
         from finetune.training.stages import run_stage, run_stages
 
-        return run_stage(config, arguments.stage) if arguments.stage else run_stages(config)
+        return (
+            run_stage(config, arguments.stage) if arguments.stage else run_stages(config, overwrite=arguments.overwrite)
+        )
     from finetune.training.run import train
 
-    status: int = train(config).get("exit_status", 0)
+    status: int = train(config, overwrite=arguments.overwrite).get("exit_status", 0)
     return status
 
 
