@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from finetune.config import SourceConfig
-from finetune.data.readers import read_records
-from finetune.data.splits import GroupBy
+from finetune.data.readers import data_root, read_records
+from finetune.data.splits import GroupBy, rules_of
 from finetune.errors import ConfigError
 from finetune.schema import Record
 
@@ -27,17 +28,37 @@ def read_sources(sources: Sequence[SourceConfig], what: str) -> list[Record]:
     Raises:
         ConfigError: no source. DataFormatError: see the readers.
     """
+    return [record for own in _read_each(sources, what) for record in own]
+
+
+def read_and_hold_back(
+    sources: Sequence[SourceConfig], what: str, ratio: float, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """`read_sources`, divided by `hold_back`; groups without a name are relative to each source's data root.
+
+    Raises:
+        ConfigError, DataFormatError: as both.
+    """
+    each = _read_each(sources, what)
+    roots = [(Path(source.path).stem, data_root(source.path, source.root)) for source in sources]
+    rules = [rule for rule, own in zip(rules_of("group", roots), each, strict=True) for _ in own]
+    return hold_back([record for own in each for record in own], ratio, seed, rules)
+
+
+def _read_each(sources: Sequence[SourceConfig], what: str) -> list[list[Record]]:
+    """The records of each source, as often as its weight says."""
     if not sources:
         raise ConfigError(
             f"data.{what} is empty; give the path of a JSON or JSONL file, e.g. data.{what}=[train.jsonl]"
         )
-    records: list[Record] = []
+    records: list[list[Record]] = []
     for source in sources:
         own = read_records(source.path, source.format, source.root, source.options)
         if source.weight <= 0:
             raise ConfigError(f"data.{what}: weight of {source.path} is {source.weight}; expected a number above 0")
         count = max(1, round(len(own) * source.weight))
-        records += [own[i * len(own) // count] for i in range(count)] if source.weight < 1 else _repeat(own, count)
+        is_part = source.weight < 1
+        records.append([own[i * len(own) // count] for i in range(count)] if is_part else _repeat(own, count))
     return records
 
 
@@ -52,7 +73,9 @@ def _repeat(records: list[Record], count: int) -> list[Record]:
     return [records[i % len(records)] for i in range(count)]
 
 
-def hold_back(records: Sequence[Record], ratio: float, seed: int) -> tuple[list[Record], list[Record]]:
+def hold_back(
+    records: Sequence[Record], ratio: float, seed: int, rules: Sequence[GroupBy] | None = None
+) -> tuple[list[Record], list[Record]]:
     """Whole groups of records set aside for validation, about `ratio` of them in all.
 
     Groups are taken in an order that the seed and their names decide, each if it brings the share nearer to `ratio`; at
@@ -61,6 +84,7 @@ def hold_back(records: Sequence[Record], ratio: float, seed: int) -> tuple[list[
     Args:
         records: as `read_sources` gives them.
         ratio: in (0, 1).
+        rules: where the group of each record comes from; default: its field, or its picture's path as it is given.
 
     Returns:
         Records to train on and to validate on, in their order.
@@ -68,7 +92,8 @@ def hold_back(records: Sequence[Record], ratio: float, seed: int) -> tuple[list[
     Raises:
         ConfigError: all records are of one group.
     """
-    keys = [GroupBy().key(record) for record in records]
+    rules = rules or [GroupBy()] * len(records)
+    keys = [rule.key(record) for rule, record in zip(rules, records, strict=True)]
     sizes: dict[str, int] = {}
     for key in keys:
         sizes[key] = sizes.get(key, 0) + 1

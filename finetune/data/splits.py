@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from pathlib import Path
 
@@ -62,7 +63,9 @@ class GroupBy:
     Args:
         rule: `group` (the record's field), `parent` (folder of the first image), `path:REGEX` (first capture, or the
             whole match, in the path of the first image), `provenance.KEY` (dots go deeper).
-        root: paths are taken relative to it, so that moving a data set does not change its splits.
+        root: paths are taken relative to it, so that neither moving a data set nor naming it otherwise (`data`,
+            `./data`, another mount) changes its splits. A picture outside goes by its path as it is given.
+        prefix: begins the names of folders, where those of several sources must be told apart (`rules_of`).
 
     Raises:
         ConfigError: unknown rule or broken expression.
@@ -70,6 +73,7 @@ class GroupBy:
 
     rule: str = "group"
     root: str | None = None
+    prefix: str = ""
     _pattern: re.Pattern[str] | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -96,7 +100,7 @@ class GroupBy:
             return "" if value is None else str(value)
         path = self.path_of(record.images[0]) if record.images else ""
         if self._pattern is None:
-            return os.path.dirname(path).replace(os.sep, "/") if path else ""
+            return posixpath.normpath(posixpath.join(self.prefix, posixpath.dirname(path))) if path else ""
         match = self._pattern.search(path)
         return "" if match is None else (match[1] or "") if match.re.groups else match[0]
 
@@ -118,11 +122,35 @@ class GroupBy:
         """Path with `/`, relative to `root` where it lies below; "" for embedded bytes."""
         if image.path is None or is_embedded(image.path):
             return ""
-        path = image.path
-        if self.root is not None:
-            relative = os.path.relpath(path, self.root)
-            path = path if relative.startswith("..") else relative
-        return path.replace(os.sep, "/")
+        return (_below(image.path, self.root) or image.path).replace(os.sep, "/")
+
+
+def rules_of(rule: str, sources: Sequence[tuple[str, str]]) -> list[GroupBy]:
+    """One rule per source, each relative to the folder its paths start from.
+
+    Records of one picture are of one group whichever source they come from, and pictures of the same relative path in
+    two data roots are kept together too. Folders (`parent`) of several roots are told apart by the name of the first
+    source there.
+
+    Args:
+        sources: name and data root of each.
+    """
+    names: dict[str, str] = {}
+    for name, root in sources:
+        names.setdefault(os.path.realpath(root), name)
+    has_several = len(names) > 1
+    return [GroupBy(rule, root, names[os.path.realpath(root)] if has_several else "") for _, root in sources]
+
+
+def _below(path: str, root: str | None) -> str | None:
+    """A path relative to a folder, None where it lies outside; links are followed where the names alone do not tell."""
+    if root is None:
+        return None
+    for one, other in ((path, root), (os.path.realpath(path), os.path.realpath(root))):
+        relative = os.path.relpath(one, other)
+        if relative != ".." and not relative.startswith(".." + os.sep):
+            return relative
+    return None
 
 
 class HoldOut:
@@ -148,10 +176,14 @@ class HoldOut:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"hold-out list {path} cannot be read: {error}") from error
 
-    def matches(self, record: Record) -> bool:
-        """Whether any line names the record's group or one of its images; every such line counts as used."""
+    def matches(self, record: Record, group_by: GroupBy | None = None) -> bool:
+        """Whether any line names the record's group or one of its images; every such line counts as used.
+
+        Args:
+            group_by: of the record's source, where sources differ.
+        """
         found = set()
-        for name in self._names(record):
+        for name in self._names(record, group_by or self._group_by):
             if name in self._literal:
                 found.add(self._literal[name])
             found.update(line for pattern, line in self._globs if pattern.match(name))
@@ -162,10 +194,12 @@ class HoldOut:
         """Lines that matched nothing so far, in file order."""
         return [line for line in self.lines if line not in self._used]
 
-    def _names(self, record: Record) -> Iterator[str]:
-        yield self._group_by.key(record)
+    def _names(self, record: Record, group_by: GroupBy) -> Iterator[str]:
+        as_given = replace(group_by, root=None, prefix="")
+        yield group_by.key(record)
+        yield as_given.key(record)
         for image in record.images:
-            if path := self._group_by.path_of(image):
+            if path := as_given.path_of(image):
                 parts = path.split("/")
                 yield from ("/".join(parts[start:]) for start in range(len(parts)))
 
@@ -234,23 +268,25 @@ class Splitter:
         self._seen: dict[str, set[int]] = defaultdict(set)
         self._num_ungrouped = 0
 
-    def scan(self, records: Iterable[Record]) -> None:
-        """Find the groups that are held out; may be called once per source."""
-        held = self._held if self._held is not None else set()
+    def scan(self, records: Iterable[Record], group_by: GroupBy | None = None) -> None:
+        """Find the groups that are held out; may be called once per source, with the rule of that source."""
+        held, rule = self._held if self._held is not None else set(), group_by or self.group_by
         if self.hold_out is not None:
-            held.update(self.group_by.key(record) for record in records if self.hold_out.matches(record))
+            held.update(rule.key(record) for record in records if self.hold_out.matches(record, rule))
         self._held = held
 
-    def split_of(self, record: Record, forced: str | None = None) -> str:
+    def split_of(self, record: Record, forced: str | None = None, group_by: GroupBy | None = None) -> str:
         """The record's split, counted.
 
         Args:
             forced: put it there instead (a set that comes with its own division).
+            group_by: of the record's source, where sources differ (`rules_of`).
         """
         if self._held is None:
             raise ValueError("a hold-out list needs scan() over all records first")
-        key = self.group_by.key(record)
-        self._num_ungrouped += not self.group_by.named(record)
+        rule = group_by or self.group_by
+        key = rule.key(record)
+        self._num_ungrouped += not rule.named(record)
         is_forced = forced is not None
         if forced is None:
             forced = self.hold_out_split if key in self._held else assign_split(key, self.ratios, self.seed)

@@ -25,7 +25,7 @@ from finetune.data.dataset import ForensicDataset, checked_dataset
 from finetune.data.image_size import set_short_side
 from finetune.data.pictures import PictureDataset
 from finetune.data.regions.limit import fitted_records, limit_regions
-from finetune.data.sources import hold_back, read_sources
+from finetune.data.sources import read_and_hold_back, read_sources
 from finetune.errors import ConfigError
 from finetune.losses.criterion import TERMS
 from finetune.metrics.calibration import Calibration
@@ -211,14 +211,15 @@ def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, Fore
     """Training and evaluation data.
 
     Raises:
-        DataFormatError, ConfigError: as `checked_dataset`, `read_sources` and `hold_back`.
+        DataFormatError, ConfigError: as `checked_dataset` and `read_and_hold_back`.
     """
     data = config.data
-    records, held = read_sources(data.train, "train"), None
-    if data.eval:
-        held = read_sources(data.eval, "eval")
-    elif data.val_ratio:
-        records, held = hold_back(records, data.val_ratio, data.val_seed)
+    held: list[Record] | None
+    if data.val_ratio and not data.eval:
+        records, held = read_and_hold_back(data.train, "train", data.val_ratio, data.val_seed)
+    else:
+        records = read_sources(data.train, "train")
+        held = read_sources(data.eval, "eval") if data.eval else None
     records, held = _about_few_regions(records, held, data.max_regions)
     kind = PictureDataset if config.reads_pictures_only else ForensicDataset
     found = []

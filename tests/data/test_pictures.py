@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from finetune.config import DataConfig
+from finetune.config import DataConfig, SourceConfig
 from finetune.data.collator import ForensicCollator
 from finetune.data.dataset import ForensicDataset, checked_dataset
 from finetune.data.pictures import PictureDataset
 from finetune.data.readers import read_records
-from finetune.data.sources import hold_back
+from finetune.data.sources import hold_back, read_and_hold_back
 from finetune.data.validation import InvalidDataError
 from finetune.errors import ConfigError
 from finetune.models.loading import add_forensic_tokens, load_processor
@@ -177,6 +178,25 @@ def test_repeated_records_are_validated_on_once_and_one_group_is_refused() -> No
     assert len({r.id for r in held}) == len(held) == 2
     with pytest.raises(ConfigError, match=r"all 3 records are of one group \('g0'\); give a validation file"):
         hold_back(grouped(3), 0.5, seed=0)
+
+
+def test_the_division_does_not_depend_on_how_the_data_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures without a group, through a relative path, an absolute one, a link, and after the folder was moved."""
+    (tmp_path / "set").mkdir()
+    lines = [json.dumps({"id": f"r{k}", "images": [f"{k}.jpg"], "labels": [k % 2]}) for k in range(20)]
+    (tmp_path / "set" / "train.jsonl").write_text("".join(line + "\n" for line in lines))
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+
+    def held(folder: str) -> list[str]:
+        source = SourceConfig(f"{folder}/train.jsonl")
+        return [record.id for record in read_and_hold_back([source], "train", 0.25, seed=4)[1]]
+
+    found = [held(folder) for folder in ("set", "./set", str(tmp_path / "set"), "link")]
+    (tmp_path / "set").rename(tmp_path / "moved")
+    found.append(held("moved"))
+    assert len(found[0]) == 5
+    assert all(each == found[0] for each in found)
 
 
 def test_what_a_division_by_group_cannot_see_is_said(caplog: pytest.LogCaptureFixture) -> None:

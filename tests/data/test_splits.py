@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.splits import GroupBy, HoldOut, Splitter, assign_split, check_ratios
+from finetune.data.splits import GroupBy, HoldOut, Splitter, assign_split, check_ratios, rules_of
 from finetune.errors import ConfigError
 from finetune.schema import ImageInput, ImageTarget, Record
 
@@ -93,6 +93,38 @@ def test_records_without_a_group_go_by_their_image_not_by_their_place_in_the_fil
     assert any("4 of 4 records have no group" in line for line in splitter.report().warnings)
 
 
+def test_groups_do_not_depend_on_how_a_data_set_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative, absolute, through a link, moved: one key for one picture, and one for its folder."""
+    for place in ("set/scene_1", "moved/set/scene_1"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    roots = ["set", "./set/", str(tmp_path / "set"), "link", "moved/set", "scene/../set"]
+    keys = {
+        rule: {GroupBy(rule, root).key(record("r", f"{root}/scene_1/a.jpg")) for root in roots}
+        for rule in ("group", "parent")
+    }
+    assert keys == {"group": {"image:scene_1/a.jpg"}, "parent": {"scene_1"}}
+    typed = record("r", str(tmp_path / "set" / "scene_1" / "a.jpg"))  # absolute in the file, read through the link
+    assert GroupBy("group", "link").key(typed) == "image:scene_1/a.jpg"
+    assert GroupBy("parent", "set/scene_1").key(typed) == "."  # all of it is one folder
+    assert GroupBy("group", "moved").key(typed) == f"image:{typed.images[0].path}"  # lies elsewhere
+
+
+def test_folders_of_several_roots_are_told_apart_and_pictures_are_kept_together(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "images").mkdir(parents=True)
+    sources = [(name, str(tmp_path / place)) for name, place in (("one", "a"), ("two", "b"), ("again", "a"))]
+    records = [record("r", f"{root}/images/7.jpg") for _, root in sources]
+    for rule, expected in (
+        ("group", ["image:images/7.jpg"] * 3),
+        ("parent", ["one/images", "two/images", "one/images"]),
+        ("path:(images)", ["images"] * 3),
+    ):
+        assert [each.key(r) for each, r in zip(rules_of(rule, sources), records, strict=True)] == expected
+    assert rules_of("parent", sources[:1])[0].key(records[0]) == "images"
+
+
 def test_one_group_for_everything_is_an_error() -> None:
     splitter = Splitter(RATIOS, 0, GroupBy("parent"))
     for k in range(5):
@@ -104,7 +136,7 @@ def test_one_group_for_everything_is_an_error() -> None:
 def test_a_held_out_line_takes_the_whole_group_and_a_useless_one_is_reported(tmp_path: Path) -> None:
     listed = tmp_path / "hold.txt"
     listed.write_text("\ufeff# comment\n\ng3\nimages/r8.jpg\nscans/*.png\nnot there\ng3\n", encoding="utf-8")
-    group_by = GroupBy(root="/data")
+    group_by = GroupBy(root="/data/images")  # a line may also name a path from above the root
     hold_out = HoldOut.read(listed, group_by)
     records = [record(f"r{k}", f"/data/images/r{k}.jpg", group=f"g{k % 7}") for k in range(30)]
     records.append(record("scan", "/data/scans/deep/x.png", group="other"))

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from finetune.config import build, to_dict
 from finetune.data.preparation.config import PrepareConfig, PrepareSource
 from finetune.data.preparation.work import Item
-from finetune.data.readers import iter_records
+from finetune.data.readers import data_root, iter_records
 from finetune.data.readers.file_tree import iter_files
-from finetune.data.splits import GroupBy, HoldOut, SplitReport, Splitter
+from finetune.data.splits import GroupBy, HoldOut, SplitReport, Splitter, rules_of
 from finetune.data.storage import SetInfo, is_stored
 from finetune.data.storage.atomic import file_sha256
 from finetune.data.storage.reading import stored_hash
@@ -104,7 +104,10 @@ def survey(config: PrepareConfig, sources: Sequence[PrepareSource], progress: bo
     hold_out = HoldOut.read(splits.holdout_list, group_by) if splits.holdout_list else None
     splitter = Splitter(splits.ratios, config.seed, group_by, hold_out, splits.holdout_split)
     if hold_out is not None:
-        splitter.scan(record for _, record in iter_records_of(sources) if isinstance(record, Record))
+        rules = source_rules(sources, splits.group_by)
+        for number, record in iter_records_of(sources):
+            if isinstance(record, Record):
+                splitter.scan([record], rules[number])
     fresh = copy.deepcopy(splitter)
     digest = hashlib.blake2b(config_digest(config).encode(), digest_size=8)
     num_errors, first_error, total = 0, None, 0
@@ -183,10 +186,18 @@ def source_names(sources: Sequence[PrepareSource]) -> list[str]:
     return names
 
 
+def source_rules(sources: Sequence[PrepareSource], rule: str) -> list[GroupBy]:
+    """Where the groups of each source come from, relative to its data root."""
+    roots = [data_root(source.path, source.root) for source in sources]
+    return rules_of(rule, list(zip(source_names(sources), roots, strict=True)))
+
+
 def iter_records_of(
     sources: Sequence[PrepareSource], formats: Sequence[set[str]] | None = None
-) -> Iterator[tuple[PrepareSource, Record | DataFormatError]]:
-    """Every record with its source and its final id, in order; the same at every call while the files are the same.
+) -> Iterator[tuple[int, Record | DataFormatError]]:
+    """Every record with the number of its source and its final id, in order.
+
+    They are the same at every call while the files are the same.
 
     Args:
         formats: one set per source, which receives the formats met in it (`iter_records`).
@@ -198,16 +209,18 @@ def iter_records_of(
             if len(sources) > 1 and isinstance(record, Record):
                 group = f"{name}/{record.group}" if source.own_groups and record.group else record.group
                 record = replace(record, id=f"{name}/{record.id}", group=group)
-            yield source, record
+            yield number, record
 
 
 def iter_items(
     sources: Sequence[PrepareSource], splitter: Splitter, formats: Sequence[set[str]] | None = None
 ) -> Iterator[Item]:
     """The items in order; every record is counted by the splitter. `formats` as of `iter_records_of`."""
-    for index, (source, record) in enumerate(iter_records_of(sources, formats)):
+    rules = source_rules(sources, splitter.group_by.rule)
+    for index, (number, record) in enumerate(iter_records_of(sources, formats)):
         if isinstance(record, DataFormatError):
             yield Item(index, "", record)
         else:
-            split = splitter.split_of(record, source.split)
-            yield Item(index, split, replace(record, group=splitter.group_by.key(record)))
+            rule = rules[number]
+            split = splitter.split_of(record, sources[number].split, rule)
+            yield Item(index, split, replace(record, group=rule.key(record)))

@@ -30,7 +30,17 @@ from finetune.data.readers.table import TABLE_OPTIONS, TABLE_SUFFIXES, read_tabl
 from finetune.errors import DataFormatError
 from finetune.schema import Record
 
-__all__ = ["FORMATS", "READERS", "Item", "Reader", "detect_format", "iter_records", "read_records", "scan_records"]
+__all__ = [
+    "FORMATS",
+    "READERS",
+    "Item",
+    "Reader",
+    "data_root",
+    "detect_format",
+    "iter_records",
+    "read_records",
+    "scan_records",
+]
 
 Entries = Iterator[tuple[str, str, Record | DataFormatError]]
 """(position, source, record or what is wrong there)"""
@@ -231,7 +241,7 @@ def _open(
     if format != "auto" and format not in READERS and format not in FORMATS:
         expected = f"auto, {', '.join((*READERS, *FORMATS))}"
         raise DataFormatError("unknown format", source=path.name, found=format, expected=expected)
-    root_dir = _root_dir(path, root)
+    root_dir = data_root(path, root)
     value = None  # of a .json file that had to be parsed to know what it is
     kind = format
     if format == "auto":
@@ -327,7 +337,13 @@ def _read_one(value: Any, default_id: str, source: str, root: str, format: str) 
     return name, READERS[name].read(item)
 
 
-def _root_dir(path: Path, root: str | os.PathLike[str] | None) -> str:
+def data_root(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> str:
+    """The folder that a data set's relative paths start from: `root`, else the set's own folder.
+
+    Raises:
+        DataFormatError: `root` is no folder.
+    """
+    path = Path(path)
     if root is None:
         return str(path if path.is_dir() else path.parent)
     if not Path(root).is_dir():

@@ -114,6 +114,41 @@ def test_every_record_comes_out_in_the_split_of_its_group(
     assert not (tmp_path / "out" / ".writing").exists()
 
 
+@pytest.mark.parametrize("rule", ["group", "parent"])
+def test_a_set_is_divided_alike_wherever_it_lies(
+    tmp_path: Path, make_source: MakeSource, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    """Records without a group, read by a relative path, an absolute one, and after the folder was moved: same bytes."""
+    source = make_source(12)
+    lines = []
+    for k, line in enumerate(map(json.loads, source.read_text("utf-8").splitlines())):
+        (source.parent / f"scene{k // 3}").mkdir(exist_ok=True)
+        (source.parent / f"{k}.png").rename(source.parent / f"scene{k // 3}" / f"{k}.png")
+        lines.append({**line, "images": [f"scene{k // 3}/{k}.png"], "group": None})
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    monkeypatch.chdir(source.parent)
+    found = []
+    for name, place in (
+        ("as_said", Path("list.jsonl")),
+        ("absolute", source),
+        ("moved", tmp_path / "m" / "list.jsonl"),
+    ):
+        if name == "moved":
+            monkeypatch.chdir(tmp_path)
+            source.parent.rename(tmp_path / "m")
+        config = load_config(None, [], PrepareConfig)
+        config.out_dir, config.workers, config.sources = str(tmp_path / name), 1, [PrepareSource(str(place))]
+        config.splits.ratios, config.splits.group_by = {"train": 0.6, "test": 0.4}, rule
+        run(config)
+        found.append(tree(tmp_path / name))
+        del found[-1]["manifest.json"]  # its fingerprint of the sources knows their paths
+    assert found[0] == found[1] == found[2]
+    groups = {record.group for split in ("train", "test") for record in _read(tmp_path / "moved" / split)}
+    assert groups == (
+        {f"scene{k}" for k in range(4)} if rule == "parent" else {f"image:scene{k // 3}/{k}.png" for k in range(12)}
+    )
+
+
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, make_source: MakeSource) -> None:
     source = make_source(20)
     one = config_for(tmp_path / "one", source, storage="parquet")
