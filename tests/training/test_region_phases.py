@@ -146,6 +146,9 @@ def test_a_phase_starts_where_the_one_before_ended(built: Path, tiny_dir: Path, 
             train(config, overwrite=True)  # the folder holds the run that was only built
             found[name, "after"] = losses(tmp_path / name)[3]
     assert found["regions_phase3", "before"] == pytest.approx(found["regions_phase2", "after"], abs=1e-6)
+    named = [*exact, "freeze.vision_tower=top_1", "model.adapter=null", f"model_name={start}"]
+    trainer = build_trainer(config_of("regions_phase3", built, tiny_dir, tmp_path / "named", *named))[0]
+    assert trainer.evaluate()["eval_loss"] == found["regions_phase3", "before"]  # model_name may be the folder itself
     assert found["regions_phase2", "before"] != pytest.approx(found["regions_phase2", "after"], abs=1e-3)
 
 
