@@ -114,6 +114,7 @@ class DataConfig:
     class_balanced: bool = True  # draw real and tampered equally often
     # Records about candidate regions are drawn mirrored: left and right, or also upside down and turned by a quarter.
     mirror_regions: Literal["off", "horizontal", "all"] = "off"
+    shuffle_regions: bool = False  # they are drawn under other ids each time, answers with them
     max_regions: int | None = None  # candidate regions per training record; records to evaluate on are split into parts
 
     @property

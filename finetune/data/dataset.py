@@ -33,6 +33,7 @@ from finetune.data.masks import load_mask, resize_mask
 from finetune.data.region_masking import Draw, RegionMasking, mask_regions
 from finetune.data.regions.mirroring import mirrored
 from finetune.data.regions.places import region_places
+from finetune.data.regions.shuffling import shuffled
 from finetune.data.regions.text import expand_regions
 from finetune.data.sources import read_sources, spread
 from finetune.data.validation import InvalidDataError, Problem, leaking_tokens, validate_for_training
@@ -168,7 +169,10 @@ class ForensicDataset(Dataset):
         record = self.records[index]
         images = [self.image_cache.load(image, record.id, record.source) for image in record.images]
         if isinstance(index, Draw):
-            record, images = mirrored(record, images, self.config.mirror_regions, (self.draw_seed, index.position))
+            draw = (self.draw_seed, index.position)
+            if self.config.shuffle_regions:
+                record = shuffled(record, draw)
+            record, images = mirrored(record, images, self.config.mirror_regions, draw)
         sizes = [(image.height, image.width) for image in images]
         processed = self._processed(record, sizes)
         masks = [
@@ -245,6 +249,8 @@ class ForensicDataset(Dataset):
         masks: list[np.ndarray | None] = [None] * len(sizes)
         if any(self._needs_tracing(record, sizes, processed)):
             masks = [load_mask(t, s, record.id, record.source) for t, s in zip(record.targets, sizes, strict=True)]
+        if self.config.shuffle_regions:
+            shuffled(record, (0, 0))  # refused before training, not at some draw
         pieces = segments(self._turns(record, sizes, processed, masks), self.template.system)
         if self.region_features:
             self._places(record, pieces, sizes, processed)
