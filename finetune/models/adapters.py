@@ -70,6 +70,8 @@ def set_trainable(
         else:
             bundle, brought = take_off(bundle)
     model = bundle.base
+    if brought is None and "region_features" not in groups:
+        _check_regions_are_trained(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     modules = _module_paths(model, groups, vision_top)
@@ -89,6 +91,21 @@ def set_trainable(
         for parameter in model.get_submodule(path).parameters():
             parameter.requires_grad_(True)
     return bundle
+
+
+def _check_regions_are_trained(model: QwenForensicsForConditionalGeneration) -> None:
+    """Refuse region features that would stay at the zeros they begin with.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if model.config.region_features:
+        weight = model.region_projection.out.weight
+        if weight.numel() and not weight.is_meta and not bool(weight.any()):
+            raise ConfigError(
+                "model.region_features is on, but nothing has trained them and train.trainable does not name "
+                "region_features, so they would add nothing; add the group, or switch them off"
+            )
 
 
 def _train_parts(

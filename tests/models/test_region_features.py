@@ -276,3 +276,10 @@ def test_gradients_reach_the_projection_and_only_it(tied: Path, records: list[Re
 def test_the_group_needs_the_module(tied: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.region_features: true"):
         set_trainable(load(tied, region_features=False), ["region_features"], LoraConfig())
+
+
+def test_features_that_would_stay_zero_are_refused(tied: Path) -> None:
+    """New ones without their group; ones that were trained may rest."""
+    with pytest.raises(ConfigError, match="add the group"):
+        set_trainable(load(tied), ["lm_lora"], LoraConfig())
+    set_trainable(moved(load(tied)), ["lm_lora"], LoraConfig(r=2))
