@@ -69,6 +69,8 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         val = read_region_set(arguments.val, arguments.max_samples)
         fix = "a threshold is never chosen on test records; give the validation file"
         refuse_split(val.records, ("test",), "--val", fix)
+        if any(record.provenance.get("split") == "train" for record in val.records):
+            print(f"warning: {arguments.val} holds records of train; scores there are too good", file=sys.stderr)
     check_there(arguments.test, "--test")
     given = read_threshold(arguments.threshold_from) if arguments.threshold_from is not None else None
     predictor = load_writer(arguments, RegionPredictor, "answers")

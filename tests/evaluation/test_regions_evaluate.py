@@ -196,6 +196,9 @@ def test_files_of_another_split_are_refused(
     assert evaluate(tiny_dir, tmp_path / "b", "--threshold", 0.5, "--test", train) == 2
     assert "provenance.split: train" in capsys.readouterr().err
     assert evaluate(tiny_dir, tmp_path / "c", "--threshold", 0.5, "--test", train, "--any-split") == 0
+    assert "warning" not in capsys.readouterr().err
+    assert evaluate(tiny_dir, tmp_path / "d", "--val", train, "--test", test) == 0
+    assert "holds records of train" in capsys.readouterr().err
 
 
 def test_images_and_groups_in_both_files_are_refused(
