@@ -5,7 +5,9 @@ Text goes in and out; ids belong to the tokenizer. A *run* is every token in ord
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -33,6 +35,16 @@ class SpecialTokens:
     def __post_init__(self) -> None:
         if self.num_cls < 1 or self.num_mask < 1:
             raise ValueError(f"need at least one cls and one mask token, found {self.num_cls} and {self.num_mask}")
+
+    @classmethod
+    def in_vocabulary(cls, vocabulary: Container[str]) -> SpecialTokens | None:
+        """The tokens a tokenizer's vocabulary holds; None where it lacks a kind."""
+
+        def count(kind: str) -> int:
+            return next(i for i in itertools.count() if f"<{kind}_{i + 1}>" not in vocabulary)
+
+        num_cls, num_mask = count("cls") or int("<cls>" in vocabulary), count("mask")
+        return cls(num_cls, num_mask) if num_cls and num_mask else None
 
     @property
     def cls(self) -> tuple[str, ...]:

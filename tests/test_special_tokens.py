@@ -17,6 +17,13 @@ def test_spelling() -> None:
     assert SpecialTokens(3, 2).all == ("<cls_1>", "<cls_2>", "<cls_3>", "<mask_1>", "<mask_2>")
 
 
+@pytest.mark.parametrize("tokens", [SpecialTokens(), SpecialTokens(1, 2), SpecialTokens(3, 2), SpecialTokens(2, 1)])
+def test_a_vocabulary_shows_its_tokens(tokens: SpecialTokens) -> None:
+    assert SpecialTokens.in_vocabulary({"a", *tokens.all}) == tokens
+    assert SpecialTokens.in_vocabulary({"a", *tokens.cls}) is None
+    assert SpecialTokens.in_vocabulary({"a", *tokens.mask}) is None
+
+
 @pytest.mark.parametrize(("num_cls", "num_mask"), [(0, 1), (1, 0), (-1, 4)])
 def test_a_run_is_never_empty(num_cls: int, num_mask: int) -> None:
     with pytest.raises(ValueError, match="at least one"):

@@ -25,7 +25,8 @@ def load_vocabulary(
 ) -> tuple[Any, SpecialTokens, list[int]]:
     """What turns records into ids, without any weights: processor, forensic tokens, and their ids that are new.
 
-    A folder saved by this project has its own tokens; any other gets `tokens` or the default ones.
+    A folder saved by this project has its own tokens; any other gets `tokens`, or those its tokenizer holds (a plain
+    folder of `forensics merge`), or the default ones.
 
     Raises:
         ModelLoadError: as `load_processor` and `add_forensic_tokens`.
@@ -34,7 +35,7 @@ def load_vocabulary(
     saved = read_config(source)
     if saved is not None and saved.cls_token_ids:
         tokens = SpecialTokens(saved.num_cls, saved.num_mask)
-    tokens = tokens or SpecialTokens()
+    tokens = tokens or SpecialTokens.in_vocabulary(processor.tokenizer.get_vocab()) or SpecialTokens()
     return processor, tokens, add_forensic_tokens(processor.tokenizer, tokens)
 
 

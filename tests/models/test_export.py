@@ -136,9 +136,10 @@ def test_what_belongs_to_a_model_travels_with_it(adapter_dir: Path, tied: Path, 
         assert AutoConfig.from_pretrained(tmp_path / "out").model_type == "qwen2_5_vl"
 
 
-def test_a_model_without_heads_becomes_plain(tied: Path, tmp_path: Path) -> None:
-    """No heads are put beside it, and none are made up when it is read again."""
-    bundle = load_bundle(ModelConfig(path=str(tied), dtype="float32"), heads=HeadsConfig(enabled=False))
+@pytest.mark.parametrize("tokens", [SpecialTokens(), SpecialTokens(2, 3)])
+def test_a_model_without_heads_becomes_plain(tied: Path, tmp_path: Path, tokens: SpecialTokens) -> None:
+    """No heads are put beside it, and none are made up when it is read again; nor are other tokens."""
+    bundle = load_bundle(ModelConfig(path=str(tied), dtype="float32"), tokens, HeadsConfig(enabled=False))
     save_bundle(set_trainable(bundle, ["lm_lora"], LoraConfig(r=4)), tmp_path / "adapter")
     report = merge(str(tmp_path / "adapter"), None, tmp_path / "out", plain=True)
     assert worst(report["plain"]) <= TOLERANCE
