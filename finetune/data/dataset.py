@@ -36,6 +36,7 @@ from finetune.data.regions.places import region_places
 from finetune.data.regions.shuffling import shuffled
 from finetune.data.regions.text import expand_regions
 from finetune.data.sources import read_sources, spread
+from finetune.data.splits import GroupBy
 from finetune.data.validation import InvalidDataError, Problem, leaking_tokens, validate_for_training
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Polygon, Record, Turn
@@ -133,7 +134,16 @@ class ForensicDataset(Dataset):
     @property
     def pairs(self) -> list[str | None]:
         """Of each record what its authentic or tampered twin has too (`provenance.pair` of generated sets), or None."""
-        return [pair if isinstance(pair := record.provenance.get("pair"), str) else None for record in self.records]
+        return [_pair(record) for record in self.records]
+
+    def groups_of_images(self, indices: Sequence[int]) -> list[str]:
+        """Of every image of some records, what it shares with others of one origin: the record's group, else its pair,
+        else its picture or name."""
+        found = []
+        for index in indices:
+            record = self.records[index]
+            found += [record.group or _pair(record) or GroupBy().key(record)] * len(record.images)
+        return found
 
     def __getitem__(self, index: int) -> Sample:
         """Decode and render one record.
@@ -398,6 +408,11 @@ def load_dataset(
         DataFormatError: lists the problems, one line each.
     """
     return checked_dataset(read_sources(sources, what), what, processor, tokens, config)
+
+
+def _pair(record: Record) -> str | None:
+    pair = record.provenance.get("pair")
+    return pair if isinstance(pair, str) else None
 
 
 def checked_dataset(

@@ -7,7 +7,7 @@ its result is the `calibration.json` beside a trained model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -208,7 +208,9 @@ class Calibration:
         return result
 
 
-def calibrate(logits: ArrayLike, labels: ArrayLike, folds: int = FOLDS) -> Calibration:
+def calibrate(
+    logits: ArrayLike, labels: ArrayLike, folds: int = FOLDS, groups: Sequence[str] | None = None
+) -> Calibration:
     """Fit a temperature and isotonic regression on held-out images, and choose the better one, or neither.
 
     The choice is by the cross-fitted Brier score (mean squared error of the score), a proper score: each image is
@@ -216,20 +218,25 @@ def calibrate(logits: ArrayLike, labels: ArrayLike, folds: int = FOLDS) -> Calib
     own images would be near 0 for isotonic regression, whatever it is worth.
 
     Args:
-        logits, labels: as `fit_temperature`. folds: at most the number of images of the rarer class.
+        logits, labels: as `fit_temperature`. folds: at most the number of groups that hold the rarer class.
+        groups: (N,) names; images of one group, such as an original and its tampered version, are in one fold, since a
+            fit that knows one of them has seen the other. None: each image is a group.
 
     Returns:
-        The fits on all images. With one image of a class nothing is fitted and `method` is none.
+        The fits on all images. With one group of a class nothing is fitted and `method` is none.
 
     Raises:
         ValueError: as `fit_temperature`.
     """
     values, truth = _held_out(logits, labels)
     num_tampered = int(truth.sum())
-    folds = min(folds, num_tampered, len(truth) - num_tampered)
-    if folds < 2:
+    names = np.arange(len(truth)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]  # (N,)
+    if names.shape != truth.shape:
+        raise ValueError(f"one group per image, found {names.shape} and {truth.shape}")
+    folds = min(folds, *(len(np.unique(names[truth == value])) for value in (0, 1)))
+    fold = _stratified_folds(truth, names, max(folds, 1))  # (N,)
+    if folds < 2 or any(len(np.unique(truth[fold != k])) < 2 for k in range(folds)):
         return Calibration(num_images=len(truth), num_tampered=num_tampered)
-    fold = _stratified_folds(truth, folds)  # (N,)
     scores = {name: np.empty(len(truth)) for name in FITTED}
     for name, fit in FITTED.items():
         for k in range(folds):
@@ -255,14 +262,23 @@ FITTED: dict[str, Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.n
 """Every method, simplest first: (logits, labels) it is fitted on -> function from logits to scores."""
 
 
-def _stratified_folds(labels: np.ndarray, folds: int) -> np.ndarray:
-    """Fold of each image, (N,): dealt out class by class, in an order that depends on nothing but the number."""
-    fold = np.empty(len(labels), dtype=np.int64)
-    rng = np.random.default_rng(0)
-    for value in (0, 1):
-        members = rng.permutation(np.flatnonzero(labels == value))
-        fold[members] = np.arange(len(members)) % folds
-    return fold
+def _stratified_folds(labels: np.ndarray, groups: np.ndarray, folds: int) -> np.ndarray:
+    """Fold of each image, (N,): whole groups, each where its classes are rarest so far, the largest ones first.
+
+    Args:
+        labels: (N,) in {0, 1}, both present. groups: (N,) in 0..G-1. The order within a size depends on nothing but G.
+    """
+    count = np.stack([np.bincount(groups[labels == value], minlength=groups.max() + 1) for value in (0, 1)], axis=1)
+    share = count / count.sum(axis=0)  # (G, 2)
+    order = np.random.default_rng(0).permutation(len(count))
+    order = order[np.argsort(-count[order].sum(axis=1), kind="stable")]
+    filled, fold_of_group = np.zeros((folds, 2)), np.empty(len(count), dtype=np.int64)
+    for group in order:
+        crowded = np.round(filled @ share[group], 12)  # (folds,); equal sums must stay equal
+        chosen = np.lexsort((np.round(filled.sum(axis=1), 12), crowded))[0]
+        fold_of_group[group] = chosen
+        filled[chosen] += share[group]
+    return fold_of_group[groups]
 
 
 def _held_out(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

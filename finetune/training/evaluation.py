@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class EvaluationState:
         self.logits: list[float] = []
         self.scores: list[float] = []
         self.labels: list[int] = []
+        self.groups: list[str] = []
         self.pixel_f1: list[float] = []
         self.pixel_iou: list[float] = []
         self.false_positive_area: list[float] = []
@@ -42,7 +44,7 @@ class EvaluationState:
         for name in other.counts:
             self.sums[name] += other.sums[name]
             self.counts[name] += other.counts[name]
-        for name in ("logits", "scores", "labels", "pixel_f1", "pixel_iou", "false_positive_area"):
+        for name in ("logits", "scores", "labels", "groups", "pixel_f1", "pixel_iou", "false_positive_area"):
             getattr(self, name).extend(getattr(other, name))
 
     def metrics(self, weights: dict[str, float]) -> dict[str, float]:
@@ -72,7 +74,7 @@ class EvaluationState:
         not finite."""
         if set(self.labels) != {0, 1} or not np.isfinite(self.logits).all():
             return None
-        return calibrate(self.logits, self.labels)
+        return calibrate(self.logits, self.labels, groups=self.groups or None)
 
 
 def forward(model: Any, batch: dict[str, Any]) -> Any:
@@ -101,11 +103,14 @@ def evaluate_losses(model: Any, criterion: Criterion, batch: dict[str, Any], sta
     return outputs
 
 
-def collect_heads(outputs: Any, batch: dict[str, Any], state: EvaluationState) -> None:
+def collect_heads(
+    outputs: Any, batch: dict[str, Any], state: EvaluationState, groups: Sequence[str] | None = None
+) -> None:
     """Per-image results of the heads.
 
     Args:
         outputs: of a batch whose head states cannot have read an answer.
+        groups: of each image of the batch, what images of one origin share; None: not known of any.
     """
     if outputs.cls_logits is not None:
         logits = outputs.cls_logits.float()
@@ -116,6 +121,8 @@ def collect_heads(outputs: Any, batch: dict[str, Any], state: EvaluationState) -
                 state.logits.append(logit)
                 state.scores.append(score)
                 state.labels.append(label)
+                if groups is not None:
+                    state.groups.append(groups[image])
     if outputs.mask_logits is None:
         return
     for logits, image in zip(outputs.mask_logits, outputs.mask_image_index.tolist(), strict=True):

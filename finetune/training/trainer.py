@@ -333,7 +333,8 @@ class ForensicTrainer(CheckpointingTrainer):
                 batch = self._prepare_inputs(self.data_collator(dataset.without_answers_at(batches[number])))
                 with torch.no_grad():
                     outputs = forward(model, batch)
-            collect_heads(outputs, batch, batch_state)
+            groups = dataset.groups_of_images(batches[number]) if isinstance(dataset, ForensicDataset) else None
+            collect_heads(outputs, batch, batch_state, groups)
             if number < num_counted:
                 state.add(batch_state)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)

@@ -13,6 +13,7 @@ from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 
 from finetune.errors import DataFormatError
+from finetune.metrics import calibration
 from finetune.metrics.calibration import Calibration, calibrate, ece, fit_isotonic, fit_temperature
 
 
@@ -83,6 +84,48 @@ def test_the_result_does_not_depend_on_chance_and_few_images_give_none() -> None
     assert (alone.method, alone.num_images, alone.num_tampered) == ("none", 3, 1)
     with pytest.raises(ValueError, match="both classes"):
         calibrate([1.0, 2.0], [1, 1])
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_images_of_one_group_are_never_on_both_sides_of_a_fold(folds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twins, and pictures of one photograph; classes stay about as frequent in each fold as in all images."""
+    rng = np.random.default_rng(2)
+    groups = np.repeat([f"photo {k}" for k in range(40)], rng.integers(1, 6, 40))
+    labels = rng.permuted(np.arange(len(groups)) % 2)
+    seen: list[np.ndarray] = []
+    original = calibration._stratified_folds
+    monkeypatch.setattr(calibration, "_stratified_folds", lambda *a: seen.append(original(*a)) or seen[-1])
+    found = calibrate(rng.normal(size=len(groups)) + labels, labels, folds, groups)
+    (fold,) = seen
+    assert found.ece
+    assert {len(set(fold[groups == name].tolist())) for name in set(groups.tolist())} == {1}
+    assert set(fold.tolist()) == set(range(folds))
+    for value in (0, 1):
+        counts = np.bincount(fold[labels == value], minlength=folds)
+        assert counts.max() - counts.min() <= 5  # the largest group
+    again = calibrate(rng.normal(size=len(groups)) + labels, labels, folds)  # without groups: every image its own
+    sizes = [np.bincount(seen[-1][labels == value], minlength=folds) for value in (0, 1)]
+    assert all(size.max() - size.min() <= 1 for size in sizes)
+    assert again.num_images == len(groups)
+
+
+def test_copies_do_not_make_isotonic_regression_look_better() -> None:
+    """Labels of chance, each picture thirty times: a fit that has seen the copies knows a picture's label."""
+    rng = np.random.default_rng(0)
+    logits, labels = np.repeat(rng.normal(size=10), 30), np.repeat(rng.permuted(np.arange(10) % 2), 30)
+    groups = np.repeat([f"g{k}" for k in range(10)], 30)
+    blind, told = calibrate(logits, labels), calibrate(logits, labels, groups=groups)
+    assert blind.brier["isotonic"] < 0.2
+    assert told.brier["isotonic"] > 0.25  # worse than always saying one half, which is all that can be known
+
+
+def test_one_group_of_a_class_is_too_little() -> None:
+    logits, labels = [1.0, 2.0, -1.0, -2.0], [1, 1, 0, 0]
+    assert calibrate(logits, labels).temperature is not None
+    assert calibrate(logits, labels, groups=["a", "a", "b", "c"]).method == "none"
+    assert calibrate(logits, labels, groups=["a", "b", "a", "b"]).temperature is not None
+    with pytest.raises(ValueError, match="one group per image"):
+        calibrate(logits, labels, groups=["a"])
 
 
 def test_the_file_comes_back_as_it_was(tmp_path: Path) -> None:

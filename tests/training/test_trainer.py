@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -320,6 +320,25 @@ def test_head_metrics_do_not_read_the_reference_answer(
     # The teacher-forced pass did see the answers: had the heads been scored on it, the comparison would have failed.
     assert right["eval_loss_focal"] != wrong["eval_loss_focal"]
     assert right["eval_loss_text"] != wrong["eval_loss_text"]
+
+
+def test_a_calibration_knows_which_images_belong_together(
+    make_config: Make, mixed_records: Path, tmp_path: Path
+) -> None:
+    """A record's group, else its pair, else its picture; of every image that is judged."""
+    trainer = build(make_config(data={"eval": [str(mixed_records)]}))
+    records = trainer.eval_dataset.records
+    records[-1] = replace(records[-1], group="house")
+    records[-2] = replace(records[-2], provenance={"pair": "twins"})
+    trainer.evaluate()
+    state = trainer.last_evaluation
+    expected = []
+    for record in records:
+        own = record.group or record.provenance.get("pair") or f"image:{record.images[0].path}" if record.images else ""
+        expected += [own for target in record.targets if target.label is not None]
+    assert state.groups == expected
+    assert len(state.groups) == len(state.logits)
+    assert {"house", "twins"} <= set(expected)
 
 
 def test_text_first_layout_is_scored_without_answers(make_config: Make) -> None:
