@@ -74,7 +74,7 @@ forensics tiny --out "$OUT/tiny" --corpus "$OUT/data/train.jsonl" --seed "$SEED"
 
 step 4 "training"
 options=()
-[[ $FEATURES == 1 ]] || options=(model.region_features=false "train.trainable=[lm_full, vision_full]" "train.muon_groups=[lm_full, vision_full]")
+[[ $FEATURES == 1 ]] || options=(model.region_features=false "train.trainable=[lm_full, projector]" "train.muon_groups=[lm_full, projector]")
 bash script/sft_llm.sh configs/train/regions_tiny.yaml --overwrite "output_dir=$(yaml "$OUT")" "model.path=$(yaml "$OUT/tiny")" \
     "data.train=[{path: $(yaml "$OUT/data/train.jsonl")}]" "data.eval=[{path: $(yaml "$OUT/data/val.jsonl")}]" \
     "train.max_seconds=$LIMIT" "seed=$SEED" ${options[@]+"${options[@]}"}
