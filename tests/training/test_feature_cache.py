@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import json
 import logging
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from child_process import run_in_child
 from PIL import Image
 
 from finetune.config import HeadsConfig, ModelConfig, RunConfig, load_config
@@ -199,6 +203,47 @@ def test_a_cached_run_has_the_numbers_of_an_uncached_one(
     assert again == pytest.approx(plain, rel=1e-5, abs=1e-6)
     assert trainer.features.num_computed == 0
     assert f"{stored} stored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("moment", ["in the file", "before its name"])
+def test_a_run_killed_while_it_writes_is_completed_by_the_next(
+    losses: Callable[..., tuple[list[float], Any]], tmp_path: Path, moment: str
+) -> None:
+    """kill -9 in the fifth file, or between the file and its name: nothing of it is read, the rest is not lost."""
+    cache = tmp_path / "features"
+
+    def killed() -> None:
+        write, calls = Path.write_bytes, itertools.count(1)
+
+        def writing(self: Path, data: bytes) -> int:
+            is_last = self.suffix == ".tmp" and next(calls) == 5
+            written = write(self, data[: len(data) // 2] if is_last and moment == "in the file" else data)
+            if is_last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return written
+
+        Path.write_bytes = writing  # type: ignore[method-assign]
+        losses("killed", False, feature_cache=str(cache))
+
+    assert run_in_child(killed) == -signal.SIGKILL
+    (folder,) = cache.iterdir()
+    assert len(list(folder.glob("??/*.tmp"))) == 1  # half a file, under another name
+    store = FeatureStore(folder, needs_pixels=False)
+    assert store.count() == 4
+    before = {path: path.read_bytes() for path in folder.glob("??/*.safetensors")}
+    values, trainer = losses("next", False, feature_cache=str(cache))
+    whole, other = losses("whole", False, feature_cache=str(tmp_path / "whole"))
+    assert values == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    assert trainer.features.num_computed == other.features.num_computed - 4  # those that were complete are taken
+    assert all(path.read_bytes() == data for path, data in before.items())
+    names = {path.stem for path in other.features.store.folder.glob("??/*.safetensors")}
+    assert names == {path.stem for path in folder.glob("??/*.safetensors")}
+    for name in names:
+        ours, theirs = store.load(name), other.features.store.load(name)
+        assert ours is not None
+        assert theirs is not None
+        assert ours[1] == theirs[1]
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)  # batches are composed otherwise
 
 
 def test_a_second_pass_opens_no_image(
