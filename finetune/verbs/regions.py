@@ -125,6 +125,6 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from finetune.evaluation.regions import evaluate_command
+    from finetune.evaluation.regions.command import evaluate_command
 
     return evaluate_command(arguments)

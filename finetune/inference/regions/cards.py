@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from finetune.inference.region_pictures import LOOKS, DrawnRegion, Outcome, draw_regions
+from finetune.inference.regions.pictures import LOOKS, DrawnRegion, Outcome, draw_regions
 from finetune.inference.report.cards import controls_bar, filter_button
 from finetune.inference.report.markup import bilingual, data_uri, esc, format_number
 

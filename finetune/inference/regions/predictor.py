@@ -1,7 +1,7 @@
 """What a model says of candidate regions: a probability for each, read from its verdict's words, and its answer.
 
 A record's candidates are asked about in one question, or in several. Only the question is shown, never an answer or a
-label. First the verdicts' probabilities are read (`verdicts.py`); once a threshold has decided them, the rest of the
+label. First the verdicts' probabilities are read (`verdicts`); once a threshold has decided them, the rest of the
 answer is written by the model and read back. A record that cannot be used comes back with its error.
 """
 
@@ -33,7 +33,7 @@ from finetune.errors import DataFormatError
 from finetune.inference.evidence.prefetch import prefetch
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import Query, batched
-from finetune.inference.verdicts import CachedAnswers, verdict_scores
+from finetune.inference.regions.verdicts import CachedAnswers, verdict_scores
 from finetune.schema import Record, Turn
 from finetune.special_tokens import IGNORE_INDEX
 

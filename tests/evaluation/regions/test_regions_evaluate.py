@@ -19,8 +19,8 @@ from finetune.cli import main
 from finetune.config import HeadsConfig, LoraConfig, ModelConfig
 from finetune.data.regions.wording import RegionFinding, parse_answer, write_answer
 from finetune.data.synthesis.surface_defects import write_surface_samples
-from finetune.evaluation.region_sets import region_labels
-from finetune.inference.regions import RegionPredictor, WrittenAnswer
+from finetune.evaluation.regions.sets import region_labels
+from finetune.inference.regions.predictor import RegionPredictor, WrittenAnswer
 from finetune.models.adapters import set_trainable
 from finetune.models.loading import load_bundle, save_bundle
 from finetune.schema import Record

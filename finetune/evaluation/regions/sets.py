@@ -15,7 +15,7 @@ from finetune.data.regions.text import POSITIVE_IDS, REGIONS, record_regions
 from finetune.data.sources import spread
 from finetune.data.storage import is_stored
 from finetune.errors import ConfigError, DataFormatError, shorten
-from finetune.inference.regions import region_ids
+from finetune.inference.regions.predictor import region_ids
 from finetune.schema import Record
 
 UNNAMED = "abnormal"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune.inference.region_cards import CARDS_CSS, RegionCard, cards_html
+from finetune.inference.regions.cards import CARDS_CSS, RegionCard, cards_html
 from finetune.inference.report.charts import histogram, precision_recall_chart, roc_chart
 from finetune.inference.report.markup import DASH, bilingual, esc, format_number
 from finetune.inference.report.page import page_html, section_html

@@ -21,14 +21,14 @@ from finetune.data.images import load_image
 from finetune.data.sources import spread
 from finetune.data.storage.atomic import write_atomically
 from finetune.evaluation.evaluate import write_json
-from finetune.evaluation.region_results import (
+from finetune.evaluation.regions.results import (
     OUTCOMES,
     answer_row,
     choose_threshold,
     region_rows,
     split_metrics,
 )
-from finetune.evaluation.region_sets import (
+from finetune.evaluation.regions.sets import (
     RegionSet,
     check_there,
     read_region_set,
@@ -37,12 +37,12 @@ from finetune.evaluation.region_sets import (
     region_labels,
     seen,
 )
-from finetune.evaluation.region_threshold import THRESHOLD_FILE, Threshold, read_threshold
+from finetune.evaluation.regions.threshold import THRESHOLD_FILE, Threshold, read_threshold
 from finetune.evaluation.vision_files import write_csv
 from finetune.inference.commands import load_writer
-from finetune.inference.region_cards import RegionCard
-from finetune.inference.regions import ReadRegions, RegionPredictor, explain_regions, score_regions
-from finetune.inference.regions_page import SWEEP_COLUMNS, regions_page
+from finetune.inference.regions.cards import RegionCard
+from finetune.inference.regions.page import SWEEP_COLUMNS, regions_page
+from finetune.inference.regions.predictor import ReadRegions, RegionPredictor, explain_regions, score_regions
 from finetune.inference.run_folder import folder_identity, open_run
 from finetune.markup import format_number
 from finetune.training.reproducibility import commit, file_hash, versions

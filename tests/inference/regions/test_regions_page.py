@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.inference.region_cards import RegionCard, cards_html
-from finetune.inference.region_pictures import LOOKS, DrawnRegion, Outcome, draw_regions
-from finetune.inference.regions_page import regions_page
+from finetune.inference.regions.cards import RegionCard, cards_html
+from finetune.inference.regions.page import regions_page
+from finetune.inference.regions.pictures import LOOKS, DrawnRegion, Outcome, draw_regions
 
 GREY = (128, 128, 128)
 
@@ -96,8 +96,8 @@ def test_cards_say_what_became_of_each_region_and_escape_what_the_model_wrote() 
 
 
 def metrics(with_val: bool) -> dict[str, Any]:
-    from finetune.evaluation.region_results import split_metrics
-    from finetune.inference.regions import ReadRegions
+    from finetune.evaluation.regions.results import split_metrics
+    from finetune.inference.regions.predictor import ReadRegions
     from finetune.schema import ImageInput, ImageTarget, Record
 
     regions = [{"id": "R1", "box_xyxy": [0, 0, 9, 9], "type": "crack"}, {"id": "R2", "box_xyxy": [9, 0, 19, 9]}]

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.data.storage.atomic import write_atomically
 from finetune.errors import ConfigError
-from finetune.evaluation.region_sets import Seen
+from finetune.evaluation.regions.sets import Seen
 
 THRESHOLD_FILE = "threshold.json"
 

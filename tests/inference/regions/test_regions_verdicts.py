@@ -16,8 +16,8 @@ from finetune.data.corpus import tokenizer_corpus
 from finetune.data.images import load_image
 from finetune.data.regions.wording import RegionFinding, answer_start, load_region_template, write_answer
 from finetune.errors import DataFormatError
-from finetune.inference.regions import ReadRegions, RegionPredictor, explain_regions, score_regions
-from finetune.inference.verdicts import Fork, fork
+from finetune.inference.regions.predictor import ReadRegions, RegionPredictor, explain_regions, score_regions
+from finetune.inference.regions.verdicts import Fork, fork
 from finetune.models.loading import load_bundle
 from finetune.models.tiny import TinyShape, build_tiny
 from finetune.schema import ImageInput, ImageTarget, Record, Turn
@@ -148,7 +148,7 @@ def test_cache_equals_whole_passes_where_words_have_many_tokens(
     bundle: Any, records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both words in pieces, as a small vocabulary may have them, and written letter by letter."""
-    import finetune.inference.verdicts as module
+    import finetune.inference.regions.verdicts as module
 
     asks = predictor(bundle)
     letters = {word: [asks.bundle.tokenizer.encode(c)[0] for c in word] for word in ("abnormal", "normal")}

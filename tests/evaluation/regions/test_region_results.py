@@ -10,9 +10,9 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 from finetune.data.regions.wording import RegionFinding
 from finetune.errors import DataFormatError
-from finetune.evaluation.region_results import choose_threshold, region_rows, split_metrics
-from finetune.evaluation.region_sets import region_labels
-from finetune.inference.regions import ReadRegions
+from finetune.evaluation.regions.results import choose_threshold, region_rows, split_metrics
+from finetune.evaluation.regions.sets import region_labels
+from finetune.inference.regions.predictor import ReadRegions
 from finetune.schema import ImageInput, ImageTarget, Record
 
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from finetune.data.regions.wording import ABNORMAL, NORMAL
 from finetune.errors import ConfigError
-from finetune.evaluation.region_sets import region_boxes, region_labels
-from finetune.inference.region_pictures import Outcome
-from finetune.inference.regions import ReadRegions
+from finetune.evaluation.regions.sets import region_boxes, region_labels
+from finetune.inference.regions.pictures import Outcome
+from finetune.inference.regions.predictor import ReadRegions
 from finetune.metrics.bootstrap import Interval, bootstrap_auroc, bootstrap_interval
 from finetune.metrics.calibration import ece
 from finetune.metrics.regions import ScoredImage, region_metrics, sweep

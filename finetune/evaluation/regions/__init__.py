@@ -1,0 +1,1 @@
+"""`forensics regions evaluate`: a threshold from validation, metrics on a test file that is read afterwards."""

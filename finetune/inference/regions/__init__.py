@@ -1,0 +1,1 @@
+"""Candidate regions: a probability for each, answers behind the verdicts, and the page that shows them."""
