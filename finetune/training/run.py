@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -10,12 +9,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
@@ -76,8 +73,7 @@ def train(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
     point = trainer.find_resume_point(config.train.resume)
     if point is not None:
         _say(trainer.is_world_process_zero(), f"resuming from {point}")
-    with denormals_dropped(trainer.args.device):
-        trainer.train(resume_from_checkpoint=point)
+    trainer.train(resume_from_checkpoint=point)
     stopped = trainer.stop_signals.received
     if stopped:
         record["exit_status"] = 128 + stopped  # as the shell reports a process that a signal ended
@@ -307,22 +303,6 @@ def _learning_rates(config: RunConfig) -> dict[str, str]:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def denormals_dropped(device: torch.device) -> Iterator[None]:
-    """The CPU takes numbers below 1.2e-38 for 0 meanwhile, in this thread and those started by it.
-
-    It computes with them many times slower, and training makes them: the quick start's steps cost 6 % less
-    (docs/experiments.md, round 4).
-    """
-    if device.type != "cpu" or not torch.set_flush_denormal(True):
-        yield
-        return
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
 
 
 def _say(is_main: bool, text: str) -> None:

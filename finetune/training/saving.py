@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from finetune.errors import CheckpointError, TrainingDivergedError
 from finetune.training.checkpoint import clear_staging, differences, publish, resume_point, write_failure
+from finetune.training.denormals import denormals_dropped
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +63,15 @@ class CheckpointingTrainer(Trainer):
         return found[0]
 
     def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **keywords: Any) -> Any:
-        """As the base class; where the run diverges, the records of that step are saved.
+        """As the base class, without denormal numbers; where the run diverges, the records of that step are saved.
 
         Raises:
             TrainingDivergedError: a loss or gradient is not finite; names the file with the records.
         """
         self.resumed_from = resume_from_checkpoint
         try:
-            return super().train(resume_from_checkpoint, *arguments, **keywords)
+            with denormals_dropped(self.args.device):
+                return super().train(resume_from_checkpoint, *arguments, **keywords)
         except TrainingDivergedError as error:
             file = Path(self.args.output_dir) / f"diverged_rank{self.args.process_index}.json"
             found = {"step": self.state.global_step + 1, "records": self._window_ids, "reason": str(error)}
