@@ -13,11 +13,13 @@ from PIL import Image
 from scipy.special import expit, logit
 
 from finetune.cli import build_parser, main
-from finetune.config import HeadsConfig, ModelConfig
+from finetune.config import HeadsConfig, LoraConfig, ModelConfig
+from finetune.errors import ConfigError
 from finetune.inference.chat.contestants import contestants
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import Query
 from finetune.metrics.calibration import Calibration
+from finetune.models.adapters import set_trainable
 from finetune.models.loading import load_bundle, save_bundle
 from finetune.schema import ImageInput
 
@@ -57,6 +59,17 @@ def stage_a(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     heads = HeadsConfig(source="vision", vision_layers=[0, 2], hidden_size=16, num_layers=1, num_heads=2, mask="none")
     folder = tmp_path_factory.mktemp("stage_a") / "best"
     save_bundle(load_bundle(ModelConfig(path=str(tiny_dir), dtype="float32"), heads=heads), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def talking(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with heads on the tower and LoRA of the language, and a calibration."""
+    heads = HeadsConfig(source="vision", vision_layers=[0, 2], hidden_size=16, num_layers=1, num_heads=2)
+    bundle = load_bundle(ModelConfig(path=str(tiny_dir), dtype="float32", language="load"), heads=heads)
+    folder = tmp_path_factory.mktemp("talking") / "adapter"
+    save_bundle(set_trainable(bundle, ["neck", "cls_head", "mask_head", "lm_lora"], LoraConfig(r=2)), folder)
+    Calibration(method="temperature", temperature=TEMPERATURE).save(folder / "calibration.json")
     return folder
 
 
@@ -105,10 +118,10 @@ def test_evaluate_measures_both(calibrated: Path, data: Path, tmp_path: Path) ->
     )
 
 
-def test_chat_speaks_with_the_calibrated_score(calibrated: Path, data: Path) -> None:
+def test_chat_speaks_with_the_calibrated_score(talking: Path, data: Path) -> None:
     found = []
     for more in ((), ("--no-calibration",)):
-        arguments = build_parser().parse_args(["chat", "--merged", str(calibrated), "--device", "cpu", *more])
+        arguments = build_parser().parse_args(["chat", "--model", str(talking), "--device", "cpu", *more])
         models = contestants(arguments)
         speaker: Predictor = models.speaker(models.default)
         query = Query("q", (ImageInput(path=str(data / "0.png")),), ())
@@ -116,6 +129,12 @@ def test_chat_speaks_with_the_calibrated_score(calibrated: Path, data: Path) -> 
         found.append(prediction)
     assert found[0].raw_score == pytest.approx(found[1].score)
     assert found[0].score == pytest.approx(expit(logit(found[1].score) / TEMPERATURE), abs=1e-5)
+
+
+def test_heads_alone_do_not_talk(calibrated: Path) -> None:
+    models = contestants(build_parser().parse_args(["chat", "--merged", str(calibrated), "--device", "cpu"]))
+    with pytest.raises(ConfigError, match=r"cannot talk; forensics vision infer IMAGE --chat"):
+        models.speaker(models.default)
 
 
 def test_without_a_mask_head_no_pixel_is_judged(

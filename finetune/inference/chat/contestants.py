@@ -70,7 +70,7 @@ class Contestants:
         """The model of that name, loaded at its first use.
 
         Raises:
-            ConfigError: no such name.
+            ConfigError: no such name, or a model without a language model.
             ModelLoadError: as `load_bundle`.
         """
         if name not in self.models:
@@ -93,6 +93,11 @@ class Contestants:
                 assert self._base_path is not None
                 self._shared = SharedBase(self._model_config(self._base_path))
             bundle = self._shared.base() if model.kind == "base" else self._shared.adapter(model.path)
+        if not bundle.base.config.has_language:
+            raise ConfigError(
+                f"{model.path}: heads on the vision tower alone, which cannot talk; forensics vision infer IMAGE "
+                "--chat talks about what they found, forensics predict gives their verdict"
+            )
         calibration = calibration_of(bundle, model.path, self._calibration)
         return Speaker(bundle, self.generation, template=self._template, device=self._device, calibration=calibration)
 
