@@ -129,7 +129,9 @@ def load_bundle(
     from finetune.models.vision_loading import open_vision, reads_tower  # which itself loads through this module
 
     if reads_tower(config, saved, heads):
-        return open_vision(config, heads, min_pixels=min_pixels, max_pixels=max_pixels, device_map=device_map)
+        return open_vision(
+            config, heads, min_pixels=min_pixels, max_pixels=max_pixels, device_map=device_map, build_base=build_base
+        )
     processor, tokens, new_ids = load_vocabulary(source, tokens, min_pixels, max_pixels)
     base_path = base_model_path(adapter) if adapter and adapter == config.path else config.path
     check_folder(base_path)

@@ -28,7 +28,8 @@ class SharedBase:
         config: `path` of a plain Qwen2.5-VL or of a whole model of ours; `adapter` is not used.
 
     The memory taken is that of the base, plus each adapter's own tensors; on a plain base also one copy of the
-    embedding per set of forensic tokens, since their rows are initialised in it and the base stays as released.
+    embedding per set of forensic tokens, since their rows are initialised in it and the base stays as released. Heads
+    on the vision tower read no tokens and need no such copy; with `language: skip` the language model is left out.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -44,7 +45,7 @@ class SharedBase:
         return self._bundle
 
     def adapter(self, path: str | Path) -> Bundle:
-        """The base with one adapter; equal to `load_bundle` of both.
+        """The base with one adapter, or with one folder of vision parts; equal to `load_bundle` of both.
 
         Raises:
             ModelLoadError: as `load_bundle`.
@@ -52,7 +53,7 @@ class SharedBase:
         return load_bundle(replace(self.config, adapter=str(path)), build_base=self._share)
 
     def _load_plain(self) -> Bundle:
-        settings = {"heads": to_dict(HeadsConfig(enabled=False))}
+        settings = {"heads": to_dict(HeadsConfig(enabled=False)), "has_language": self.config.language != "skip"}
         processor = load_processor(self.config.path)
         model = load_model(self.config.path, self.config, settings)
         return Bundle(model, processor, SpecialTokens())
@@ -64,7 +65,8 @@ class SharedBase:
         model = copy.deepcopy(source, {id(tensor): tensor for tensor in tensors})
         if self.is_plain:
             model.replace_heads({"heads": {}, **settings})
-            self._own_embeddings(model, (*settings["cls_token_ids"], *settings["mask_token_ids"]))
+            if ids := (*settings.get("cls_token_ids", ()), *settings.get("mask_token_ids", ())):
+                self._own_embeddings(model, ids)
         return model
 
     def _own_embeddings(self, model: QwenForensicsForConditionalGeneration, ids: tuple[int, ...]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from finetune.special_tokens import SpecialTokens
 
 logger = logging.getLogger(__name__)
 
+BuildBase = Callable[[dict[str, Any]], QwenForensicsForConditionalGeneration]
+
 _STREAM_PARTS = ("noise_residual", "neck.stream_norm", "neck.stream_proj")
 _MASK_PARTS = ("mask_head", "mask_queries", "cls_head.evidence")
 _STARTS_AT_ZERO = ("cls_head.evidence.3.", "neck.stream_proj.")
@@ -59,6 +62,7 @@ def load_vision(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     device_map: Any = None,
+    build_base: BuildBase | None = None,
 ) -> Bundle:
     """A model with heads on its vision tower.
 
@@ -72,6 +76,7 @@ def load_vision(
         use_lora: False leaves out the LoRA that belongs to the heads (which then see features they do not know).
         config: dtype, attention and quantisation; its paths are not read.
         min_pixels, max_pixels: as `load_processor`; None: as saved beside the heads, or the base's.
+        build_base: makes the model of `base_path` instead of reading it, as of `load_bundle`.
 
     Raises:
         ModelLoadError: a folder that is missing or incomplete, heads of another block list, width or base, LoRA that
@@ -85,7 +90,7 @@ def load_vision(
     lora = _lora_folder(stored, lora_dir, use_lora)
     source = stored.folder if stored is not None and not stored.other_keys else base_path
     processor = load_processor(source, min_pixels, max_pixels)
-    model = _build(str(base_path), config, heads, processor, language, device_map)
+    model = _build(str(base_path), config, heads, processor, language, device_map, build_base)
     tower = BaseTower(str(base_path), tower_fingerprint(model))
     _check_tower(stored, model, tower)
     filled = fill_heads(model, stored) if stored is not None else set()
@@ -122,6 +127,7 @@ def open_vision(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     device_map: Any = None,
+    build_base: BuildBase | None = None,
 ) -> Bundle:
     """What `load_bundle` does for heads on the tower: finds base and heads from `config`.
 
@@ -146,7 +152,7 @@ def open_vision(
         _check_only_heads(place, reads_language=config.language == "load")
     return load_vision(
         base, heads_dir, language=config.language == "load", heads=heads, config=config,
-        min_pixels=min_pixels, max_pixels=max_pixels, device_map=device_map,
+        min_pixels=min_pixels, max_pixels=max_pixels, device_map=device_map, build_base=build_base,
     )  # fmt: skip
 
 
@@ -199,14 +205,23 @@ def fill_heads(model: QwenForensicsForConditionalGeneration, stored: StoredHeads
 
 
 def _build(
-    base: str, config: ModelConfig, heads: HeadsConfig, processor: Any, language: bool, device_map: Any
+    base: str,
+    config: ModelConfig,
+    heads: HeadsConfig,
+    processor: Any,
+    language: bool,
+    device_map: Any,
+    build_base: BuildBase | None,
 ) -> QwenForensicsForConditionalGeneration:
     """The base with new heads, which stay in float32 whatever the base's type."""
     own = read_config(base)
     if language and own is not None and not own.has_language:
         raise ModelLoadError(f"{base}: saved without its language model; use model.language: skip, or another base")
     off = {"heads": to_dict(HeadsConfig(enabled=False)), "has_language": language}
-    model = load_model(base, config, off, device_map, ignores_heads=True)
+    if build_base is not None:
+        model = build_base(off)
+    else:
+        model = load_model(base, config, off, device_map, ignores_heads=True)
     image_processor = processor.image_processor
     model.replace_heads(
         {

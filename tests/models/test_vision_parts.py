@@ -19,6 +19,7 @@ from finetune.config import HeadsConfig, LoraConfig, ModelConfig, VisionLoraConf
 from finetune.errors import ModelLoadError
 from finetune.models.adapters import set_trainable
 from finetune.models.loading import Bundle, load_bundle, save_bundle
+from finetune.models.shared_base import SharedBase
 from finetune.models.vision_loading import load_vision, lora_layers
 
 STAGE_A = HeadsConfig(
@@ -175,6 +176,30 @@ def test_a_stage_may_search_more_pictures(stage_a: Path) -> None:
     assert (first.similarity_share, then.similarity_share) == (1.0, 0.5)
     pairs = zip(first.parameters(), then.parameters(), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("language", ["skip", "load"])
+def test_several_heads_stand_on_one_base(
+    tiny_dir: Path, stage_a: Path, stage_c: Path, pixels: torch.Tensor, language: str
+) -> None:
+    """One tower in memory; each gives what it gives alone, LoRA of one leaves no trace in the others."""
+    config = ModelConfig(path=str(tiny_dir), dtype="float32", language=language)
+    shared = SharedBase(config)
+    released = {name: value.clone() for name, value in shared.base().base.state_dict().items()}
+    folders = (stage_c, stage_a)
+    bundles = [shared.adapter(folder) for folder in folders]
+    own = {id(parameter) for parameter in shared.base().base.parameters()}
+    for folder, bundle in zip(folders, bundles, strict=True):
+        tower = [p for name, p in bundle.base.model.visual.named_parameters() if ".lora_" not in name]
+        assert tower
+        assert own >= {id(parameter) for parameter in tower}
+        assert bundle.base.config.has_language is (language == "load")
+        bundle.model.eval()
+        for ours, theirs in zip(outputs(bundle, pixels), outputs(opened(folder), pixels), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert shared.base().base.state_dict().keys() == released.keys()
+    for name, value in shared.base().base.state_dict().items():
+        assert torch.equal(value, released[name]), name
 
 
 def test_lora_of_an_earlier_run_is_continued(stage_c: Path, pixels: torch.Tensor, tmp_path: Path) -> None:
