@@ -113,7 +113,7 @@ class DataConfig:
     image_cache_megabytes: int = 0  # decoded images each loading process keeps in memory; 0: none
     class_balanced: bool = True  # draw real and tampered equally often
     # Records about candidate regions are drawn mirrored: left and right, or also upside down and turned by a quarter.
-    mirror_regions: Literal["off", "horizontal", "all"] = "off"
+    mirror_regions: Literal["none", "horizontal", "all"] = "none"
     shuffle_regions: bool = False  # they are drawn under other ids each time, answers with them
     max_regions: int | None = None  # candidate regions per training record; records to evaluate on are split into parts
 

@@ -108,7 +108,7 @@ class ForensicTrainer(CheckpointingTrainer):
             if {0, 1} <= set(labels):
                 sampler = ClassBalancedSampler(labels, dataset.pairs, seed=self.args.seed)
         is_masked = self.run_config.region_masking.enabled
-        is_varied = self.run_config.data.mirror_regions != "off" or self.run_config.data.shuffle_regions
+        is_varied = self.run_config.data.mirror_regions != "none" or self.run_config.data.shuffle_regions
         if (is_masked or is_varied) and isinstance(dataset, ForensicDataset):
             is_sequential = self.args.train_sampling_strategy == "sequential"
             plain = SequentialSampler(dataset) if is_sequential else shuffled(len(dataset), self.args.seed)

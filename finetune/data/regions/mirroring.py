@@ -16,8 +16,8 @@ from PIL import Image
 from finetune.data.regions.text import REGIONS, BoxXyxy, record_regions
 from finetune.schema import Record
 
-Kind = Literal["off", "horizontal", "all"]
-_WAYS: dict[Kind, int] = {"off": 1, "horizontal": 2, "all": 8}
+Kind = Literal["none", "horizontal", "all"]
+_WAYS: dict[Kind, int] = {"none": 1, "horizontal": 2, "all": 8}
 """How many ways an image may be shown in: bit 0 left and right, 1 top and bottom, 2 rows and columns exchanged."""
 
 
@@ -36,7 +36,7 @@ def mirrored(
         DataFormatError: damaged candidates.
     """
     has_pixels = any(target.has_mask or target.polygons for target in record.targets)
-    if kind == "off" or has_pixels or record_regions(record) is None:
+    if kind == "none" or has_pixels or record_regions(record) is None:
         return record, list(images)
     way = int(np.random.default_rng(draw).integers(_WAYS[kind]))
     (image,) = images

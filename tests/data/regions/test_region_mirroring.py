@@ -45,7 +45,7 @@ def shown(record: Record, kind: Any, position: int) -> tuple[list[list[int]], Im
     return [entry["box_xyxy"] for entry in changed.provenance["regions"]], picture
 
 
-@pytest.mark.parametrize(("kind", "ways"), [("off", 1), ("horizontal", 2), ("all", 8)])
+@pytest.mark.parametrize(("kind", "ways"), [("none", 1), ("horizontal", 2), ("all", 8)])
 def test_boxes_follow_the_pixels(record: Record, kind: Any, ways: int) -> None:
     """Every way is drawn, and in each the boxes hold exactly their colours."""
     seen = set()
