@@ -164,7 +164,7 @@ def test_writer_gives_the_documented_line_and_unique_files(tmp_path: Path) -> No
     assert len(set(stems)) == 2
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert list(lines[0]) == [
-        "id", "image_path", "label", "score", "mask_path", "polygons", "text", "parse_ok", "text_polygons",
+        "id", "image_path", "label", "score", "raw_score", "mask_path", "polygons", "text", "parse_ok", "text_polygons",
         "size_hw",
     ]  # fmt: skip
     from PIL import Image
