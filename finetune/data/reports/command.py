@@ -107,12 +107,18 @@ def preview_stored(folder: str, num: int) -> None:
 
 
 def _list_bad_rows(source: PrepareSource) -> bool:
-    """Say of every row that cannot be used why; whether there is one."""
+    """Say of every row that cannot be used why; whether there is one.
+
+    Raises:
+        DataFormatError: the table as a whole cannot be used.
+    """
     num_rows = num_bad = 0
     for entry in iter_records(source.path, source.format, source.root, source.options):
         num_rows += 1
         if isinstance(entry, Record):
             continue
+        if entry.record is None and entry.source == Path(source.path).name:
+            raise entry  # the table as a whole, none of its rows
         num_bad += 1
         if num_bad <= MAX_LISTED:
             print(f"error: {entry}", file=sys.stderr)

@@ -90,16 +90,23 @@ def _places(header: Sequence[str], settings: ReportSettings, name: str) -> dict[
         if header.count(column) == 1:
             places[column] = header.index(column)
         elif column in header or key.removeprefix("fields.") not in settings.optional:
-            near = difflib.get_close_matches(column, header, n=1)
+            near = _nearest(column, [each for each in header if each not in wanted.values()])
             raise DataFormatError(
                 "column stands twice" if column in header else "column not in the table",
                 source=name,
                 field=column,
                 found=list(header),
                 expected=f"the column of table.{key}",
-                fix=f"set table.{key}: {near[0] if near else 'NAME'}, or rename the column",
+                fix=f"set table.{key}: {near or 'NAME'}, or rename the column",
             )
     return places
+
+
+def _nearest(column: str, header: Sequence[str]) -> str:
+    """The column of a table that may be meant, one of the same letters first; "" where none is near."""
+    plain = {unicodedata.normalize("NFKC", each).casefold(): each for each in reversed(header)}
+    near = difflib.get_close_matches(unicodedata.normalize("NFKC", column).casefold(), plain, n=1)
+    return plain[near[0]] if near else ""
 
 
 def _read_row(row: list[str], table: _Table, item: Item) -> Record:

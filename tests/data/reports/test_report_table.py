@@ -87,6 +87,20 @@ def test_a_bad_row_is_named_and_the_others_are_read(folder: Path, row: str, expe
         assert words in message
 
 
+@pytest.mark.parametrize(
+    ("renamed", "advice"),
+    [
+        (("image_id", "Image_ID"), "table.id_column: Image_ID"),  # not the nearest in letters, image_path
+        (("data_风险等级", "风险等级"), "table.fields.风险等级: 风险等级"),  # data_风险 is another field's
+        (("data_缺陷描述", "remarks"), "table.fields.缺陷描述: NAME"),
+    ],
+)
+def test_a_missing_column_is_told_what_it_may_be_called(folder: Path, renamed: tuple[str, str], advice: str) -> None:
+    records, errors = scan_records(write(folder, HEADER.replace(*renamed), SPEC_ROW), "reports")
+    assert records == []
+    assert advice in str(errors[0])
+
+
 def test_other_columns_levels_and_a_template_of_ones_own(folder: Path) -> None:
     template = folder / "mine.yaml"
     template.write_text(

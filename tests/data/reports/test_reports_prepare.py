@@ -122,8 +122,12 @@ def test_nothing_to_do_and_bad_settings_are_one_line(tmp_path: Path, capsys: pyt
     assert "--csv" in capsys.readouterr().err
     assert main(["reports", "prepare", "--out", str(tmp_path / "x"), "--preview"]) == 2
     assert "no stored data set" in capsys.readouterr().err
-    assert main(["reports", "prepare", "--csv", str(tmp_path / "none.csv"), "--out", str(tmp_path / "x")]) == 1
-    assert "data file not found" in capsys.readouterr().err
+    (tmp_path / "empty.csv").write_text("image_id,image_path\n", encoding="utf-8")
+    for table, words in (("none.csv", "data file not found"), ("empty.csv", "column not in the table")):
+        assert main(["reports", "prepare", "--csv", str(tmp_path / table), "--out", str(tmp_path / "x")]) == 2
+        told = capsys.readouterr().err
+        assert words in told
+        assert "--on-error skip" not in told  # no row to leave out
     with pytest.raises(SystemExit):
         main(["reports", "prepare", "--csv", "a.csv", "--out", "x", "--image-quality", "0"])
 
