@@ -17,7 +17,8 @@ from fnmatch import translate
 from pathlib import Path
 
 from finetune.data.containers import is_embedded
-from finetune.errors import ConfigError
+from finetune.data.readers.table import text_encoding
+from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import ImageInput, Record
 
 _MAX_DEVIATION = 0.05
@@ -154,26 +155,29 @@ def _below(path: str, root: str | None) -> str | None:
 
 
 class HoldOut:
-    """Lines that name groups, image paths (or their ends) or glob patterns whose groups are kept for one split."""
+    """Lines that name groups, images, folders of images (by path, or the end of one) or glob patterns, whose groups are
+    kept for one split."""
 
     def __init__(self, lines: Iterable[str], group_by: GroupBy) -> None:
         cleaned = [line.strip() for line in lines]
         self.lines = list(dict.fromkeys(line for line in cleaned if line and not line.startswith("#")))
-        self._literal = {line.replace("\\", "/").removeprefix("./"): line for line in self.lines}
+        self._literal = {line.replace("\\", "/").removeprefix("./").rstrip("/"): line for line in self.lines}
         self._globs = [(re.compile(translate(line)), line) for line in self.lines if re.search(r"[*?\[]", line)]
         self._group_by = group_by
         self._used: set[str] = set()
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], group_by: GroupBy) -> HoldOut:
-        """A UTF-8 file with one entry per line; `#` starts a comment line.
+        """A text file with one entry per line; `#` starts a comment line.
+
+        UTF-8 with or without BOM, GBK and UTF-16 with BOM are recognised.
 
         Raises:
             ConfigError: the file cannot be read.
         """
         try:
-            return cls(Path(path).read_text(encoding="utf-8-sig").splitlines(), group_by)
-        except (OSError, UnicodeDecodeError) as error:
+            return cls(Path(path).read_text(encoding=text_encoding(Path(path))).splitlines(), group_by)
+        except (OSError, DataFormatError) as error:
             raise ConfigError(f"hold-out list {path} cannot be read: {error}") from error
 
     def matches(self, record: Record, group_by: GroupBy | None = None) -> bool:
@@ -201,7 +205,8 @@ class HoldOut:
         for image in record.images:
             if path := as_given.path_of(image):
                 parts = path.split("/")
-                yield from ("/".join(parts[start:]) for start in range(len(parts)))
+                for end in (len(parts), len(parts) - 1):  # the image, and the folder it lies in
+                    yield from ("/".join(parts[start:end]) for start in range(end))
 
 
 @dataclass

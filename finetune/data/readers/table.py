@@ -123,6 +123,15 @@ def check_width(row: Sequence[str], header: Sequence[str], record: str, source: 
         )
 
 
+def text_encoding(path: Path) -> str:
+    """Name of the encoding of a text file: UTF-8 with or without BOM, GB18030, or UTF-16 with BOM.
+
+    Raises:
+        DataFormatError: no file, or none of them.
+    """
+    return _encoding(path, Options({}, path.name))
+
+
 def _encoding(path: Path, options: Options) -> str:
     """Name of the first encoding that decodes the whole file."""
     if not path.is_file():

@@ -3,11 +3,12 @@
 Every labelled box of a split is a card: its place and size in parts of the image. Boxes without a defect are dealt from
 a shuffled deck of these cards, images with defects first, since only there a card can be refused (it must not overlap
 what is labelled); refused cards go to normal images. A deck is dealt out before the next one is begun, so that both
-kinds come from one distribution. No pixels are looked at.
+kinds come from one distribution; both have whole pixels. No pixels are looked at.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -62,13 +63,13 @@ def deal_candidates(
     abnormal = [image for image in images if image.is_abnormal]
     kept = {image.id: _kept(image, config, rng) for image in abnormal}
     dealt = Dealt(dropped=sum(len(image.boxes) - len(kept[image.id]) for image in abnormal))
-    cards = [card_of(box.box_xyxy, image.size_hw) for image in abnormal for box in kept[image.id]]
+    cards = [card_of(whole(box.box_xyxy), image.size_hw) for image in abnormal for box in kept[image.id]]
     deck = _Deck(cards or spare, rng)
     chosen: dict[str, list[Box]] = {image.id: [] for image in images}
     owed = {image.id: round(config.abnormal_neg_per_pos * len(kept[image.id])) for image in abnormal}
     for image in _largest_first(abnormal, kept):
         found = chosen[image.id]
-        taken = [box.box_xyxy for box in image.boxes] + image.avoid
+        taken = [whole(box.box_xyxy) for box in image.boxes] + image.avoid
         _deal(deck, image, min(owed[image.id], config.max_boxes_per_image - len(kept[image.id])), taken, found, config)
         if len(found) < owed[image.id]:
             dealt.missing[image.id] = owed[image.id] - len(found)
@@ -80,7 +81,9 @@ def deal_candidates(
             if len(chosen[image.id]) < wanted:
                 dealt.missing[image.id] = wanted - len(chosen[image.id])
     for image in images:
-        regions: list[tuple[Box, str | None]] = [(box.box_xyxy, box.defect_type) for box in kept.get(image.id, [])]
+        regions: list[tuple[Box, str | None]] = [
+            (whole(box.box_xyxy), box.defect_type) for box in kept.get(image.id, [])
+        ]
         regions += [(box, None) for box in chosen[image.id]]
         if regions:
             dealt.candidates[image.id] = _numbered(regions, rng)
@@ -93,6 +96,15 @@ def card_of(box: Box, size_hw: tuple[int, int]) -> Card:
     """A box in parts of its image."""
     height, width = size_hw
     return (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
+
+
+def whole(box: Box) -> Box:
+    """Corners in whole pixels, halves upwards: a side of at least one pixel stays one.
+
+    Labels may have fractions, boxes laid by a card have none, which a model would see in an enlarged image.
+    """
+    x1, y1, x2, y2 = (float(math.floor(corner + 0.5)) for corner in box)
+    return (x1, y1, x2, y2)
 
 
 def overlap(a: Box, b: Box) -> float:
@@ -136,11 +148,9 @@ class _Fits:
 
     def __call__(self, card: Card) -> Box | None:
         height, width = self.image.size_hw
-        x1, x2 = (float(round(part * width)) for part in card[::2])
-        y1, y2 = (float(round(part * height)) for part in card[1::2])
+        box = x1, y1, x2, y2 = whole((card[0] * width, card[1] * height, card[2] * width, card[3] * height))
         if min(x2 - x1, y2 - y1) < self.min_size:
             return None
-        box = (x1, y1, x2, y2)
         return None if any(overlap(box, other) > MAX_OVERLAP for other in self.taken) else box
 
 

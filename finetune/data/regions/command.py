@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.data.regions.build import build_sft
-from finetune.data.regions.prepare import candidates_name, prepare_regions
+from finetune.data.regions.prepare import REPORT_NAME, candidates_name, prepare_regions
 from finetune.data.regions.scan import STATS_NAME, scan
 from finetune.data.regions.settings import SPLITS, load_regions_config
 from finetune.data.regions.survey import survey
@@ -28,8 +28,8 @@ def scan_command(arguments: argparse.Namespace) -> int:
     )
     for kind, counts in stats["types"].items():
         print(f"  {kind}: {counts['boxes']} boxes on {counts['images']} images")
-    _list("note", found.notes)
-    _list("error", found.problems)
+    _list("note", found.notes, f"all in {STATS_NAME}")
+    _list("error", found.problems, f"all in {STATS_NAME}")
     print(f"wrote {Path(config.out_dir) / STATS_NAME}; to paste into the configuration:\n{found.pasteable}")
     return 1 if found.problems else 0
 
@@ -43,7 +43,7 @@ def prepare_command(arguments: argparse.Namespace) -> int:
     images = list(survey(config))
     problems = [problem for image in images for problem in image.problems]
     if problems and arguments.on_error == "stop":
-        _list("error", problems)
+        _list("error", problems, "forensics regions scan writes all of them down")
         num_bad = sum(bool(image.problems) for image in images)
         print(
             f"error: {num_bad} of {len(images)} images cannot be used, nothing was written; correct them, or pass "
@@ -52,7 +52,7 @@ def prepare_command(arguments: argparse.Namespace) -> int:
         )
         return 1
     done = prepare_regions(config, images)
-    _list("note", done.notes)
+    _list("note", done.notes, f"all in {REPORT_NAME}")
     for split, facts in done.report["splits"].items():
         print(
             f"{split}: {facts['images']} images ({facts['abnormal_images']} abnormal) of {facts['groups']} folders, "
@@ -75,8 +75,8 @@ def build_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _list(word: str, found: Sequence[DataFormatError]) -> None:
+def _list(word: str, found: Sequence[DataFormatError], rest: str) -> None:
     for each in found[:MAX_LISTED]:
         print(f"{word}: {each}", file=sys.stderr)
     if len(found) > MAX_LISTED:
-        print(f"{word}: and {len(found) - MAX_LISTED} more", file=sys.stderr)
+        print(f"{word}: and {len(found) - MAX_LISTED} more; {rest}", file=sys.stderr)

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.data.readers.options import Options
-from finetune.data.readers.table import _encoding
+from finetune.data.readers.table import text_encoding
 from finetune.data.regions.settings import WIDE_TO_ASCII, RegionsConfig
 from finetune.errors import DataFormatError
 
@@ -70,7 +69,7 @@ def read_labels(path: Path, size_hw: tuple[int, int], config: RegionsConfig, nam
         DataFormatError: the file cannot be read, or has no line.
     """
     name = name or path.name
-    lines = path.read_text(encoding=_encoding(path, Options({}, path.name))).split("\n")
+    lines = path.read_text(encoding=text_encoding(path)).split("\n")
     found = Labels()
     for number, line in enumerate(lines, 1):
         if line.strip().strip("\ufeff"):
@@ -133,6 +132,8 @@ def parse_line(line: str, source: str, config: RegionsConfig, stem: str | None =
     else:
         for start in range(0, len(numbers), 4):
             _add_box(found, numbers[start : start + 4], kind, source, config)
+    if not kind:
+        found.boxes = []  # checked, but no type to count them under
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.preparation.ledger import REJECTED_NAME, described
-from finetune.data.regions.candidates import Candidate, Dealt, card_of, deal_candidates
+from finetune.data.regions.candidates import MAX_OVERLAP, Candidate, Dealt, card_of, deal_candidates, overlap
 from finetune.data.regions.geometry import geometry_aurocs
 from finetune.data.regions.settings import SPLITS, RegionsConfig
 from finetune.data.regions.survey import RegionImage, survey
@@ -80,8 +80,9 @@ def prepare_regions(config: RegionsConfig, images: Sequence[RegionImage] | None 
     report: dict[str, Any] = {"config": asdict(config), "splits": {}}
     for split, made in dealt.items():
         by_id = {image.id: image for image in divided[split]}
-        write_atomically(out_dir / candidates_name(split), _lines(made.candidates, by_id))
-        report["splits"][split] = facts = _facts(made, by_id)
+        groups = {image.id: _scene(image, config) for image in divided[split]}
+        write_atomically(out_dir / candidates_name(split), _lines(made.candidates, by_id, groups))
+        report["splits"][split] = facts = _facts(made, by_id, groups)
         warnings += _warnings(split, made, facts)
     report["rejected"] = _write_rejected(images, out_dir)
     notes = [note for image in usable for note in image.notes]
@@ -113,40 +114,58 @@ def _reworded(text: str, words: Mapping[str, str]) -> str:
 
 def _record(image: RegionImage, config: RegionsConfig) -> Record:
     """What the splitter needs: one scene has one name in both folders; without scenes each image is its own."""
-    group = image.group if config.split_by_parent and image.group else f"image:{image.id}"
+    group = _scene(image, config) or f"image:{image.id}"
     return Record(image.id, (ImageInput(path=image.path),), (ImageTarget(int(image.is_abnormal)),), group=group)
 
 
-def _lines(candidates: Mapping[str, Sequence[Candidate]], images: Mapping[str, RegionImage]) -> Iterable[bytes]:
+def _scene(image: RegionImage, config: RegionsConfig) -> str:
+    """The folder whose images are never parted; "" where each image is its own."""
+    return image.group if config.split_by_parent else ""
+
+
+def _lines(
+    candidates: Mapping[str, Sequence[Candidate]], images: Mapping[str, RegionImage], groups: Mapping[str, str]
+) -> Iterable[bytes]:
     for name, regions in candidates.items():
         image = images[name]
         line = {
             "id": name,
             "image": image.path,
             "size_hw": image.size_hw,
-            "group": image.group,
+            "group": groups[name],
             "regions": [{"id": r.id, "box_xyxy": r.box_xyxy, "type": r.defect_type} for r in regions],
         }
         yield (json.dumps(line, ensure_ascii=False) + "\n").encode()
 
 
-def _facts(made: Dealt, images: Mapping[str, RegionImage]) -> dict[str, Any]:
+def _facts(made: Dealt, images: Mapping[str, RegionImage], groups: Mapping[str, str]) -> dict[str, Any]:
     sizes = {name: images[name].size_hw for name in made.candidates}
     regions = [region for each in made.candidates.values() for region in each]
     types = [region.defect_type for region in regions if region.defect_type is not None]
     return {
         "images": len(made.candidates),
         "abnormal_images": sum(images[name].is_abnormal for name in made.candidates),
-        "groups": len({images[name].group or name for name in made.candidates}),
+        "groups": len({groups[name] or name for name in made.candidates}),
         "regions": len(regions),
         "positive_regions": len(types),
         "types": {kind: types.count(kind) for kind in sorted(set(types))},
+        "overlapping_positives": sum(map(_num_overlapping, made.candidates.values())),
         "dropped_boxes": made.dropped,
         "missing_negatives": sum(made.missing.values()),
         "images_without_candidates": made.unused,
         "geometry_auroc": geometry_aurocs(made.candidates, sizes),
         "geometry_auroc_on_abnormal_images": geometry_aurocs(made.candidates, sizes, only_with_defects=True),
     }
+
+
+def _num_overlapping(regions: Sequence[Candidate]) -> int:
+    """Boxes with a defect that share more with another candidate than a box without one ever does."""
+    boxes = [region.box_xyxy for region in regions]
+    return sum(
+        region.defect_type is not None
+        and any(overlap(region.box_xyxy, box) > MAX_OVERLAP for box in boxes[:index] + boxes[index + 1 :])
+        for index, region in enumerate(regions)
+    )
 
 
 def _warnings(split: str, made: Dealt, facts: Mapping[str, Any]) -> list[str]:
@@ -162,6 +181,11 @@ def _warnings(split: str, made: Dealt, facts: Mapping[str, Any]) -> list[str]:
         )
     if made.unused:
         said.append(f"{split}: {len(made.unused)} normal images have no candidate and are not used")
+    if facts["overlapping_positives"] > 0.1 * facts["positive_regions"]:
+        said.append(
+            f"{split}: {facts['overlapping_positives']} of {facts['positive_regions']} labelled boxes overlap another "
+            "one, which no box without a defect does, so they are known without looking; label a defect with one box"
+        )
     if facts["positive_regions"] >= 50:
         for name, value in facts["geometry_auroc"].items():
             if value is not None and abs(value - 0.5) > 0.1:

@@ -8,20 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from finetune.cli import main
-from finetune.data.audit.leaks import auroc_interval, combined_scores, make_folds
+from finetune.data.audit.leaks import auroc_interval, combined_scores
 from finetune.data.readers import scan_records
 from finetune.data.regions.build import build_sft
-from finetune.data.regions.candidates import MAX_OVERLAP, deal_candidates, overlap
+from finetune.data.regions.candidates import MAX_OVERLAP, deal_candidates, overlap, whole
 from finetune.data.regions.geometry import FEATURES, geometry_aurocs
 from finetune.data.regions.labels import LabelledBox
 from finetune.data.regions.prepare import prepare_regions
 from finetune.data.regions.scan import scan
-from finetune.data.regions.settings import RegionsConfig, load_regions_config
+from finetune.data.regions.settings import SPLITS, RegionsConfig, load_regions_config
 from finetune.data.regions.survey import RegionImage
 from finetune.data.regions.text import expand_regions, record_regions, region_text, resized_box
 from finetune.data.regions.wording import load_region_template, parse_answer
@@ -73,17 +74,22 @@ def test_size_aspect_and_place_alone_give_nothing_away(off_center: bool) -> None
     for name, value in geometry_aurocs(dealt.candidates, sizes).items():
         if name != "candidates":  # normal images have as many, but nothing positive among them
             assert value == pytest.approx(0.5, abs=0.04), name
-    rows, labels, groups = [], [], []
-    for number, (image, regions) in enumerate(dealt.candidates.items()):
-        for region in regions:
-            x1, y1, x2, y2 = (v / s for v, s in zip(region.box_xyxy, sizes[image][::-1] * 2, strict=True))
-            rows.append((x1, y1, x2, y2, x2 - x1, y2 - y1))
-            labels.append(int(region.defect_type is not None))
-            groups.append(number)
-    truth, folds = np.array(labels), make_folds(np.array(labels), np.array(groups))
-    assert folds is not None
-    scores = combined_scores(np.array(rows), np.zeros((len(rows), 0), dtype=int), truth, folds)
-    assert auroc_interval(scores, truth, np.array(groups)).auroc == pytest.approx(0.5, abs=0.08)
+    other = deal_candidates(labelled_set(400, 4, off_center=off_center), RegionsConfig(), np.random.default_rng(1))
+    rows, labels, splits, groups = [], [], [], []
+    for split, each in enumerate((dealt, other)):  # learned on one split, asked on another, as a model is
+        for number, (image, regions) in enumerate(each.candidates.items()):
+            for region in regions:
+                x1, y1, x2, y2 = (v / s for v, s in zip(region.box_xyxy, sizes[image][::-1] * 2, strict=True))
+                rows.append((x1, y1, x2, y2, x2 - x1, y2 - y1, *(corner % 1 for corner in region.box_xyxy)))
+                labels.append(int(region.defect_type is not None))
+                splits.append(split)
+                groups.append(number)
+    truth = np.array(labels)
+    scores = combined_scores(np.array(rows), np.zeros((len(rows), 0), dtype=int), truth, np.array(splits))
+    for split in (0, 1):
+        chosen = np.array(splits) == split
+        found = auroc_interval(scores[chosen], truth[chosen], np.array(groups)[chosen])
+        assert found.auroc == pytest.approx(0.5, abs=0.08)
     by_kind = {kind: [len(r) for i, r in dealt.candidates.items() if i.startswith(kind)] for kind in ("abn", "nor")}
     assert np.mean(by_kind["abn"]) == pytest.approx(np.mean(by_kind["nor"]), rel=0.15)
 
@@ -120,7 +126,7 @@ def test_candidates_respect_every_limit(seed: int, cap: int, ratio: float, decoy
         regions = dealt.candidates.get(image.id, [])
         assert len(regions) <= cap
         assert [region.id for region in regions] == [f"R{i}" for i in range(1, len(regions) + 1)]
-        labelled = [box.box_xyxy for box in image.boxes]
+        labelled = [whole(box.box_xyxy) for box in image.boxes]
         positive = [region for region in regions if region.defect_type]
         kept += len(positive)
         assert all(region.box_xyxy in labelled for region in positive)
@@ -151,6 +157,56 @@ def test_folders_are_never_divided_and_the_hold_out_list_is_forced_into_test(
     prepare_regions(replace(config, holdout_list=str(held)))
     assert (Path(config.out_dir) / "candidates_train.jsonl").read_bytes() == first
     assert done.rejected == 0
+
+
+def test_without_folders_as_scenes_every_image_is_a_group_of_its_own(config: RegionsConfig) -> None:
+    done = prepare_regions(replace(config, split_by_parent=False))
+    written = [line for split in SPLITS for line in lines(Path(config.out_dir) / f"candidates_{split}.jsonl")]
+    assert {line["group"] for line in written} == {""}  # else an evaluation takes two splits for one scene
+    assert sum(facts["groups"] for facts in done.report["splits"].values()) == len(written) == 20
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [("工地一/\n", "gbk"), ("raw\\abnormal\\工地一\\\r\n", "utf-16"), ("工地一/00.jpg", "utf-8-sig")],
+)
+def test_a_hold_out_list_as_it_is_saved_on_windows(tmp_path: Path, text: str, encoding: str) -> None:
+    folder = tmp_path / "raw"
+    write_surface_samples(folder, scenes=6, per_scene=1, side=96)
+    for kind in ("abnormal", "normal"):
+        (folder / kind / "scene_00").rename(folder / kind / "工地一")
+    (tmp_path / "hold.txt").write_bytes(text.encode(encoding))
+    for by_parent in (True, False):
+        config = RegionsConfig(str(folder / "abnormal"), str(folder / "normal"), str(tmp_path / "out"), 0, 0.5, 0.5, 0)
+        config = replace(config, holdout_list=str(tmp_path / "hold.txt"), split_by_parent=by_parent)
+        done = prepare_regions(config)
+        held = {line["id"] for line in lines(tmp_path / "out" / "candidates_test.jsonl")}
+        both = by_parent or "abnormal" not in text  # a scene is one in both folders; a path is of one of them
+        assert held == ({"abnormal/工地一/00", "normal/工地一/00"} if both else {"abnormal/工地一/00"})
+        assert not any("hold-out" in warning for warning in done.report["warnings"])
+
+
+def test_fractions_of_labels_do_not_mark_them(tmp_path: Path) -> None:
+    images = labelled_set(30, 5, off_center=False)
+    for image in images:
+        image.size_hw = (600, 600)
+    for regions in deal_candidates(images, RegionsConfig(), np.random.default_rng(0)).candidates.values():
+        assert all(corner == int(corner) for region in regions for corner in region.box_xyxy)
+    assert whole((0.5, 1.5, 1.5, 2.5)) == (1, 2, 2, 3)  # halves to one side: no box loses its only pixel
+
+
+def test_labelled_boxes_that_overlap_are_warned_of(tmp_path: Path) -> None:
+    for name, second in (("a", "12,12,42,42"), ("b", "60,60,90,90"), ("c", "15,15,45,45")):
+        folder = tmp_path / "abnormal" / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (100, 100)).save(folder / "0.jpg")
+        (folder / "0.txt").write_text(f"0.jpg;10,10,40,40;x\n0.jpg;{second};x", encoding="utf-8")
+    config = RegionsConfig(
+        str(tmp_path / "abnormal"), out_dir=str(tmp_path / "out"), train_ratio=1, val_ratio=0, test_ratio=0
+    )
+    done = prepare_regions(config)
+    assert done.report["splits"]["train"]["overlapping_positives"] == 4
+    assert any("4 of 6 labelled boxes overlap another" in warning for warning in done.report["warnings"])
 
 
 def test_every_bad_file_is_named_and_left_out_whole_only_on_request(
@@ -208,6 +264,18 @@ def test_scan_counts_types_and_proposes_a_map(tmp_path: Path) -> None:
     assert (stats["boxes"], stats["lines"], stats["box_pixels"]["width"]["median"]) == (4, 3, 30)
     assert stats["label_map"] == found.label_map == {"裂缝": "裂缝", "x": "x", "裂 缝": "裂缝"}
     assert "裂 缝: 裂缝" in found.pasteable
+
+
+def test_a_line_without_a_type_is_a_problem_and_no_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.jpg")
+    (tmp_path / "a.txt").write_text("a.jpg;1,2,30,40;\n" * 25 + "a.jpg;1,2,30,40;裂缝", encoding="utf-8")
+    given = ["regions", "scan", "--set", f"abnormal_dir={tmp_path}", f"out_dir={tmp_path / 'out'}"]
+    assert main(given) == 1
+    out, err = capsys.readouterr()
+    assert yaml.safe_load(out[out.index("label_map:") :]) == {"label_map": {"裂缝": "裂缝"}}
+    assert "no defect type" in err
+    assert "not in label_map" not in err
+    assert "error: and 5 more; all in label_stats.json" in err
 
 
 @pytest.mark.parametrize(("template", "language"), [("zh", {"zh"}), ("both", {"zh", "en"})])
