@@ -10,7 +10,7 @@ usage: bash script/regions.sh [--abnormal DIR] [--normal DIR] [--seconds N] [--s
   --abnormal DIR  images with a .txt of the same name each (default: data/samples/regions); docs/regions.md
                   异常图像及同名 .txt；不给时使用自带样例
   --normal DIR    images without labels, goes with --abnormal / 正常图像，与 --abnormal 同用
-  --seconds N     stop training after N seconds (130) / 训练的秒数上限
+  --seconds N     stop training after N seconds (160) / 训练的秒数上限
   --seed N        of the model's weights and of training (0) / 模型权重与训练的随机种子
   --out DIR       where everything is written (default runs/regions) / 输出目录
   --fresh         make everything in --out again; without it the conversations already there are used / 全部重做
@@ -20,7 +20,7 @@ Under four minutes on two CPU cores. Writes data/, best/ (the model), report/met
 TXT
 }
 
-ABNORMAL="" NORMAL="" LIMIT=130 SEED=0 OUT="runs/regions" FRESH=0 FEATURES=1
+ABNORMAL="" NORMAL="" LIMIT=160 SEED=0 OUT="runs/regions" FRESH=0 FEATURES=1
 value() { [[ $# -ge 2 && -n "$2" ]] || fail "$1 needs a value"; printf '%s' "$2"; }
 while (($#)); do
     case "$1" in
