@@ -11,7 +11,7 @@ from finetune.data.regions.build import build_sft
 from finetune.data.regions.prepare import REPORT_NAME, candidates_name, prepare_regions
 from finetune.data.regions.scan import STATS_NAME, scan
 from finetune.data.regions.settings import SPLITS, load_regions_config
-from finetune.data.regions.survey import survey
+from finetune.data.regions.survey import decode_images, survey
 from finetune.errors import ConfigError, DataFormatError
 
 MAX_LISTED = 20
@@ -41,6 +41,7 @@ def prepare_command(arguments: argparse.Namespace) -> int:
     if there and not arguments.overwrite:
         raise ConfigError(f"{config.out_dir} holds {', '.join(there)} already; give --overwrite to replace them")
     images = list(survey(config))
+    decode_images(images)
     problems = [problem for image in images for problem in image.problems]
     if problems and arguments.on_error == "stop":
         _list("error", problems, "forensics regions scan writes all of them down")

@@ -18,7 +18,7 @@ from finetune.data.preparation.ledger import REJECTED_NAME, described
 from finetune.data.regions.candidates import MAX_OVERLAP, Candidate, Dealt, card_of, deal_candidates, overlap
 from finetune.data.regions.geometry import geometry_aurocs
 from finetune.data.regions.settings import SPLITS, RegionsConfig
-from finetune.data.regions.survey import RegionImage, survey
+from finetune.data.regions.survey import RegionImage, decode_images, survey
 from finetune.data.splits import GroupBy, HoldOut, Splitter
 from finetune.data.storage.atomic import write_atomically
 from finetune.errors import ConfigError, DataFormatError
@@ -56,13 +56,15 @@ def prepare_regions(config: RegionsConfig, images: Sequence[RegionImage] | None 
     pixels of the original image, `type` or null.
 
     Args:
-        images: of `survey`, where it was called already.
+        images: of `survey` and `decode_images`, where these were called already.
 
     Raises:
         ConfigError: nothing usable, no labelled box, one group only, a hold-out list that cannot be read.
         ForensicsError: as `survey`.
     """
-    images = list(survey(config)) if images is None else images
+    if images is None:
+        images = list(survey(config))
+        decode_images(images)
     usable = [image for image in images if not image.problems]
     if not any(image.boxes for image in usable):
         raise ConfigError(

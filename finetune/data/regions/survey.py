@@ -1,16 +1,20 @@
 """The folders of region data as they are: images, their sizes, groups and labelled boxes, and all that is wrong.
 
-Only headers of images and the label files are read. An image with a problem keeps it: what becomes of such images is
-the caller's decision, never a box less in silence.
+`survey` reads the label files and only headers of images, `decode_images` the rest. An image with a problem keeps it:
+what becomes of such images is the caller's decision, never a box less in silence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from finetune.data.images import image_size_hw
+from tqdm import tqdm
+
+from finetune.data.images import image_size_hw, load_image
 from finetune.data.readers.file_tree import IMAGE_SUFFIXES, iter_files
 from finetune.data.regions.labels import Box, LabelledBox, read_labels
 from finetune.data.regions.settings import WIDE_TO_ASCII, RegionsConfig
@@ -71,6 +75,30 @@ def survey(config: RegionsConfig) -> Iterator[RegionImage]:
     yield from _abnormal(config)
     if config.normal_dir:
         yield from _normal(config)
+
+
+def decode_images(images: Sequence[RegionImage]) -> None:
+    """Decode every image without a problem, in threads; one that is truncated or damaged gets its problem here.
+
+    Else it would be found in the middle of a training run.
+    """
+
+    def problem(image: RegionImage) -> DataFormatError | None:
+        try:
+            load_image(ImageInput(path=image.path), image.id, image.id)
+        except DataFormatError as error:
+            return error
+        return None
+
+    whole = [image for image in images if not image.problems]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(problem, whole)
+        shown = tqdm(
+            found, "decoding images", total=len(whole), unit="image", disable=not sys.stderr.isatty(), leave=False
+        )
+        for image, error in zip(whole, shown, strict=True):
+            if error is not None:
+                image.problems = [error]
 
 
 def _abnormal(config: RegionsConfig) -> Iterator[RegionImage]:

@@ -186,7 +186,25 @@ def test_a_hold_out_list_as_it_is_saved_on_windows(tmp_path: Path, text: str, en
         assert not any("hold-out" in warning for warning in done.report["warnings"])
 
 
-def test_fractions_of_labels_do_not_mark_them(tmp_path: Path) -> None:
+def test_an_image_cut_off_behind_its_header_is_found_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_surface_samples(tmp_path / "raw", scenes=6, per_scene=1, side=96)
+    for name in ("abnormal/scene_02/00.jpg", "normal/scene_04/00.jpg"):
+        path = tmp_path / "raw" / name
+        path.write_bytes(path.read_bytes()[:-600])
+    given = [f"{kind}_dir={tmp_path / 'raw' / kind}" for kind in ("abnormal", "normal")]
+    given = ["regions", "prepare", "--set", *given, f"out_dir={tmp_path / 'out'}"]
+    assert main(given) == 1
+    told = capsys.readouterr().err
+    assert "record 'abnormal/scene_02/00'" in told
+    assert told.count("image is truncated or damaged") == 2
+    assert main([*given, "--on-error", "skip"]) == 0
+    rejected = {line["id"] for line in lines(tmp_path / "out" / "rejected.jsonl")}
+    assert rejected == {"abnormal/scene_02/00", "normal/scene_04/00"}
+
+
+def test_fractions_of_labels_do_not_mark_them() -> None:
     images = labelled_set(30, 5, off_center=False)
     for image in images:
         image.size_hw = (600, 600)
