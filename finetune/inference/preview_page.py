@@ -15,6 +15,9 @@ from PIL import Image
 
 from finetune.data.masks import rasterize_polygons
 from finetune.data.preview import ImageView, Piece, RecordView
+from finetune.data.regions.text import REGIONS, record_regions
+from finetune.errors import DataFormatError
+from finetune.inference.regions.pictures import DrawnRegion, draw_regions
 from finetune.inference.report.assets import CSS, SCRIPT
 from finetune.inference.report.markup import bilingual, data_uri, esc
 from finetune.inference.visualization import TRUE_COLOR, draw_outline, overlay_mask
@@ -78,6 +81,7 @@ def card_html(card: PreviewCard, number: int, total: int) -> str:
     facts = [record.source, f"group {record.group}" if record.group else ""]
     facts += [f"{key} {value}" for key, value in record.provenance.items() if isinstance(value, (str, int, float))]
     figures = "".join(_figure(image, written) for image, written in zip(view.images, card.written, strict=True))
+    figures += _candidates(view)
     talk = "".join(map(_span, view.pieces))
     problems = "".join(
         f'<p class="problem {problem.severity}">{esc(problem.severity)}: {esc(problem.message)}</p>'
@@ -124,6 +128,28 @@ def _figure(image: ImageView, written: Sequence[Polygon] | None) -> str:
         f"{own[0]}x{own[1]} → {seen[0]}x{seen[1]} (HxW), {image.num_tokens} tokens; label: {en}; {mask_en}",
     )
     return f'<figure><div class="pair">{"".join(pictures)}</div><figcaption>{caption}</figcaption></figure>'
+
+
+def _candidates(view: RecordView) -> str:
+    """The image with its candidate regions as they are labelled: id, and type of an abnormal one; "" without any."""
+    try:
+        regions = record_regions(view.record)
+    except DataFormatError:
+        return ""  # one of the problems above
+    if regions is None or not view.images:
+        return ""
+    types = [entry.get("type") for entry in view.record.provenance[REGIONS]]
+    drawn = [
+        DrawnRegion(name if kind is None else f"{name} {kind}", box, "tn" if kind is None else "tp")
+        for (name, box), kind in zip(regions, types, strict=True)
+    ]
+    picture = draw_regions(view.images[0].image, drawn, _SIDE, with_marks=False)
+    caption = bilingual("候选区域：实线有缺陷，点线没有", "candidate regions: solid with a defect, dotted without")
+    source = data_uri(picture, 88)
+    return (
+        f'<figure><div class="pair"><img src="{source}" width="{picture.width}" alt="candidate regions"></div>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
 
 
 def _picture(image: ImageView, written: Sequence[Polygon] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import logging
@@ -10,7 +11,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from finetune.cli import build_parser, main
 from finetune.config import DataConfig
@@ -124,6 +127,27 @@ def test_regions_on_the_page_are_read_back_from_the_text(dataset: ForensicDatase
     assert written_regions(view_record(own, by_id["text"]), own) == []
     first, second = written_regions(view_record(own, by_id["pair"]), own)
     assert (first, bool(second)) == ((), True)
+
+
+def test_candidate_regions_are_drawn_as_they_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (120, 80), (90, 90, 90)).save(tmp_path / "a.png")
+    regions = [
+        {"id": "R1", "box_xyxy": [10, 20, 50, 60], "type": "crack"},
+        {"id": "R2", "box_xyxy": [70, 20, 110, 60], "type": None},
+    ]
+    turns = [{"role": "user", "content": "<image><regions>"}, {"role": "assistant", "content": "{}"}]
+    record = {"id": "a", "images": ["a.png"], "messages": turns, "provenance": {"regions": regions}}
+    (tmp_path / "set.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    assert main(["preview", str(tmp_path / "set.jsonl"), "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    found = re.search(r'src="data:image/jpeg;base64,([^"]+)" width="(\d+)" alt="candidate regions"', page)
+    assert found is not None
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(found[1])))).astype(int)
+    scale = int(found[2]) / 120
+    is_green = (drawn[..., 1] - drawn[..., 0] > 60) & (drawn[..., 1] - drawn[..., 2] > 40)
+    rows, columns = np.nonzero(is_green)  # the solid box of the crack, and its label above
+    assert (columns.min() / scale, columns.max() / scale, rows.max() / scale) == pytest.approx((10, 50, 60), abs=8)
+    assert "solid with a defect" in page
 
 
 # ---- settings ----

@@ -51,11 +51,14 @@ class DrawnRegion(NamedTuple):
     outcome: Outcome
 
 
-def draw_regions(image: Image.Image, regions: Sequence[DrawnRegion], side: int = 540) -> Image.Image:
+def draw_regions(
+    image: Image.Image, regions: Sequence[DrawnRegion], side: int = 540, *, with_marks: bool = True
+) -> Image.Image:
     """The picture, its longer side `side` pixels, with all boxes; those that matter most lie on top.
 
     Args:
         image: RGB, upright. regions: boxes in its own pixels.
+        with_marks: TP, FP and FN stand beside the ids; without, for labels that no model was asked about.
 
     Returns:
         A new RGB image.
@@ -69,7 +72,7 @@ def draw_regions(image: Image.Image, regions: Sequence[DrawnRegion], side: int =
     for region in ordered:
         pen.box(_scaled(region, scale, size), LOOKS[region.outcome])
     for region in ordered:
-        pen.label(region, _scaled(region, scale, size))
+        pen.label(region, _scaled(region, scale, size), with_mark=with_marks)
     return shown
 
 
@@ -128,10 +131,10 @@ class _Pen(NamedTuple):
             self.draw.rectangle((xs[0] - 1, ys[0] - 1, xs[1] + 1, ys[1] + 1), fill=_SHADOW)
             self.draw.rectangle((xs[0], ys[0], xs[1], ys[1]), fill=color)
 
-    def label(self, region: DrawnRegion, box: Corners) -> None:
+    def label(self, region: DrawnRegion, box: Corners, *, with_mark: bool) -> None:
         """The id above the box, or inside it where there is no room above."""
         look = LOOKS[region.outcome]
-        text = drawable_text(f"{region.id} {look.mark}".strip())
+        text = drawable_text(f"{region.id} {look.mark if with_mark else ''}".strip())
         if not text:
             return
         font = font_for(text, round(_FONT_SIZE * self.zoom))
