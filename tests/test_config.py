@@ -67,6 +67,8 @@ def test_overrides_alone_change_the_defaults() -> None:
         ("heads: {noise_residual: {enabeld: true}}", "'heads.noise_residual.enabeld' .*did you mean 'enabled'"),
         ("tokens: {zzz: 1}", "known keys: num_cls, num_mask"),
         ("seed: high", r"'seed' is 'high' \(str\); expected int"),
+        ("train: {feature_cache: 3}", r"'train.feature_cache' is 3 \(int\); expected false or a text"),
+        ("heads: {layer: [3]}", r"'heads.layer' is \[3\] \(list\); expected a text or int"),
         ("seed: 1.5", r"'seed' is 1.5 \(float\); expected int"),
         ("seed: true", r"'seed' is True \(bool\); expected int"),
         ("train: {learning_rate: fast}", "'train.learning_rate' is 'fast'"),

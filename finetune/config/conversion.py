@@ -107,7 +107,18 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, where: str, key: str) -> 
             return _convert(kind, value, where, key)
         except ConfigError as error:
             errors.append(error)
+    names = [_simple_name(kind) for kind in kinds if kind is not type(None)]
+    if len(names) > 1 and all(names):
+        found = f"{shorten(value)} ({type(value).__name__})"
+        raise ConfigError(f"{where}: '{key}' is {found}; expected {' or '.join(map(str, names))}")
     raise errors[0]
+
+
+def _simple_name(kind: Any) -> str | None:
+    """A scalar type or a choice of words as an error names it."""
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(str(choice).lower() if choice is False else str(choice) for choice in typing.get_args(kind))
+    return {int: "int", float: "float", bool: "bool", str: "a text"}.get(kind)
 
 
 def _convert_scalar(kind: Any, value: Any, where: str, key: str) -> Any:
