@@ -26,8 +26,8 @@ while (($#)); do
         *) usage >&2; fail "unknown argument '$1'" ;;
     esac
 done
-[[ "$QUICK" == /* ]] || QUICK="$PWD/$QUICK"
-[[ "$OUT" == /* ]] || OUT="$PWD/$OUT"
+QUICK="$(absolute "$QUICK")"
+OUT="$(absolute "$OUT")"
 
 bash "$ROOT/script/setup.sh" run
 use_venv
@@ -38,7 +38,6 @@ if [[ -z "${ACCELERATE_CONFIG:-}" ]] && (($(cpu_count) > 1)) && ! has_gpu; then 
 if [[ "${ACCELERATE_CONFIG:-}" == cpu_ddp ]]; then extra=("train.batch_size=4" "${extra[@]}"); fi
 
 started=$SECONDS
-yaml() { printf "'%s'" "${1//\'/\'\'}"; }
 bash script/sft_llm.sh configs/train/vision_quickstart.yaml "output_dir=$(yaml "$OUT")" \
     "model.path=$(yaml "$QUICK/best")" "data.train=[$(yaml "$QUICK/data/train.jsonl")]" \
     "data.eval=[$(yaml "$QUICK/data/val.jsonl")]" "train.search_cache=$(yaml "$OUT/searches")" "${extra[@]}"

@@ -23,3 +23,17 @@ go_offline() { export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLIN
 has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 
 cpu_count() { getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1; }
+
+# value "$@": what follows an option on the command line.
+value() {
+    [[ $# -ge 2 && -n "$2" ]] || fail "$1 needs a value"
+    printf '%s' "$2"
+}
+
+# A path as seen from the folder the script was called in; empty stays empty.
+absolute() { if [[ -z "$1" || "$1" == /* ]]; then printf '%s' "$1"; else printf '%s/%s' "$PWD" "$1"; fi; }
+
+# Override values are YAML: quoted, any path is a string.
+yaml() { printf "'%s'" "${1//\'/\'\'}"; }
+
+is_seconds() { [[ "$1" =~ ^[1-9][0-9]*$ ]] || fail "--seconds is '$1', expected a whole number above 0"; }

@@ -17,7 +17,6 @@ TXT
 }
 
 PHOTOS="" LIMIT="" OUT="runs/quickstart" FRESH=0
-value() { [[ $# -ge 2 && -n "$2" ]] || fail "$1 needs a value"; printf '%s' "$2"; }
 while (($#)); do
     case "$1" in
         --photos) PHOTOS="$(value "$@")"; shift 2 ;;
@@ -28,12 +27,12 @@ while (($#)); do
         *) usage >&2; fail "unknown argument '$1'" ;;
     esac
 done
-[[ -z "$LIMIT" || "$LIMIT" =~ ^[1-9][0-9]*$ ]] || fail "--seconds is '$LIMIT', expected a whole number above 0"
+if [[ -n "$LIMIT" ]]; then is_seconds "$LIMIT"; fi
 if [[ -n "$PHOTOS" ]]; then
     [[ -d "$PHOTOS" ]] || fail "--photos: no folder '$PHOTOS'"
     PHOTOS="$(cd "$PHOTOS" && pwd)"
 fi
-[[ "$OUT" == /* ]] || OUT="$PWD/$OUT"
+OUT="$(absolute "$OUT")"
 
 started=$SECONDS
 step() { say "[$1/5, $((SECONDS - started)) s] $2"; }
@@ -82,7 +81,6 @@ else
 fi
 
 step 4 "training"
-yaml() { printf "'%s'" "${1//\'/\'\'}"; } # override values are YAML: quoted, any path is a string
 overrides=(
     "output_dir=$(yaml "$OUT")"
     "model.path=$(yaml "$OUT/tiny")"

@@ -21,7 +21,6 @@ TXT
 }
 
 ABNORMAL="" NORMAL="" LIMIT=160 SEED=0 OUT="runs/regions" FRESH=0 FEATURES=1
-value() { [[ $# -ge 2 && -n "$2" ]] || fail "$1 needs a value"; printf '%s' "$2"; }
 while (($#)); do
     case "$1" in
         --abnormal) ABNORMAL="$(value "$@")"; shift 2 ;;
@@ -35,12 +34,11 @@ while (($#)); do
         *) usage >&2; fail "unknown argument '$1'" ;;
     esac
 done
-[[ "$LIMIT" =~ ^[1-9][0-9]*$ ]] || fail "--seconds is '$LIMIT', expected a whole number above 0"
+is_seconds "$LIMIT"
 [[ "$SEED" =~ ^[0-9]+$ ]] || fail "--seed is '$SEED', expected a whole number"
 [[ -z "$ABNORMAL" || -d "$ABNORMAL" ]] || fail "--abnormal: no folder '$ABNORMAL'"
 [[ -z "$NORMAL" || -d "$NORMAL" ]] || fail "--normal: no folder '$NORMAL'"
 [[ -z "$NORMAL" || -n "$ABNORMAL" ]] || fail "--normal goes with --abnormal"
-absolute() { if [[ -z "$1" || "$1" == /* ]]; then printf '%s' "$1"; else printf '%s/%s' "$PWD" "$1"; fi; }
 ABNORMAL="$(absolute "$ABNORMAL")" NORMAL="$(absolute "$NORMAL")" OUT="$(absolute "$OUT")"
 
 started=$SECONDS
@@ -52,7 +50,6 @@ go_offline
 cd "$ROOT"
 mkdir -p "$OUT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(cpu_count)}"
-yaml() { printf "'%s'" "${1//\'/\'\'}"; } # override values are YAML: quoted, any path is a string
 changes=("out_dir=$(yaml "$OUT/data")")
 if [[ -n "$ABNORMAL" ]]; then # their types are their own
     changes+=("abnormal_dir=$(yaml "$ABNORMAL")" "normal_dir=$(yaml "$NORMAL")" "label_map={}")

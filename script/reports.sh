@@ -19,7 +19,6 @@ TXT
 }
 
 CSV="" IMAGES="" LIMIT=130 OUT="runs/reports" FRESH=0
-value() { [[ $# -ge 2 && -n "$2" ]] || fail "$1 needs a value"; printf '%s' "$2"; }
 while (($#)); do
     case "$1" in
         --csv) CSV="$(value "$@")"; shift 2 ;;
@@ -31,10 +30,9 @@ while (($#)); do
         *) usage >&2; fail "unknown argument '$1'" ;;
     esac
 done
-[[ "$LIMIT" =~ ^[1-9][0-9]*$ ]] || fail "--seconds is '$LIMIT', expected a whole number above 0"
+is_seconds "$LIMIT"
 [[ -z "$CSV" || -f "$CSV" ]] || fail "--csv: no file '$CSV'"
 [[ -z "$IMAGES" || -n "$CSV" ]] || fail "--images goes with --csv"
-absolute() { if [[ -z "$1" || "$1" == /* ]]; then printf '%s' "$1"; else printf '%s/%s' "$PWD" "$1"; fi; }
 CSV="$(absolute "$CSV")" IMAGES="$(absolute "$IMAGES")" OUT="$(absolute "$OUT")"
 
 started=$SECONDS
@@ -63,7 +61,6 @@ step 2 "tiny Qwen2.5-VL with the words of the training reports: $OUT/tiny"
 forensics tiny --out "$OUT/tiny" --corpus "$OUT/data/train"
 
 step 3 "training"
-yaml() { printf "'%s'" "${1//\'/\'\'}"; } # override values are YAML: quoted, any path is a string
 bash script/sft_llm.sh configs/train/reports_tiny.yaml --overwrite "output_dir=$(yaml "$OUT")" "model.path=$(yaml "$OUT/tiny")" \
     "data.train=[{path: $(yaml "$OUT/data/train")}]" "data.eval=[{path: $(yaml "$OUT/data/val")}]" "train.max_seconds=$LIMIT"
 

@@ -47,7 +47,6 @@ TXT
 TXT
 }
 
-yaml() { printf "'%s'" "${1//\'/\'\'}"; } # override values are YAML: quoted, any path is a string
 
 # The model folder that a stage's output holds.
 model_in() {

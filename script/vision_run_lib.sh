@@ -3,7 +3,6 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-yaml() { printf "'%s'" "${1//\'/\'\'}"; } # override values are YAML: quoted, any path is a string
 
 run_verb() {
     local flag value name dry=0 images=() settings=() options=() typed='^(classification_threshold|heatmap_threshold|batch_size|num_workers|seed)$'
