@@ -126,6 +126,10 @@ def check_command(line: str) -> None:
         if script_path.name == "sft_llm.sh":
             check_verb(["train", "--config", *arguments[1:]])
         text = script_path.read_text("utf-8")
+        handed_on = re.search(r'sft_llm\.sh" "\$here/\.\./(\S+\.yaml)" "\$@"', text)
+        if handed_on:  # all its arguments are those of sft_llm.sh
+            check_verb(["train", "--config", handed_on[1], *arguments[1:]])
+            return
         if "vision_lib.sh" in text or "vision_run_lib.sh" in text:  # its flags are those of its --help
             text = subprocess.run(["bash", str(script_path), "--help"], capture_output=True, text=True).stdout
             text = re.sub(r"(--[\w-]+)", r"\1)", text)
@@ -245,4 +249,5 @@ def test_the_vision_quick_start_takes_over_the_quick_starts_stream() -> None:
     from dataclasses import replace
 
     quick, vision = (load_config(ROOT / "configs" / "train" / f"{n}quickstart.yaml").heads for n in ("", "vision_"))
-    assert vision.noise_residual == replace(quick.noise_residual, to_language=False)
+    shared = replace(quick.noise_residual, to_language=False, similarity_share=1.0)  # these two change no shape
+    assert replace(vision.noise_residual, similarity_share=1.0) == shared
