@@ -63,6 +63,7 @@ def run_in_child(body: Callable[[Any], Any], *arguments: Any) -> int:
     """
     child = os.fork()
     if child == 0:
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # torch refuses new threads in a fork: "Invalid thread pool"
         status = 1
         try:
             status = body(*arguments) or 0
