@@ -319,6 +319,11 @@ def test_every_ready_configuration_takes_two_steps(
         "train.batch_size=2",
         "train.report_to=[]",
     ]
+    if name.startswith("vision"):  # from a plain model; that they start from each other is test_vision_runs' part
+        overrides += ["model.base=null", "heads.vision_layers=[0, 1]", "vision_lora.blocks=[0, 1]"]
+        overrides += ["train.feature_cache=false", "train.search_cache=false"]
+    if name == "regions_phase2":
+        overrides += ["freeze.vision_tower=lora_top_2"]
     if "qlora" in name:
         pytest.importorskip("bitsandbytes", reason="QLoRA needs the extra `qlora`")
     config = load_config(ROOT / "configs" / "train" / f"{name}.yaml", overrides)
