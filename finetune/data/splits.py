@@ -250,6 +250,7 @@ class Splitter:
         group_by: where groups come from.
         hold_out: its groups go to `hold_out_split`; `scan` must have seen every record before `split_of` then,
             since one line about one image holds out the whole group.
+        class_names: what warnings call images of label 0 and 1.
 
     Raises:
         ConfigError: bad ratios, or a hold-out split that they do not name.
@@ -262,12 +263,13 @@ class Splitter:
         group_by: GroupBy | None = None,
         hold_out: HoldOut | None = None,
         hold_out_split: str = "test",
+        class_names: tuple[str, str] = ("real", "tampered"),
     ) -> None:
         check_ratios(ratios)
         if hold_out is not None and hold_out_split not in ratios:
             raise ConfigError(f"hold-out split is '{hold_out_split}'; the ratios name {', '.join(ratios)}")
         self.ratios, self.seed, self.group_by = dict(ratios), seed, group_by or GroupBy()
-        self.hold_out, self.hold_out_split = hold_out, hold_out_split
+        self.hold_out, self.hold_out_split, self.class_names = hold_out, hold_out_split, class_names
         self._held: set[str] | None = None if hold_out is not None else set()
         self._counts = {name: SplitCounts() for name in ratios}
         self._seen: dict[str, set[int]] = defaultdict(set)
@@ -335,7 +337,7 @@ class Splitter:
                 yield f"split '{name}' is empty; it was to have {share:.0%} (few groups, or large ones)"
             elif counts.records:
                 for label in sorted(present - set(counts.labels), key=str):
-                    yield f"split '{name}' has no {'tampered' if label else 'real'} image"
+                    yield f"split '{name}' has no {self.class_names[1 if label else 0]} image"
                 realised = (counts.records - counts.forced) / max(num_free, 1)
                 if num_free and abs(realised - share) > _MAX_DEVIATION:
                     yield (

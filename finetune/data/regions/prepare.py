@@ -99,19 +99,12 @@ def _divide(images: Sequence[RegionImage], config: RegionsConfig) -> tuple[dict[
     records = [_record(image, config) for image in images]
     group_by = GroupBy("group")
     hold_out = HoldOut.read(config.holdout_list, group_by) if config.holdout_list else None
-    splitter = Splitter(config.ratios, config.seed, group_by, hold_out, "test")
+    splitter = Splitter(config.ratios, config.seed, group_by, hold_out, "test", ("normal", "abnormal"))
     splitter.scan(records)
     divided: dict[str, list[RegionImage]] = {split: [] for split in SPLITS}
     for record, image in zip(records, images, strict=True):
         divided[splitter.split_of(record)].append(image)
-    words = {"tampered image": "abnormal image", "real image": "normal image"}
-    return divided, [_reworded(text, words) for text in splitter.report().warnings]
-
-
-def _reworded(text: str, words: Mapping[str, str]) -> str:
-    for word, other in words.items():
-        text = text.replace(word, other)
-    return text
+    return divided, list(splitter.report().warnings)
 
 
 def _record(image: RegionImage, config: RegionsConfig) -> Record:
