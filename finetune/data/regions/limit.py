@@ -7,18 +7,21 @@ that the whole one did not tell.
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from finetune.data.regions.answers import Findings, Verdicts, edited_answers
 from finetune.data.regions.text import POSITIVE_IDS, REGIONS, REGIONS_PLACEHOLDER, record_regions
 from finetune.errors import ConfigError, DataFormatError
-from finetune.schema import Record, Turn
+from finetune.schema import Record
+
+_TOO_MANY = "more candidates than may be asked about at once"
+_FIX = "set data.max_regions (max_regions_per_image) to null, or build the record with forensics regions build"
 
 
 class Limited(NamedTuple):
@@ -99,10 +102,15 @@ def keep_regions(record: Record, ids: Sequence[str]) -> Record:
         DataFormatError: the list is written out in the question, or an answer is not the JSON that can be shortened.
     """
     kept = frozenset(ids)
-    turns = tuple(
-        Turn(turn.role, _shortened(turn.content, kept, record)) if turn.role == "assistant" else turn
-        for turn in record.turns
-    )
+
+    def shorten(verdicts: Verdicts, findings: Findings) -> tuple[Verdicts, Findings]:
+        return (
+            {name: word for name, word in verdicts.items() if name in kept},
+            [entry for entry in findings if entry["id"] in kept],
+        )
+
+    problem = f"{_TOO_MANY} ({_count(record)}), and an answer that cannot be shortened"
+    turns = edited_answers(record, shorten, problem=problem, fix=_FIX)
     if turns and not any(REGIONS_PLACEHOLDER in turn.content for turn in turns if turn.role != "assistant"):
         raise _problem(record, f"no {REGIONS_PLACEHOLDER} in the question, so its list of candidates cannot be changed")
     provenance: dict[str, Any] = {
@@ -125,21 +133,15 @@ def _positive_ids(record: Record) -> list[str]:
     return found
 
 
-def _shortened(answer: str, kept: Collection[str], record: Record) -> str:
-    try:
-        tree = json.loads(answer)
-        tree["verdicts"] = {name: word for name, word in tree["verdicts"].items() if name in kept}
-        tree["abnormal"] = [entry for entry in tree["abnormal"] if entry["id"] in kept]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _problem(record, 'its answer is not {"verdicts": {...}, "abnormal": [{"id": ...}, ...]}') from error
-    return json.dumps(tree, ensure_ascii=False)
-
-
 def _problem(record: Record, text: str) -> DataFormatError:
     return DataFormatError(
-        f"more candidates than may be asked about at once, and {text}",
+        f"{_TOO_MANY}, and {text}",
         record=record.id,
         source=record.source,
-        found=f"{len(record.provenance[REGIONS])} candidates",
-        fix="set data.max_regions (max_regions_per_image) to null, or build the record with forensics regions build",
+        found=_count(record),
+        fix=_FIX,
     )
+
+
+def _count(record: Record) -> str:
+    return f"{len(record.provenance[REGIONS])} candidates"

@@ -6,16 +6,14 @@ looked at. What a draw shows follows from seed and position, so that resumed run
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from finetune.data.regions.answers import Findings, Verdicts, edited_answers
 from finetune.data.regions.text import POSITIVE_IDS, REGIONS, record_regions
-from finetune.errors import DataFormatError
-from finetune.schema import Record, Turn
+from finetune.schema import Record
 
 
 def shuffled(record: Record, draw: tuple[int, int]) -> Record:
@@ -43,28 +41,19 @@ def shuffled(record: Record, draw: tuple[int, int]) -> Record:
         REGIONS: entries,
         POSITIVE_IDS: [name for name in names if name in positive],
     }
-    turns = tuple(
-        Turn(turn.role, _renamed(turn.content, new_id, names, record)) if turn.role == "assistant" else turn
-        for turn in record.turns
+
+    def rename(verdicts: Verdicts, findings: Findings) -> tuple[Verdicts, Findings]:
+        words = {new_id[name]: word for name, word in verdicts.items()}
+        moved = [{**entry, "id": new_id[entry["id"]]} for entry in findings]
+        return (
+            {name: words[name] for name in names if name in words},
+            sorted(moved, key=lambda entry: names.index(entry["id"])),
+        )
+
+    turns = edited_answers(
+        record,
+        rename,
+        problem="an answer whose regions cannot be renamed",
+        fix="set data.shuffle_regions: false, or build the record with forensics regions build",
     )
     return replace(record, turns=turns, provenance=provenance)
-
-
-def _renamed(answer: str, new_id: Mapping[str, str], names: list[str], record: Record) -> str:
-    """The answer with every id exchanged, verdicts and findings in the list's order."""
-    try:
-        tree = json.loads(answer)
-        words = {new_id[name]: word for name, word in tree["verdicts"].items()}
-        findings = [{**entry, "id": new_id[entry["id"]]} for entry in tree["abnormal"]]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataFormatError(
-            "an answer whose regions cannot be renamed",
-            record=record.id,
-            source=record.source,
-            found=answer[:60],
-            expected='{"verdicts": {...}, "abnormal": [{"id": ...}, ...]} about the candidates',
-            fix="set data.shuffle_regions: false, or build the record with forensics regions build",
-        ) from error
-    tree["verdicts"] = {name: words[name] for name in names if name in words}
-    tree["abnormal"] = sorted(findings, key=lambda entry: names.index(entry["id"]))
-    return json.dumps(tree, ensure_ascii=False)

@@ -91,8 +91,13 @@ def test_chunks_hold_every_candidate_once() -> None:
 @pytest.mark.parametrize(
     ("answer", "question", "provenance", "words"),
     [
-        ("R1 is abnormal", None, {}, "its answer is not"),
-        (json.dumps({"verdicts": {"R1": "normal"}, "abnormal": ["R1"]}), None, {}, "its answer is not"),
+        ("R1 is abnormal", None, {}, "an answer that cannot be shortened"),
+        (
+            json.dumps({"verdicts": {"R1": "normal"}, "abnormal": ["R1"]}),
+            None,
+            {},
+            "an answer that cannot be shortened",
+        ),
         (None, "<image>R1: [0, 0, 9, 9] ...", {}, "no <regions> in the question"),
         (None, None, {"positive_region_ids": None}, "no list of ids"),
     ],
