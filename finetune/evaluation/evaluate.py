@@ -31,7 +31,7 @@ from finetune.inference.commands import load_predictor
 from finetune.inference.output import PredictionWriter
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import queries_of
-from finetune.inference.report.page import ReportSample, format_table, write_report
+from finetune.inference.report.page import ReportSample, format_table, render_report
 from finetune.schema import Prediction, Record
 from finetune.training.reproducibility import commit, file_hash, versions
 
@@ -58,8 +58,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     metrics["run"] = run_facts(predictor, arguments, time.monotonic() - start)
     out_dir = Path(arguments.out)
     write_json(out_dir / "metrics.json", metrics)
-    write_report(
-        out_dir / "report.html",
+    page = render_report(
         title="Forensics evaluation · 取证评测报告",
         metrics=metrics,
         samples=samples,
@@ -69,6 +68,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         threshold=arguments.threshold,
         mask_threshold=arguments.mask_threshold,
     )
+    (out_dir / "report.html").write_text(page, encoding="utf-8")
     print(format_table(metrics))
     print(f"wrote {out_dir}/metrics.json, predictions.jsonl, masks/ and report.html")
     return 0

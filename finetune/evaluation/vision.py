@@ -47,7 +47,7 @@ from finetune.inference.evidence.predicting import predict_records
 from finetune.inference.output import PredictionWriter
 from finetune.inference.predictor import Predictor
 from finetune.inference.report.charts import precision_recall_chart
-from finetune.inference.report.page import ReportSample, format_table, write_report
+from finetune.inference.report.page import ReportSample, format_table, render_report
 from finetune.inference.report.thresholds import thresholds_html
 from finetune.inference.run_folder import open_run
 from finetune.metrics.thresholds import PixelTable, image_table
@@ -211,8 +211,7 @@ def write_files(
     curve = precision_recall_chart(labels, scores)
     used = (config.classification_threshold, config.heatmap_threshold)
     shown = thresholds_html(tables["image"], tables["pixel"], *used, beside=curve)
-    write_report(
-        folder / "report.html",
+    page = render_report(
         title="Vision evidence evaluation · 视觉证据评测报告",
         metrics=metrics,
         samples=report_cards(judged, worst, config, folder),
@@ -223,6 +222,7 @@ def write_files(
         mask_threshold=config.heatmap_threshold,
         more=[("thresholds", ("阈值", "Thresholds"), shown)],
     )
+    (folder / "report.html").write_text(page, encoding="utf-8")
 
 
 def report_cards(

@@ -7,7 +7,6 @@ parts look like stands in `table`, `charts`, `cards` and `assets`; here they are
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from finetune.inference.report.assets import CSS, SCRIPT
@@ -24,7 +23,6 @@ __all__ = [
     "page_html",
     "render_report",
     "section_html",
-    "write_report",
 ]
 
 ScoreSets = Mapping[str, tuple[Sequence[int], Sequence[float]]]
@@ -51,54 +49,6 @@ _FACTS: dict[str, tuple[str, str]] = {
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def write_report(
-    path: str | Path,
-    *,
-    title: str,
-    metrics: Mapping[str, Any],
-    samples: Sequence[ReportSample],
-    history: Sequence[Mapping[str, Any]] = (),
-    run: Mapping[str, Any] | None = None,
-    score_sets: ScoreSets | None = None,
-    threshold: float = 0.5,
-    mask_threshold: float = 0.5,
-    more: Sequence[Section] = (),
-) -> Path:
-    """Write the report and make its folder.
-
-    Args:
-        path: HTML file.
-        title: heading and window title.
-        metrics: content of metrics.json: `image`, `localization`, `authentic`, `text`, `baselines`, `intervals`, `run`;
-            whatever is missing, None or NaN shows as a dash.
-        samples: the images to show, in their first order; pictures shrink with their number (all below 6 MB).
-        history: `Trainer.state.log_history`.
-        run: facts for the heading, added to `metrics["run"]`; nested dicts are written as `name value · …`.
-        score_sets: labels and scores of *all* evaluated images for histogram and ROC; by default those of `samples`.
-        threshold: decision threshold of the image score.
-        mask_threshold: decision threshold of a pixel.
-        more: further sections, between the scores and the training.
-
-    Returns:
-        The path written.
-    """
-    page = render_report(
-        title=title,
-        metrics=metrics,
-        samples=samples,
-        history=history,
-        run=run,
-        score_sets=score_sets,
-        threshold=threshold,
-        mask_threshold=mask_threshold,
-        more=more,
-    )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
-    return target
-
-
 def render_report(
     *,
     title: str,
@@ -111,7 +61,20 @@ def render_report(
     mask_threshold: float = 0.5,
     more: Sequence[Section] = (),
 ) -> str:
-    """The page of `write_report` as a string."""
+    """The report as the text of one HTML file, to be written as UTF-8.
+
+    Args:
+        title: heading and window title.
+        metrics: content of metrics.json: `image`, `localization`, `authentic`, `text`, `baselines`, `intervals`, `run`;
+            whatever is missing, None or NaN shows as a dash.
+        samples: the images to show, in their first order; pictures shrink with their number (all below 6 MB).
+        history: `Trainer.state.log_history`.
+        run: facts for the heading, added to `metrics["run"]`; nested dicts are written as `name value · …`.
+        score_sets: labels and scores of *all* evaluated images for histogram and ROC; by default those of `samples`.
+        threshold: decision threshold of the image score.
+        mask_threshold: decision threshold of a pixel.
+        more: further sections, between the scores and the training.
+    """
     facts = {**_as_mapping(metrics.get("run")), **(run or {})}
     scored = score_sets or {"model": _scores_of(samples)}
     sections = (
