@@ -37,3 +37,13 @@ absolute() { if [[ -z "$1" || "$1" == /* ]]; then printf '%s' "$1"; else printf 
 yaml() { printf "'%s'" "${1//\'/\'\'}"; }
 
 is_seconds() { [[ "$1" =~ ^[1-9][0-9]*$ ]] || fail "--seconds is '$1', expected a whole number above 0"; }
+
+# begin_run OUT: the environment made and entered, offline, in the repository's root, OUT made, a thread per core.
+begin_run() {
+    bash "$ROOT/script/setup.sh" run
+    use_venv
+    go_offline
+    cd "$ROOT"
+    mkdir -p "$1"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(cpu_count)}"
+}

@@ -38,12 +38,7 @@ started=$SECONDS
 step() { say "[$1/5, $((SECONDS - started)) s] $2"; }
 
 step 1 "environment"
-bash "$ROOT/script/setup.sh" run
-use_venv
-go_offline
-cd "$ROOT"
-mkdir -p "$OUT"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(cpu_count)}"
+begin_run "$OUT"
 
 # What this script has made in --out is noted in .quickstart, so that nothing else is ever reused or removed.
 NOTES="$OUT/.quickstart"

@@ -44,12 +44,7 @@ ABNORMAL="$(absolute "$ABNORMAL")" NORMAL="$(absolute "$NORMAL")" OUT="$(absolut
 started=$SECONDS
 step() { say "[$1/5, $((SECONDS - started)) s] $2"; }
 
-bash "$ROOT/script/setup.sh" run
-use_venv
-go_offline
-cd "$ROOT"
-mkdir -p "$OUT"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(cpu_count)}"
+begin_run "$OUT"
 changes=("out_dir=$(yaml "$OUT/data")")
 if [[ -n "$ABNORMAL" ]]; then # their types are their own
     changes+=("abnormal_dir=$(yaml "$ABNORMAL")" "normal_dir=$(yaml "$NORMAL")" "label_map={}")

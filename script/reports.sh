@@ -38,12 +38,7 @@ CSV="$(absolute "$CSV")" IMAGES="$(absolute "$IMAGES")" OUT="$(absolute "$OUT")"
 started=$SECONDS
 step() { say "[$1/4, $((SECONDS - started)) s] $2"; }
 
-bash "$ROOT/script/setup.sh" run
-use_venv
-go_offline
-cd "$ROOT"
-mkdir -p "$OUT"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(cpu_count)}"
+begin_run "$OUT"
 
 step 1 "table to stored set: $OUT/data"
 if [[ -f "$OUT/data/manifest.json" && $FRESH == 0 ]]; then
