@@ -29,9 +29,9 @@ from finetune.evaluation.comparison import compare_baselines
 from finetune.evaluation.results import EvaluationResults, Origin
 from finetune.inference.commands import load_predictor
 from finetune.inference.output import PredictionWriter
+from finetune.inference.pages.report import ReportSample, format_table, render_report
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import queries_of
-from finetune.inference.report.page import ReportSample, format_table, render_report
 from finetune.schema import Prediction, Record
 from finetune.training.reproducibility import commit, file_hash, versions
 

@@ -26,8 +26,8 @@ from finetune.data.storage.atomic import write_atomically
 from finetune.errors import ConfigError
 from finetune.inference.commands import load_writer
 from finetune.inference.predictor import Predictor
-from finetune.inference.reports import WrittenReport, report_queries, write_reports
-from finetune.inference.reports_page import ReportCard, reports_page
+from finetune.inference.reports.page import ReportCard, reports_page
+from finetune.inference.reports.writing import WrittenReport, report_queries, write_reports
 from finetune.metrics.reports import field_metrics, level_metrics
 from finetune.training.reproducibility import commit, versions
 

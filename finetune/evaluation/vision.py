@@ -45,10 +45,10 @@ from finetune.evaluation.vision_files import (
 from finetune.inference.evidence.models import heads_folder, open_vision_predictor
 from finetune.inference.evidence.predicting import predict_records
 from finetune.inference.output import PredictionWriter
+from finetune.inference.pages.charts import precision_recall_chart
+from finetune.inference.pages.report import ReportSample, format_table, render_report
+from finetune.inference.pages.thresholds import thresholds_html
 from finetune.inference.predictor import Predictor
-from finetune.inference.report.charts import precision_recall_chart
-from finetune.inference.report.page import ReportSample, format_table, render_report
-from finetune.inference.report.thresholds import thresholds_html
 from finetune.inference.run_folder import open_run
 from finetune.metrics.thresholds import PixelTable, image_table
 from finetune.schema import Prediction, Record

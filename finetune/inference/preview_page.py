@@ -1,7 +1,7 @@
 """Previewed records as one HTML file without any network: pictures with their masks, the conversation token by token.
 
-The style is the report's. Supervised text is green, forensic tokens are magenta; pointing at a piece shows its ids. The
-outline of the regions that the answer writes, read back as the model's own answers are, lies over the mask.
+Supervised text is green, forensic tokens are magenta; pointing at a piece shows its ids. The outline of the regions
+that the answer writes, read back as the model's own answers are, lies over the mask.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from finetune.data.masks import rasterize_polygons
 from finetune.data.preview import ImageView, Piece, RecordView
 from finetune.data.regions.text import REGIONS, record_regions
 from finetune.errors import DataFormatError
+from finetune.inference.pages.frame import page_html
+from finetune.inference.pages.markup import bilingual, data_uri, esc
 from finetune.inference.regions.pictures import DrawnRegion, draw_regions
-from finetune.inference.report.assets import CSS, SCRIPT
-from finetune.inference.report.markup import bilingual, data_uri, esc
 from finetune.inference.visualization import TRUE_COLOR, draw_outline, overlay_mask
 from finetune.schema import Polygon
 
 _SIDE = 480
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _LABELS = {0: ("真实", "real"), 1: ("伪造", "tampered"), None: ("未知", "unknown")}
 _PAGE_CSS = """
 .views{display:flex;flex-wrap:wrap;gap:14px;margin-bottom:8px}.views figure{margin:0;max-width:100%}
@@ -60,18 +59,7 @@ def preview_page(title: str, cards: Sequence[str]) -> str:
         f'<span class="swatch pred"></span>{bilingual("掩膜", "mask")}'
         f'<span class="swatch true"></span>{bilingual("回答中写出的区域", "regions the answer writes")}</p>'
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="zh">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f'<meta name="color-scheme" content="light dark">\n<title>{esc(title)}</title>\n'
-        f"<style>{CSS}{_PAGE_CSS}</style>\n</head>\n<body>\n"
-        f'<header class="page"><div class="bar"><h1>{esc(title)}</h1>'
-        '<div class="languages" role="group" aria-label="language">'
-        '<button type="button" data-lang="zh" lang="zh">中文</button>'
-        '<button type="button" data-lang="en" lang="en">EN</button></div></div></header>\n'
-        f"<main>{legend}{''.join(cards)}</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    return page_html(title, (), {}, legend + "".join(cards), _PAGE_CSS)
 
 
 def card_html(card: PreviewCard, number: int, total: int) -> str:

@@ -1,6 +1,6 @@
 """The page of `forensics chat --script --html`: every dialogue, each model's answer, verdict and overlay in a column.
 
-One self-contained file with the style and script of the evaluation report; everything from data is escaped.
+One self-contained file in the frame of all pages; everything from data is escaped.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from PIL import Image
 
 from finetune.data.images import load_image
 from finetune.inference.chat.summary import number, percent
-from finetune.inference.report.assets import CSS, SCRIPT
-from finetune.inference.report.markup import DASH, bilingual, data_uri, esc, format_number
+from finetune.inference.pages.frame import page_html, section_html
+from finetune.inference.pages.markup import DASH, bilingual, data_uri, esc, format_number
 from finetune.inference.visualization import overlay_mask
 from finetune.schema import ImageInput
 
@@ -23,7 +23,6 @@ TOTAL_PICTURE_BYTES = 8_000_000
 """Goal for all pictures of a page together."""
 
 _LARGEST_SIDE, _SMALLEST_SIDE, _QUALITY = 360, 96, 80
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _CSS = """
 #cards{grid-template-columns:minmax(0,1fr)}
 .question{margin:10px 0 6px;padding:7px 12px;background:var(--tile);border-radius:10px;white-space:pre-wrap;
@@ -65,19 +64,13 @@ def write_chat_report(
     cards = "".join(
         _card(i, line, names, images, show) for i, (line, images) in enumerate(zip(lines, pictures, strict=True))
     )
-    title = "模型对话对比 · answers side by side"
-    page = (
-        '<!DOCTYPE html>\n<html lang="zh">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f'<meta name="color-scheme" content="light dark">\n<title>{esc(title)}</title>\n<style>{CSS}{_CSS}</style>\n'
-        f"</head>\n<body>\n{_header(title, facts)}\n<main>\n"
-        f'<section id="metrics"><h2>{bilingual("汇总", "Summary")}</h2>{_tables(summary)}</section>\n'
-        f'<section id="samples"><h2>{bilingual("对话", "Dialogues")}</h2>{_controls(lines, names)}'
+    body = (
+        section_html("metrics", ("汇总", "Summary"), _tables(summary))
+        + f'<section id="samples"><h2>{bilingual("对话", "Dialogues")}</h2>{_controls(lines, names)}'
         f'<div id="cards">{cards}</div>'
         f'<p class="empty" id="none" hidden>{bilingual("没有符合条件的对话", "No dialogue matches")}</p></section>\n'
-        f'</main>\n<dialog id="zoom"><img alt=""><p></p></dialog>\n<script>{SCRIPT}</script>\n</body>\n</html>\n'
     )
+    page = page_html("模型对话对比 · answers side by side", (), facts, body, _CSS)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8")
@@ -197,17 +190,6 @@ def _verdict(verdict: Mapping[str, Any]) -> str:
     return (
         f'<p>[{verdict["image"] + 1}] <b class="label{verdict["label"]}">{word}</b> '
         f"{format_number(verdict['score'])} {meter}</p>"
-    )
-
-
-def _header(title: str, facts: Mapping[str, str]) -> str:
-    rows = "".join(f"<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>" for name, value in facts.items())
-    return (
-        f'<header class="page"><div class="bar"><h1>{esc(title)}</h1>'
-        '<div class="languages" role="group" aria-label="language">'
-        '<button type="button" data-lang="zh" lang="zh">中文</button>'
-        '<button type="button" data-lang="en" lang="en">EN</button></div></div>'
-        f'<dl class="run">{rows}</dl></header>'
     )
 
 

@@ -1,6 +1,6 @@
 """Cards of an evaluation of candidate regions: the picture with boxes, what was said of each, buttons that filter.
 
-The page's script makes the buttons work; it is that of `finetune.inference.report`.
+The page's script makes the buttons work; it is that of `finetune.inference.pages`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 from PIL import Image
 
+from finetune.inference.pages.cards import controls_bar, filter_button
+from finetune.inference.pages.markup import bilingual, data_uri, esc, format_number
 from finetune.inference.regions.pictures import LOOKS, DrawnRegion, Outcome, draw_regions
-from finetune.inference.report.cards import controls_bar, filter_button
-from finetune.inference.report.markup import bilingual, data_uri, esc, format_number
 
 OUTCOME_NAMES: dict[Outcome, tuple[str, str]] = {
     "tp": ("找到的异常", "abnormal, found"),

@@ -1,6 +1,6 @@
 """An evaluation of candidate regions as one HTML file: numbers of both files, the sweep, and every picture with boxes.
 
-The style, the frame and the script of the page are those of `finetune.inference.report`; nothing is computed here.
+The style, the frame and the script of the page are those of `finetune.inference.pages`; nothing is computed here.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from finetune.inference.pages.charts import histogram, precision_recall_chart, roc_chart
+from finetune.inference.pages.frame import page_html, section_html
+from finetune.inference.pages.markup import DASH, bilingual, esc, format_number
+from finetune.inference.pages.table import confusion_html
+from finetune.inference.pages.thresholds import threshold_chart, threshold_table
 from finetune.inference.regions.cards import CARDS_CSS, RegionCard, cards_html
-from finetune.inference.report.charts import histogram, precision_recall_chart, roc_chart
-from finetune.inference.report.markup import DASH, bilingual, esc, format_number
-from finetune.inference.report.page import page_html, section_html
-from finetune.inference.report.table import confusion_html
-from finetune.inference.report.thresholds import threshold_chart, threshold_table
 
 SWEEP_COLUMNS: dict[str, tuple[str, str]] = {
     "f1": ("区域 F1", "region F1"),

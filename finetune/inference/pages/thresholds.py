@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.inference.report.charts import Points, Series, line_chart
-from finetune.inference.report.markup import as_number, bilingual, format_number
+from finetune.inference.pages.charts import Points, Series, line_chart
+from finetune.inference.pages.markup import as_number, bilingual, format_number
 
 Rows = Sequence[dict[str, float | None]]
 

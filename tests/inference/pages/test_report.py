@@ -11,11 +11,11 @@ import sys
 import numpy as np
 import pytest
 
-from finetune.inference.report.cards import TOTAL_IMAGE_BYTES, cards_html
-from finetune.inference.report.charts import histogram, roc_points, thin, ticks, training_charts
-from finetune.inference.report.markup import DASH, format_number, format_seconds
-from finetune.inference.report.page import ReportSample, format_table, render_report
-from finetune.inference.report.table import ROWS, display_width, metric_rows
+from finetune.inference.pages.cards import TOTAL_IMAGE_BYTES, cards_html
+from finetune.inference.pages.charts import histogram, roc_points, thin, ticks, training_charts
+from finetune.inference.pages.markup import DASH, format_number, format_seconds
+from finetune.inference.pages.report import ReportSample, format_table, render_report
+from finetune.inference.pages.table import ROWS, display_width, metric_rows
 
 METRICS = {
     "image": {"auroc": 0.93, "f1": 0.8, "ece": 0.07, "n_real": 120, "n_fake": 118},
@@ -266,7 +266,7 @@ def test_same_input_same_file():
 
 def test_report_and_baselines_do_not_import_torch():
     code = (
-        "import sys, finetune.inference.report.page, finetune.inference.visualization, finetune.evaluation.baselines; "
+        "import sys, finetune.inference.pages.report, finetune.inference.visualization, finetune.evaluation.baselines; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finetune.inference.report.markup import DASH, as_number, bilingual, esc, format_number
+from finetune.inference.pages.markup import DASH, as_number, bilingual, esc, format_number
 
 Direction = Literal["up", "down", "count"]
 

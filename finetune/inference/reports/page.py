@@ -1,6 +1,6 @@
 """Written inspection reports as one HTML file: the comparison with the true ones, and every picture beside its fields.
 
-The style and the frame of the page are those of `finetune.inference.report.page`; nothing is computed here.
+The style and the frame of the page are those of `finetune.inference.pages.report`; nothing is computed here.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from finetune.inference.report.markup import DASH, bilingual, data_uri, esc, format_number
-from finetune.inference.report.page import page_html, section_html
-from finetune.inference.report.table import confusion_html
+from finetune.inference.pages.frame import page_html, section_html
+from finetune.inference.pages.markup import DASH, bilingual, data_uri, esc, format_number
+from finetune.inference.pages.table import confusion_html
 from finetune.metrics.reports import MISSING, is_same
 
 _SIDE = 360

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finetune.inference.report.markup import DASH, as_number, bilingual, data_uri, esc, format_number
+from finetune.inference.pages.markup import DASH, as_number, bilingual, data_uri, esc, format_number
 from finetune.inference.visualization import evidence_tiles, heat_map
 
 Outcome = Literal["tp", "tn", "fp", "fn", "unknown"]

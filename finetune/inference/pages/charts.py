@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.inference.report.markup import as_number, bilingual, esc, svg_bilingual
+from finetune.inference.pages.markup import as_number, bilingual, esc, svg_bilingual
 from finetune.metrics.thresholds import precision_recall_curve, roc_curve
 
 Points = list[tuple[float, float]]

@@ -1,0 +1,1 @@
+"""HTML pages without any file beside them: their frame and parts, and the report of an evaluation."""

@@ -1,1 +1,0 @@
-"""The HTML report of an evaluation, one self-contained file."""
