@@ -1,4 +1,4 @@
-"""Authentic photographs, their split into train and held-out, and the virtual camera that turns a few into many.
+"""Authentic photographs, and their split into train and held-out.
 
 The default photographs are those inside the installed scikit-image, scikit-learn and matplotlib packages, read from the
 packages' folders (never through a downloader). Decoded photographs are cached per process. No tampering here.
@@ -9,20 +9,20 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from finetune.data.duplicates import ImageIndex
+from finetune.data.fingerprints import fingerprint
 from finetune.data.parallel import num_workers, ordered_map
-from finetune.data.synthesis.degradations import jpeg_round_trip, resize, to_uint8
-from finetune.data.synthesis.scenes import vary_scene
+from finetune.data.synthesis.degradations import resize, to_uint8
 from finetune.errors import ForensicsError
+from finetune.schema import ImageInput
 
 SPLITS = ("train", "eval", "val")
 """`eval` is made from photographs of its own; `val`, for choosing checkpoints, from the training photographs."""
@@ -97,7 +97,11 @@ class PhotoSet:
 
 
 def find_photos(
-    photos_dir: str | Path | None = None, held_out_fraction: float = 0.25, workers: int = 1, progress: bool = False
+    photos_dir: str | Path | None = None,
+    held_out_fraction: float = 0.25,
+    workers: int = 1,
+    progress: bool = False,
+    train_photos_dir: str | Path | None = None,
 ) -> PhotoSet:
     """Find the photographs to work from, and decide which are held out.
 
@@ -107,17 +111,70 @@ def find_photos(
             hash of each file's content, not names or order. The packaged ones have a fixed assignment.
         workers: processes that decode a user's photographs to check them; 0 means one per core.
         progress: show a bar on stderr where there are many.
+        train_photos_dir: folder of further photographs, for training alone: what is held out stays as it is. One that
+            is a held-out photograph, or looks the same, is refused.
 
     Raises:
-        ForensicsError: no such folder, or fewer than two usable photographs; names the refused files.
+        ForensicsError: no such folder, or too few usable photographs; names the refused files.
     """
-    if photos_dir is None:
-        return _default_photos()
-    root = Path(photos_dir)
+    photos = (
+        _default_photos()
+        if photos_dir is None
+        else _split_photos(Path(photos_dir), held_out_fraction, workers, progress)
+    )
+    return photos if train_photos_dir is None else _add_photos(photos, Path(train_photos_dir), workers, progress)
+
+
+def _split_photos(root: Path, held_out_fraction: float, workers: int, progress: bool) -> PhotoSet:
+    """The photographs of a user's folder, some of them held out."""
+    found, rejected = _photos_below(root, "--photos", workers, progress)
+    if len(found) < 2:
+        raise ForensicsError(
+            f"photos folder {str(root)!r} holds {len(found)} usable photographs, need at least 2 (one to train on, one"
+            f" held out); {_refused(rejected)}"
+        )
+    held_out = min(len(found) - 1, max(1, round(held_out_fraction * len(found))))
+    eval_digests = set(sorted(photo.sha256 for photo in found)[:held_out])
+    photos = tuple(replace(photo, split="eval") if photo.sha256 in eval_digests else photo for photo in found)
+    return PhotoSet(photos, tuple(rejected))
+
+
+def _add_photos(known: PhotoSet, root: Path, workers: int, progress: bool) -> PhotoSet:
+    """`known` and the photographs of a folder to train on, without those that are there already, on either side."""
+    found, rejected = _photos_below(root, "--train-photos", workers, progress)
+    index = ImageIndex()
+    for photo in (*known.photos, *found):
+        image = ImageInput(path=photo.path)
+        index.add(photo.name, photo.split, "", fingerprint(image, Image.fromarray(open_photo(photo.path))))
+    same_as: dict[int, str] = {}
+    for numbers in index.alike():
+        there = [number for number in numbers if number < len(known.photos)]
+        for number in numbers:
+            if number >= len(known.photos) and there:
+                same_as[int(number)] = index.names[min(there, key=lambda each: index.split_of(each) != "eval")]
+    photos = list(known.photos)
+    for number, photo in enumerate(found, start=len(known.photos)):
+        if number in same_as:
+            rejected.append({"name": photo.name, "reason": f"the same picture as {same_as[number]}"})
+        else:
+            name = f"train_photos/{photo.name}"  # apart from the others, whatever those are called
+            photos.append(replace(photo, name=name, group=name))
+    if len(photos) == len(known.photos):
+        raise ForensicsError(f"photos folder {str(root)!r} holds no photograph to add; {_refused(rejected)}")
+    return PhotoSet(tuple(photos), (*known.rejected, *rejected))
+
+
+def _refused(rejected: Sequence[dict[str, str]]) -> str:
+    detail = "; ".join(f"{item['name']}: {item['reason']}" for item in rejected) or "no image file"
+    return f"refused: {detail}; add photographs ({' '.join(sorted(PHOTO_EXTENSIONS))})"
+
+
+def _photos_below(root: Path, option: str, workers: int, progress: bool) -> tuple[list[Photo], list[dict[str, str]]]:
+    """The usable photographs of a folder and its subfolders, all of them in `train`, and the refused files."""
     if not root.is_dir():
-        raise ForensicsError(f"photos folder {str(root)!r} does not exist; give a folder of photographs with --photos")
+        raise ForensicsError(f"photos folder {str(root)!r} does not exist; give a folder of photographs with {option}")
     paths = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix.lower() in PHOTO_EXTENSIONS)
-    found: list[tuple[str, str, str, bool]] = []
+    found: list[Photo] = []
     rejected: list[dict[str, str]] = []
     seen: dict[str, str] = {}
     processes = max(1, min(num_workers(workers), len(paths) // MANY_PHOTOS))
@@ -127,25 +184,12 @@ def find_photos(
         name = path.relative_to(root).as_posix()
         if reason:
             rejected.append({"name": name, "reason": reason.replace(str(root), "").strip()})
-            continue
-        if digest in seen:
+        elif digest in seen:
             rejected.append({"name": name, "reason": f"same content as {seen[digest]}"})
-            continue
-        seen[digest] = name
-        found.append((name, str(path), digest, is_grey))
-    if len(found) < 2:
-        detail = "; ".join(f"{item['name']}: {item['reason']}" for item in rejected) or "no image file"
-        raise ForensicsError(
-            f"photos folder {str(root)!r} holds {len(found)} usable photographs, need at least 2 (one to train on, one"
-            f" held out); refused: {detail}; add photographs ({' '.join(sorted(PHOTO_EXTENSIONS))})"
-        )
-    held_out = min(len(found) - 1, max(1, round(held_out_fraction * len(found))))
-    eval_digests = set(sorted(digest for _, _, digest, _ in found)[:held_out])
-    photos = tuple(
-        Photo(name, path, name, "eval" if digest in eval_digests else "train", is_grey, digest)
-        for name, path, digest, is_grey in found
-    )
-    return PhotoSet(photos, tuple(rejected))
+        else:
+            seen[digest] = name
+            found.append(Photo(name, str(path), name, "train", is_grey, digest))
+    return found, rejected
 
 
 def _default_photos() -> PhotoSet:
@@ -221,108 +265,3 @@ def open_photo(path: str) -> np.ndarray:
 def open_photos(photos: Sequence[Photo]) -> dict[str, np.ndarray]:
     """Decode photographs through the cache: name → (H, W, 3) uint8 RGB, read-only."""
     return {photo.name: open_photo(photo.path) for photo in photos}
-
-
-def develop(
-    photo: Photo,
-    size_hw: tuple[int, int],
-    rng: np.random.Generator,
-    monochrome: bool = False,
-    others: Sequence[Photo] = (),
-    variation: float = 0.0,
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Take an authentic picture of a photograph with a virtual camera drawn at random.
-
-    Crop, resample, flip and rotate by right angles, exposure, white balance, gamma, saturation, signal-dependent sensor
-    noise (variance a·x + b, as in Foi et al. 2008), sharpening or softening, and in half the cases the camera's JPEG.
-    Hosts of both classes and donors of splices go through this same function.
-
-    Args:
-        photo: what is photographed.
-        size_hw: size of the picture.
-        rng: the sample's own generator.
-        monochrome: drop the colour, so that a grey photograph and a coloured one can be combined without a giveaway.
-        others: photographs that a varied scene may borrow from.
-        variation: chance that the scene itself is varied (`scenes.vary_scene`) before the camera takes it. Its
-            randomness is a child of `rng`: at 0 every picture is what it was without this argument.
-
-    Returns:
-        (*size_hw, 3) uint8 RGB and the camera's parameters.
-    """
-    source = open_photo(photo.path)
-    turns = int(rng.integers(4)) if rng.random() < 0.35 else 0
-    crop_hw = size_hw if turns % 2 == 0 else (size_hw[1], size_hw[0])
-    window, view = _draw_crop(source, crop_hw, rng)
-    image = resize(window.astype(np.float32), crop_hw, view["interpolation"])
-    if variation > 0:
-        child = rng.spawn(1)[0]
-        if child.random() < variation:
-            image, view["scene"] = vary_scene(image, child, lambda rng: _draw_scene(others or (photo,), crop_hw, rng))
-    if flip := bool(rng.random() < 0.5):
-        image = image[:, ::-1]
-    image = np.rot90(image, turns)
-    camera = _draw_camera(rng)
-    is_grey = monochrome or photo.is_grey
-    image = _tone(np.ascontiguousarray(image), camera, is_grey)
-    noise = rng.standard_normal((*size_hw, 1 if is_grey else 3), dtype=np.float32)
-    image = image + noise * np.sqrt(camera["noise_a"] * np.clip(image, 0, 255) + camera["noise_b"])
-    if camera["sharpen"] != 0:
-        soft = cv2.GaussianBlur(image, (0, 0), 0.8)
-        image = image + camera["sharpen"] * (image - soft)
-    picture = to_uint8(image)
-    if camera["jpeg_quality"] is not None:
-        picture = jpeg_round_trip(picture, camera["jpeg_quality"])
-    return picture, {"photo": photo.name, **view, "flip": flip, "rot90": turns, "monochrome": is_grey, **camera}
-
-
-def _draw_scene(photos: Sequence[Photo], size_hw: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """(*size_hw, 3) float32: a piece of one of the photographs."""
-    photo = photos[int(rng.integers(len(photos)))]
-    window, view = _draw_crop(open_photo(photo.path), size_hw, rng)
-    return resize(window.astype(np.float32), size_hw, view["interpolation"])
-
-
-def _draw_crop(
-    source: np.ndarray, crop_hw: tuple[int, int], rng: np.random.Generator
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Window of the source to be resampled to `crop_hw`; flat pieces (sky, wall) are drawn again, in both classes."""
-    height, width = source.shape[:2]
-    smallest = max(crop_hw[0] / height, crop_hw[1] / width)
-    low, high = max(smallest, 0.45), max(1.15, smallest * 1.05)
-    for _ in range(6):
-        scale = float(np.exp(rng.uniform(np.log(low), np.log(high))))
-        size = min(height, round(crop_hw[0] / scale)), min(width, round(crop_hw[1] / scale))
-        top, left = (int(rng.integers(0, full - part + 1)) for full, part in zip((height, width), size, strict=True))
-        window = source[top : top + size[0], left : left + size[1]]
-        if float(window[::4, ::4].std()) > 14:
-            break
-    interpolation = "area" if scale < 0.7 else ("linear", "cubic")[int(rng.integers(2))]
-    box = [left, top, left + size[1], top + size[0]]
-    return window, {"crop_xyxy": box, "scale": round(scale, 4), "interpolation": interpolation}
-
-
-def _draw_camera(rng: np.random.Generator) -> dict[str, Any]:
-    noise_sigma = float(np.exp(rng.uniform(np.log(0.5), np.log(6.0))))  # levels, at mid grey
-    shot_share = float(rng.uniform(0.3, 0.9))
-    sharpen = float(rng.choice([0.0, rng.uniform(0.2, 0.9), -rng.uniform(0.3, 0.9)], p=[0.4, 0.35, 0.25]))
-    return {
-        "exposure": round(float(rng.uniform(0.8, 1.2)), 3),
-        "gamma": round(float(rng.uniform(0.85, 1.2)), 3),
-        "white_balance": [round(float(gain), 3) for gain in rng.uniform(0.93, 1.07, size=3)],
-        "saturation": round(float(rng.uniform(0.75, 1.2)), 3),
-        "noise_a": round(noise_sigma**2 * shot_share / 128, 6),
-        "noise_b": round(noise_sigma**2 * (1 - shot_share), 5),
-        "sharpen": round(sharpen, 3),
-        "jpeg_quality": int(rng.integers(75, 99)) if rng.random() < 0.5 else None,
-    }
-
-
-def _tone(image: np.ndarray, camera: dict[str, Any], is_grey: bool) -> np.ndarray:
-    """Exposure, white balance, gamma and saturation on float levels 0..255; grey keeps three equal channels."""
-    gains = np.array([1, 1, 1] if is_grey else camera["white_balance"], dtype=np.float32) * camera["exposure"]
-    # Whole rows and merged channels, not broadcasting over a last axis of 3: the same numbers several times as fast.
-    rows = image.reshape(image.shape[0], -1) * np.tile(gains, image.shape[1])
-    image = np.clip(rows / 255, 0, 1).reshape(image.shape) ** np.float32(camera["gamma"]) * np.float32(255)
-    luma = image @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    luma = cv2.merge([luma, luma, luma])  # (H, W, 3)
-    return luma if is_grey else luma + (image - luma) * np.float32(camera["saturation"])

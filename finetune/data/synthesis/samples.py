@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.synthesis.camera import develop
 from finetune.data.synthesis.config import SynthConfig
 from finetune.data.synthesis.degradations import apply_plan, canvas_size, draw_plan
 from finetune.data.synthesis.image_files import draw_container
 from finetune.data.synthesis.operations import OPERATIONS, Donor, NoVisibleEditError, tamper
-from finetune.data.synthesis.photos import SPLITS, Photo, PhotoSet, develop
+from finetune.data.synthesis.photos import SPLITS, Photo, PhotoSet
 from finetune.errors import DataFormatError
 
 

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from finetune.data.synthesis.camera import develop
 from finetune.data.synthesis.degradations import (
     DEGRADATIONS,
     SUBSAMPLINGS,
@@ -16,7 +17,7 @@ from finetune.data.synthesis.degradations import (
     draw_plan,
     jpeg_round_trip,
 )
-from finetune.data.synthesis.photos import develop, find_photos
+from finetune.data.synthesis.photos import find_photos
 
 PHOTOS = find_photos()
 

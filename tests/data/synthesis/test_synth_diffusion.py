@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from finetune.data.synthesis import SynthConfig, synthesize
+from finetune.data.synthesis.camera import develop
 from finetune.data.synthesis.operations import Donor, OperationSettings, tamper
 from finetune.data.synthesis.operations.diffusion import PROMPTS, load_pipeline
-from finetune.data.synthesis.photos import develop, find_photos
+from finetune.data.synthesis.photos import find_photos
 from finetune.errors import ConfigError, MissingDependencyError
 from finetune.torchvision_compat import ensure_torchvision
 

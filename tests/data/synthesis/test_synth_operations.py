@@ -12,13 +12,14 @@ import pytest
 from scipy.sparse import lil_matrix
 from scipy.sparse.linalg import spsolve
 
+from finetune.data.synthesis.camera import develop
 from finetune.data.synthesis.degradations import jpeg_round_trip
 from finetune.data.synthesis.operations import OPERATIONS, NoVisibleEditError, OperationSettings, Tampering, tamper
 from finetune.data.synthesis.operations.blending import membrane
 from finetune.data.synthesis.operations.patch_fill import patch_fill
 from finetune.data.synthesis.operations.splice import match_noise, noise_sigma
 from finetune.data.synthesis.operations.visibility import visible_change
-from finetune.data.synthesis.photos import develop, find_photos
+from finetune.data.synthesis.photos import find_photos
 from finetune.data.synthesis.regions import DoesNotFitError
 
 PHOTOS = find_photos()

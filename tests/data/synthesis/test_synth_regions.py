@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from finetune.data.synthesis.photos import develop, find_photos
+from finetune.data.synthesis.camera import develop
+from finetune.data.synthesis.photos import find_photos
 from finetune.data.synthesis.regions import FOUND_SHAPES, SHAPES, draw_region, soft_edge
 from finetune.data.synthesis.regions.text import find_text, text_region
 
