@@ -5,21 +5,23 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 usage() {
     cat <<'TXT'
-usage: bash script/quickstart.sh [--photos DIR] [--seconds N] [--out DIR] [--fresh]
+usage: bash script/quickstart.sh [--photos DIR] [--train-photos DIR] [--seconds N] [--out DIR] [--fresh]
 
-  --photos DIR   tamper with your own photographs (default: those shipped in scikit-image, scikit-learn, matplotlib)
-  --seconds N    stop training after N seconds (default: as configs/train/quickstart.yaml says)
-  --out DIR      where everything is written (default runs/quickstart)
-  --fresh        build the tiny model and the data again; without it those already in --out are used
+  --photos DIR        tamper with your own photographs (default: those shipped in scikit-image, scikit-learn, matplotlib)
+  --train-photos DIR  train on these photographs too; what is evaluated stays the same
+  --seconds N         stop training after N seconds (default: as configs/train/quickstart.yaml says)
+  --out DIR           where everything is written (default runs/quickstart)
+  --fresh             build the tiny model and the data again; without it those already in --out are used
 
 About fifteen minutes on two CPU cores. Writes best/ (the model), metrics.json, predictions.jsonl, report.html.
 TXT
 }
 
-PHOTOS="" LIMIT="" OUT="runs/quickstart" FRESH=0
+PHOTOS="" TRAIN_PHOTOS="" LIMIT="" OUT="runs/quickstart" FRESH=0
 while (($#)); do
     case "$1" in
         --photos) PHOTOS="$(value "$@")"; shift 2 ;;
+        --train-photos) TRAIN_PHOTOS="$(value "$@")"; shift 2 ;;
         --seconds) LIMIT="$(value "$@")"; shift 2 ;;
         --out) OUT="$(value "$@")"; shift 2 ;;
         --fresh) FRESH=1; shift ;;
@@ -28,10 +30,13 @@ while (($#)); do
     esac
 done
 if [[ -n "$LIMIT" ]]; then is_seconds "$LIMIT"; fi
-if [[ -n "$PHOTOS" ]]; then
-    [[ -d "$PHOTOS" ]] || fail "--photos: no folder '$PHOTOS'"
-    PHOTOS="$(cd "$PHOTOS" && pwd)"
-fi
+folder() { # folder OPTION DIR: its whole path, or nothing where no DIR is given
+    [[ -n "$2" ]] || return 0
+    [[ -d "$2" ]] || fail "$1: no folder '$2'"
+    (cd "$2" && pwd)
+}
+PHOTOS="$(folder --photos "$PHOTOS")"
+TRAIN_PHOTOS="$(folder --train-photos "$TRAIN_PHOTOS")"
 OUT="$(absolute "$OUT")"
 
 started=$SECONDS
@@ -42,6 +47,7 @@ begin_run "$OUT"
 
 # What this script has made in --out is noted in .quickstart, so that nothing else is ever reused or removed.
 NOTES="$OUT/.quickstart"
+SOURCE="$PHOTOS${TRAIN_PHOTOS:+ + $TRAIN_PHOTOS}"
 mkdir -p "$NOTES"
 if [[ $FRESH == 1 ]]; then
     if [[ -f "$NOTES/tiny" ]]; then rm -rf "$OUT/tiny" "$NOTES/tiny"; fi
@@ -50,7 +56,7 @@ if [[ $FRESH == 1 ]]; then
 fi
 if [[ -f "$OUT/data/manifest.json" ]]; then
     [[ -f "$NOTES/photos" ]] || fail "$OUT/data was not made by this script; choose another --out"
-    if [[ "$(cat "$NOTES/photos")" != "$PHOTOS" ]]; then
+    if [[ "$(cat "$NOTES/photos")" != "$SOURCE" ]]; then
         fail "$OUT/data was made from other photographs ('$(cat "$NOTES/photos")'); add --fresh, or choose another --out"
     fi
 fi
@@ -67,12 +73,9 @@ step 3 "tampered and authentic images: $OUT/data"
 if [[ -f "$OUT/data/manifest.json" ]]; then
     say "already there"
 else
-    printf '%s' "$PHOTOS" >"$NOTES/photos"
-    if [[ -n "$PHOTOS" ]]; then
-        forensics synth --out "$OUT/data" --num-train 6000 --scene-variation 0.75 --photos "$PHOTOS"
-    else
-        forensics synth --out "$OUT/data" --num-train 6000 --scene-variation 0.75
-    fi
+    printf '%s' "$SOURCE" >"$NOTES/photos"
+    forensics synth --out "$OUT/data" --num-train 6000 --scene-variation 0.75 \
+        ${PHOTOS:+--photos "$PHOTOS"} ${TRAIN_PHOTOS:+--train-photos "$TRAIN_PHOTOS"}
 fi
 
 step 4 "training"

@@ -17,6 +17,9 @@ def synth_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--photos", metavar="DIR", help="your own photographs (default: those shipped with scikit-image etc.)"
     )
+    parser.add_argument(
+        "--train-photos", metavar="DIR", help="further photographs to train on; those held out stay as they are"
+    )
     parser.add_argument("--num-train", type=int, metavar="N", help="training images (2000)")
     parser.add_argument("--num-val", type=int, metavar="N", help="further images of the training photographs (120)")
     parser.add_argument("--num-eval", type=int, metavar="N", help="held-out images, from other photographs (300)")
@@ -42,6 +45,7 @@ def _synth(arguments: argparse.Namespace) -> int:
 
     given = {
         "photos_dir": arguments.photos,
+        "train_photos_dir": arguments.train_photos,
         "num_train": arguments.num_train,
         "num_val": arguments.num_val,
         "num_eval": arguments.num_eval,

@@ -57,6 +57,7 @@ class SynthConfig:
         metadata: `strip` writes no EXIF; `carry` writes the host photograph's to both classes, without place,
             orientation, thumbnail and software.
         photos_dir: the user's photographs; None for the packaged ones.
+        train_photos_dir: further photographs to train on; those held out stay as they are.
         held_out_fraction: share of a user's photographs held out for `eval`.
         workers: processes; 0 means one per core. Never changes the output.
     """
@@ -99,6 +100,7 @@ class SynthConfig:
     image_quality: tuple[int, int] = (80, 97)
     metadata: str = "strip"
     photos_dir: str | None = None
+    train_photos_dir: str | None = None
     held_out_fraction: float = 0.25
     workers: int = 0
 

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def synthesize(
     """
     out_dir = Path(out_dir).resolve()
     _check_target(out_dir, overwrite)
-    photos = find_photos(config.photos_dir, config.held_out_fraction, config.workers, progress)
+    photos = find_photos(config.photos_dir, config.held_out_fraction, config.workers, progress, config.train_photos_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     refusal = f"another process is making {str(out_dir)!r}; wait for it, or choose another --out"
     with locked(out_dir.parent / f".{out_dir.name}.lock", refusal):
@@ -194,8 +194,11 @@ def _findings(sample: Sample) -> dict[str, Any]:
 
 def _content(config: SynthConfig, photos: PhotoSet) -> dict[str, Any]:
     """All that decides the bytes of a set, as the manifest lists it; no machine path and no number of processes."""
-    values = asdict(replace(config, photos_dir=None if config.photos_dir is None else Path(config.photos_dir).name))
+    values = asdict(config)
     del values["workers"]
+    for key in ("photos_dir", "train_photos_dir"):
+        if values[key] is not None:
+            values[key] = Path(values[key]).name
     settings = values["operation_settings"]
     if settings.get("diffusion_model"):
         settings["diffusion_model"] = Path(settings["diffusion_model"]).name

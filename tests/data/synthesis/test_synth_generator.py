@@ -300,6 +300,23 @@ def test_two_user_photos_are_enough_and_paths_stay_out_of_the_files(tmp_path: Pa
         assert str(tmp_path) not in (tmp_path / "out" / "set" / file).read_text(encoding="utf-8")
 
 
+def test_photographs_to_train_on_are_seen_in_training_only(tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(30):
+        coarse = rng.integers(0, 256, (20, 25, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((200, 160), Image.Resampling.BICUBIC).save(more / f"{index}.png")
+    out = tmp_path / "set"
+    counts = ["--num-train", "24", "--num-val", "0", "--num-eval", "6", "--workers", "1"]
+    assert main(["synth", "--out", str(out), "--train-photos", str(more), *counts, "sizes_hw=[[112, 140]]"]) == 0
+    groups = {split: {record["group"] for record in read(out, split)} for split in ("train", "eval")}
+    assert any(group.startswith("train_photos/") for group in groups["train"])
+    assert not any(group.startswith("train_photos/") for group in groups["eval"])
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["config"]["train_photos_dir"] == "more"
+
+
 def test_an_operation_that_cannot_show_gives_way_to_another_on_the_same_host(tmp_path: Path) -> None:
     """A sky without a cloud: a copy of it on itself shows nothing, a retouch of its tone does."""
     rng = np.random.default_rng(0)

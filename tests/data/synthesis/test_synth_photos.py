@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.data.synthesis.photos import develop, find_photos, load_rgb, open_photo
+from finetune.data.synthesis.camera import develop
+from finetune.data.synthesis.photos import find_photos, load_rgb, open_photo
 from finetune.data.synthesis.scenes import vary_scene
 from finetune.errors import ForensicsError
 
@@ -52,6 +53,43 @@ def test_bad_files_are_reported_by_name_and_duplicates_dropped(tmp_path: Path) -
     assert {photo.name for photo in photos.photos} == {"a.png", "b.jpg"}
     assert {item["name"] for item in photos.rejected} == {"copy.png", "broken.jpg", "empty.png", "tiny.png", "flat.png"}
     assert not any(str(tmp_path) in item["reason"] for item in photos.rejected)
+
+
+def test_photographs_to_train_on_leave_what_is_held_out_as_it_is(tmp_path: Path) -> None:
+    for seed in range(4):
+        save_texture(tmp_path / "more" / f"{seed}.png", seed)
+    mine = find_photos(train_photos_dir=tmp_path / "more")
+    assert mine.of("eval") == find_photos().of("eval")
+    assert mine.of("train")[: len(find_photos().of("train"))] == find_photos().of("train")
+    added = mine.of("train")[len(find_photos().of("train")) :]
+    assert [photo.name for photo in added] == [photo.group for photo in added]
+    assert [photo.name for photo in added] == [f"train_photos/{seed}.png" for seed in range(4)]
+
+
+def test_a_held_out_photograph_is_not_trained_on_whatever_its_file_looks_like(tmp_path: Path) -> None:
+    """Sides of two users' folders that share pictures: as they are, recompressed and resized."""
+    for seed in range(6):
+        save_texture(tmp_path / "mine" / f"{seed}.png", seed)
+        same = Image.open(tmp_path / "mine" / f"{seed}.png")
+        (tmp_path / "more").mkdir(exist_ok=True)
+        same.resize((same.width * 3 // 2, same.height * 3 // 2)).save(
+            tmp_path / "more" / f"again{seed}.jpg", quality=80
+        )
+    save_texture(tmp_path / "more" / "new.png", 99)
+    alone = find_photos(tmp_path / "mine")
+    both = find_photos(tmp_path / "mine", train_photos_dir=tmp_path / "more")
+    assert both.of("eval") == alone.of("eval")
+    assert [photo.name for photo in both.photos if photo not in alone.photos] == ["train_photos/new.png"]
+    assert {item["name"]: item["reason"] for item in both.rejected} == {
+        f"again{seed}.jpg": f"the same picture as {seed}.png" for seed in range(6)
+    }
+    held_out = alone.of("eval")[0]
+    (tmp_path / "copies").mkdir()
+    (tmp_path / "copies" / "copy.png").write_bytes(Path(held_out.path).read_bytes())
+    with pytest.raises(ForensicsError, match=rf"no photograph to add; refused: copy.png: .*{held_out.name}"):
+        find_photos(tmp_path / "mine", train_photos_dir=tmp_path / "copies")
+    with pytest.raises(ForensicsError, match=r"does not exist.*--train-photos"):
+        find_photos(train_photos_dir=tmp_path / "nowhere")
 
 
 def test_many_photos_are_checked_by_several_processes_with_the_same_outcome(
