@@ -223,6 +223,13 @@ def trainable_numbers(config: RunConfig, model: nn.Module) -> dict[str, int]:
     return found
 
 
+def picture_pixels(config: RunConfig) -> int:
+    """Pixels that the model sees of a picture, at most: `data.max_pixels`; with `data.image_short_side` those of a
+    picture twice as long as high, where that is less."""
+    short_side = config.data.image_short_side
+    return config.data.max_pixels if short_side is None else min(config.data.max_pixels, 2 * short_side**2)
+
+
 def activation_bytes(config: RunConfig, model: nn.Module, width: int) -> float:
     """What one micro-batch holds at the end of its forward pass, and the largest layer's own working set.
 
@@ -231,7 +238,7 @@ def activation_bytes(config: RunConfig, model: nn.Module, width: int) -> float:
     """
     text, vision = model.config.text_config, model.config.vision_config
     batch = config.train.batch_size
-    pixels = config.data.max_pixels
+    pixels = picture_pixels(config)
     image_tokens = pixels / (vision.patch_size * vision.spatial_merge_size) ** 2
     tokens = batch * min(image_tokens + TEXT_TOKENS, config.data.max_length)
     patches = batch * pixels / vision.patch_size**2
@@ -327,8 +334,12 @@ def _advice(config: RunConfig, num_gpus: int, memory: float, model: Any) -> list
         "train.batch_size=1": {"batch_size": 1},
         "LoRA in place of whole weights (lm_lora for lm_full)": {"trainable": [*groups, "lm_lora"]},
         "model.quantization=nf4": {"quantization": "nf4"},
-        "data.max_pixels halved": {"max_pixels": config.data.max_pixels // 2},
     }
+    if config.data.image_short_side is None:
+        changes["data.max_pixels halved"] = {"max_pixels": config.data.max_pixels // 2}
+    else:
+        shorter = int(config.data.image_short_side * 0.7)  # half the pixels
+        changes[f"data.image_short_side={shorter}"] = {"image_short_side": shorter}
     found = []
     for words, change in changes.items():
         changed = _changed(config, change)
@@ -348,6 +359,6 @@ def _changed(config: RunConfig, change: Mapping[str, Any]) -> RunConfig:
 
     tree = to_dict(config)
     for name, value in change.items():
-        section = {"quantization": "model", "max_pixels": "data"}.get(name, "train")
+        section = {"quantization": "model", "max_pixels": "data", "image_short_side": "data"}.get(name, "train")
         tree[section][name] = value
     return build(RunConfig, tree, where="doctor")

@@ -96,6 +96,20 @@ def test_switches_move_the_parts_they_should() -> None:
     assert doubled.weights == single.weights
 
 
+def test_a_shorter_side_bounds_the_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    full = "train.trainable=[lm_full]"
+    model = meta_model(config_of("3b", full))
+
+    def activations(*overrides: str) -> float:
+        return estimate(config_of("3b", full, *overrides), SINGLE, 1, model).activations
+
+    assert activations("data.image_short_side=448", "data.max_pixels=802816") == activations("data.max_pixels=401408")
+    assert activations("data.image_short_side=2000") == activations()  # max_pixels holds all the same
+    path = str(CONFIGS / "regions_phase2.yaml")
+    assert main(["doctor", "--config", path, "--hardware", "4 GB"]) == 1
+    assert "data.image_short_side=470: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("overrides", "bytes_each"),
     [

@@ -105,6 +105,12 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     _print(metrics)
+    if metrics["test"]["answers"]["exact"] == 0:
+        print(
+            f"warning: no answer of {arguments.model} has the form of forensics regions build; a model that was not "
+            "trained on it gives probabilities that mean little",
+            file=sys.stderr,
+        )
     print(f"wrote {folder}/report.html, metrics.json, predictions.jsonl, answers.jsonl, {THRESHOLD_FILE}")
     return 1 if errors else 0
 

@@ -96,9 +96,12 @@ def true_answer(types: dict[str, str | None], confidence: float = 0.75) -> str:
     return write_answer({name: kind is not None for name, kind in types.items()}, findings)
 
 
-def test_the_model_itself_from_files_to_files(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+def test_the_model_itself_from_files_to_files(
+    tiny_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     assert evaluate(tiny_dir, out, *both(data), "--max-regions", 2) == 0
+    assert "a model that was not trained on it" in capsys.readouterr().err
     metrics = json.loads((out / "metrics.json").read_text("utf-8"))
     chosen = json.loads((out / "threshold.json").read_text("utf-8"))
     assert metrics["threshold"]["value"] == chosen["value"]
@@ -125,7 +128,9 @@ def test_the_model_itself_from_files_to_files(tiny_dir: Path, data: Path, tmp_pa
     assert "http" not in page.replace("http-equiv", "")
 
 
-def test_a_model_that_knows_is_found_to_know(tiny_dir: Path, data: Path, tmp_path: Path, knows: Knows) -> None:
+def test_a_model_that_knows_is_found_to_know(
+    tiny_dir: Path, data: Path, tmp_path: Path, knows: Knows, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = knows(lambda name, is_abnormal: 0.7 if is_abnormal else 0.52, true_answer)
     assert evaluate(tiny_dir, tmp_path / "out", *both(data)) == 0
     metrics = json.loads((tmp_path / "out/metrics.json").read_text("utf-8"))
@@ -143,6 +148,7 @@ def test_a_model_that_knows_is_found_to_know(tiny_dir: Path, data: Path, tmp_pat
         assert calibration["written"] == {"ece": 0.25, "token_ece": pytest.approx(0.3), "n": positive}
         assert part["intervals"]["roi.f1"] == [1.0, 1.0]
     assert len(asked) == len(lines(data / "val.jsonl")) + len(lines(data / "test.jsonl"))
+    assert "warning" not in capsys.readouterr().err
     rows = [row for row in lines(tmp_path / "out/predictions.jsonl") if row["label"]]
     assert {(row["confidence"], row["reason"]) for row in rows} == {(0.75, "seen")}
     assert all(row["type"] == row["true_type"] for row in rows)
