@@ -24,6 +24,11 @@ _FACTS: dict[str, tuple[str, str]] = {
     "device": ("设备", "Device"),
     "seconds": ("用时", "Time"),
     "versions": ("版本", "Versions"),
+    "trained_commit": ("训练代码提交", "Commit of the training"),
+    "data_hash": ("数据哈希", "Data hash"),
+    "layout": ("回答布局", "Answer layout"),
+    "thresholds": ("阈值", "Thresholds"),
+    "script": ("对话脚本", "Script"),
 }
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
