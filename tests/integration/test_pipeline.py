@@ -91,6 +91,7 @@ def test_predict_writes_masks_and_overlays(run_dir: Path, tmp_path: Path, capsys
     assert capsys.readouterr().out.count("score") == 6
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_give_one_model(run_dir: Path, tmp_path: Path, repo_root: Path) -> None:
     """Fast enough for its budget, a run does not depend on the clock."""
     overrides = [

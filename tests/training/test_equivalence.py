@@ -69,6 +69,7 @@ def test_one_batch_equals_accumulation_equals_two_ranks(equal_config: Callable[.
             assert torch.equal(weight, ranks[1][i]["weights"][parameter]), parameter
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_heads_on_the_tower_are_as_exact_and_ranks_share_a_feature_cache(
     make_config: Callable[..., RunConfig], mixed_records: Path, tmp_path: Path
