@@ -108,7 +108,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     if metrics["test"]["answers"]["exact"] == 0:
         print(
             f"warning: no answer of {arguments.model} has the form of forensics regions build; a model that was not "
-            "trained on it gives probabilities that mean little",
+            "trained on it, or too briefly, gives probabilities that mean little",
             file=sys.stderr,
         )
     print(f"wrote {folder}/report.html, metrics.json, predictions.jsonl, answers.jsonl, {THRESHOLD_FILE}")
