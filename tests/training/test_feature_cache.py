@@ -205,7 +205,7 @@ def test_a_cached_run_has_the_numbers_of_an_uncached_one(
     assert f"{stored} stored" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("moment", ["in the file", "before its name"])
+@pytest.mark.parametrize("moment", ["in the file", pytest.param("before its name", marks=pytest.mark.slow)])
 def test_a_run_killed_while_it_writes_is_completed_by_the_next(
     losses: Callable[..., tuple[list[float], Any]], tmp_path: Path, moment: str
 ) -> None:

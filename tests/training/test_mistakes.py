@@ -111,6 +111,7 @@ def test_an_auroc_needs_both_classes(
     assert "train.best_folders.best_val_auc is eval_auroc" in error
 
 
+@pytest.mark.slow
 def test_launched_as_a_process(repo_root: Path, write_config: Callable[..., Path]) -> None:
     command = [sys.executable, str(repo_root / "sft_llm.py"), "--config", str(write_config())]
     done = subprocess.run(

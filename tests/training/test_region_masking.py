@@ -139,6 +139,7 @@ def test_targets_and_answer_follow(make_config: Callable[..., RunConfig], photo_
         assert dataset[Draw(other, 4)].input_ids == dataset[other].input_ids
 
 
+@pytest.mark.slow
 def test_a_resumed_run_hides_the_same(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     """Losses after a resume are those of the run that went through, mid-epoch, worker processes or not."""
     section = {"max_steps": 6, "eval_steps": 3, "batch_size": 2, "save_total_limit": 5}

@@ -152,7 +152,8 @@ def test_a_phase_starts_where_the_one_before_ended(built: Path, tiny_dir: Path, 
     assert found["regions_phase2", "before"] != pytest.approx(found["regions_phase2", "after"], abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["regions_phase1", pytest.param("regions_phase1_qlora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["regions_phase1", "regions_phase1_qlora"])
+@pytest.mark.slow
 def test_killed_phase_resumes_with_equal_losses(name: str, built: Path, tiny_dir: Path, tmp_path: Path) -> None:
     """`--resume` after a `kill -9` in the middle of step 4; every logged number is that of the uninterrupted run."""
     more = ["train.max_steps=5", "trainer.save_steps=2", "train.resume=auto"]

@@ -471,6 +471,7 @@ class Terminal:
             os.close(self.master)
 
 
+@pytest.mark.slow
 def test_a_chat_on_a_terminal(talkative: Path, adapter_dir: Path, photos: Any, tmp_path: Path) -> None:
     shutil.copy(photos[0].path or "", tmp_path / "照片.png")
     terminal = Terminal(
