@@ -55,7 +55,8 @@ if [[ $lint == 1 ]]; then
     fi
 fi
 
-if ((processes > 1)); then args=(-n "$processes" --dist loadfile "${args[@]+"${args[@]}"}"); fi
+# Long files have few tests: in their own order they are not all left to the end.
+if ((processes > 1)); then args=(-n "$processes" --dist loadfile --no-loadscope-reorder "${args[@]+"${args[@]}"}"); fi
 if [[ $run_all == 0 ]]; then args=(-m "not slow" "${args[@]+"${args[@]}"}"); fi
 say "pytest ${args[*]+"${args[*]}"}"
 exec python -m pytest "${args[@]+"${args[@]}"}"
