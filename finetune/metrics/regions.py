@@ -48,7 +48,7 @@ def region_metrics(images: Sequence[ScoredImage], threshold: float = 0.5) -> dic
     Raises:
         ValueError: a score outside [0, 1].
     """
-    scores, labels = _all_regions(images)
+    scores, labels = all_regions(images)
     filled = [image for image in images if image.scores]
     best = [max(image.scores.values()) for image in filled]
     confusion = _confusion(images, threshold)
@@ -100,14 +100,14 @@ def sweep(images: Sequence[ScoredImage], thresholds: Sequence[float] | None = No
         ValueError: no positive region, so that no F1 is defined.
     """
     steps = [round(0.4 + 0.02 * step, 2) for step in range(21)] if thresholds is None else list(thresholds)
-    scores, labels = _all_regions(images)
+    scores, labels = all_regions(images)
     if not any(labels):
         raise ValueError(f"no positive region among {len(labels)}; a threshold cannot be chosen")
     found = {step: float(binary_metrics(scores, labels, step)["f1"] or 0.0) for step in steps}
     return min(steps, key=lambda step: (-found[step], step)), found
 
 
-def _all_regions(images: Sequence[ScoredImage]) -> tuple[list[float], list[int]]:
+def all_regions(images: Sequence[ScoredImage]) -> tuple[list[float], list[int]]:
     """Score and label, 0 or 1, of every region of all images."""
     scores = [score for image in images for score in image.scores.values()]
     return scores, [int(name in image.positive_region_ids) for image in images for name in image.scores]

@@ -145,7 +145,7 @@ def _add_photos(known: PhotoSet, root: Path, workers: int, progress: bool) -> Ph
     index = ImageIndex()
     for photo in (*known.photos, *found):
         image = ImageInput(path=photo.path)
-        index.add(photo.name, photo.split, "", fingerprint(image, Image.fromarray(open_photo(photo.path))))
+        index.add(photo.name, photo.split, "", fingerprint(image, Image.fromarray(load_rgb(photo.path))))
     same_as: dict[int, str] = {}
     for numbers in index.alike():
         there = [number for number in numbers if number < len(known.photos)]

@@ -18,7 +18,7 @@ from finetune.inference.regions.pictures import Outcome
 from finetune.inference.regions.predictor import ReadRegions
 from finetune.metrics.bootstrap import Interval, bootstrap_auroc, bootstrap_interval
 from finetune.metrics.calibration import ece
-from finetune.metrics.regions import ScoredImage, region_metrics, sweep
+from finetune.metrics.regions import ScoredImage, all_regions, region_metrics, sweep
 
 OUTCOMES: dict[tuple[int, bool], Outcome] = {(1, True): "tp", (0, True): "fp", (1, False): "fn", (0, False): "tn"}
 """(label, called abnormal) -> what a region is: true or false positive, missed, correctly quiet."""
@@ -187,8 +187,7 @@ def _intervals(images: Sequence[ScoredImage], threshold: float, units: Sequence[
         counts.append((len(called & positive), len(called), len(positive)))
         best.append(max(image.scores.values()))
         labels.append(int(bool(positive)))
-    scores = [score for image in images for score in image.scores.values()]
-    truth = [int(name in set(image.positive_region_ids)) for image in images for name in image.scores]
+    scores, truth = all_regions(images)
     of_region = [unit for image, unit in zip(images, units, strict=True) for _ in image.scores]
     hits = np.array(best) >= threshold  # (N,)
     image_counts = np.stack([hits & (np.array(labels) == 1), hits, np.array(labels)], axis=1).astype(np.int64)  # (N, 3)

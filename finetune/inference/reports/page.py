@@ -1,6 +1,6 @@
 """Written inspection reports as one HTML file: the comparison with the true ones, and every picture beside its fields.
 
-The style and the frame of the page are those of `finetune.inference.pages.report`; nothing is computed here.
+The style and the frame of the page are those of `finetune.inference.pages`; nothing is computed here.
 """
 
 from __future__ import annotations
