@@ -43,6 +43,7 @@ class NoiseResidualConfig:
     widths: list[int] = field(default_factory=lambda: [32, 64, 96])  # of its U-Net at 1/4, 1/8 and 1/16 of the image
     stem_width: int = 0  # hidden width of the layer that reads the statistics; 0: no hidden layer
     global_blocks: int = 2  # attention blocks over a whole image, at 1/16
+    content_residuals: bool = False  # also maps of what texture and brightness of the picture do not explain
     self_similarity: bool = False  # also search each picture for places that it holds twice (CPU time: see the docs)
     similarity_share: float = 1.0  # of the training pictures that are searched; outside training all of them are
     to_language: bool = False  # also add the stream, pooled per merged patch, to the image tokens the LLM reads

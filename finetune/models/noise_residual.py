@@ -2,8 +2,9 @@
 
 Splices, clones and inpainting disturb the noise a camera and its JPEG left behind; patch embeddings trained on
 semantics ignore it. "Tampered" is relative to the rest of the same picture, so every statistic comes twice, as it is
-and normalised over its own image, and attention at the coarsest level compares all places of an image. On request the
-places that a picture holds twice are maps of their own (`self_similarity`).
+and normalised over its own image, and attention at the coarsest level compares all places of an image. On request there
+are maps of what the content of the picture does not explain (`content_residuals`) and of the places that it holds twice
+(`self_similarity`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.config import NoiseResidualConfig
+from finetune.models.content_residuals import RESIDUAL_CHANNELS, content_residuals
 from finetune.models.features import by_shape
 from finetune.models.forensic_statistics import (
     BLOCK_CHANNELS,
@@ -47,7 +49,8 @@ class NoiseResidualStream(nn.Module):
         self.coarse = nn.Sequential(*(block for pair in pairs for block in pair))
         self.up_middle, self.up_fine = nn.Conv2d(coarse, middle, 1), nn.Conv2d(middle, fine, 1)
         self.out = nn.Conv2d(fine, config.channels, 1)
-        self.similarity = SimilarityStem(fine, coarse) if config.self_similarity else None
+        self.content = MapStem(RESIDUAL_CHANNELS, fine, coarse, hidden=64) if config.content_residuals else None
+        self.similarity = MapStem(SIMILARITY_CHANNELS, fine, coarse, hidden=32) if config.self_similarity else None
         self.similarity_share = config.similarity_share
         self.search: Callable[[Tensor], Tensor] = search_picture  # training may put a memory in its place
 
@@ -68,9 +71,13 @@ class NoiseResidualStream(nn.Module):
             repeats: (n, SIMILARITY_CHANNELS, H/4, W/4) of `self_similarity`, where the stream was made with it.
         """
         cells, chroma = self.cell_stem(statistics.cells), self.chroma_stem(statistics.chroma)
+        sides = []
+        if self.content is not None:
+            sides.append(self.content(content_residuals(statistics.cells)))
         if self.similarity is not None and repeats is not None:
-            fine_repeats, coarse_repeats = self.similarity(pad_to(repeats, 4))
-            cells, chroma = cells + fine_repeats, chroma + coarse_repeats
+            sides.append(self.similarity(pad_to(repeats, 4)))
+        for fine_side, coarse_side in sides:
+            cells, chroma = cells + fine_side, chroma + coarse_side
         fine = self.fine_in(cells)  # (n, fine, H/4, W/4)
         middle = self.middle_in(self.to_middle(fine) + self.block_stem(statistics.blocks))  # (n, middle, H/8, W/8)
         coarse = self.coarse(self.to_coarse(middle) + chroma)  # (n, coarse, H/16, W/16)
@@ -93,23 +100,27 @@ def search_picture(image: Tensor) -> Tensor:
     return self_similarity(image).half().float()
 
 
-class SimilarityStem(nn.Module):
-    """Maps of `self_similarity` -> features at 1/4 and at 1/16.
+class MapStem(nn.Module):
+    """Maps that mean something as they are -> features at 1/4 and at 1/16.
 
     Not normalised over the image: nothing found and everything found are different things. A summary of the whole
     picture beside them was worse on photographs not trained on (docs/experiments.md, round 4).
+
+    Args:
+        num_maps: of the input. fine, coarse: channels of the two outputs. hidden: width between the two convolutions of
+            the fine one.
     """
 
-    def __init__(self, fine: int, coarse: int, hidden: int = 32) -> None:
+    def __init__(self, num_maps: int, fine: int, coarse: int, hidden: int) -> None:
         super().__init__()
-        self.fine = nn.Sequential(nn.Conv2d(2 * SIMILARITY_CHANNELS, hidden, 1), nn.GELU(), nn.Conv2d(hidden, fine, 1))
-        self.coarse = nn.Conv2d(SIMILARITY_CHANNELS, coarse, 1)
+        self.fine = nn.Sequential(nn.Conv2d(2 * num_maps, hidden, 1), nn.GELU(), nn.Conv2d(hidden, fine, 1))
+        self.coarse = nn.Conv2d(num_maps, coarse, 1)
 
-    def forward(self, repeats: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, SIMILARITY_CHANNELS, h, w), sides multiples of 4 -> (n, fine, h, w), (n, coarse, h/4, w/4)."""
-        repeats = repeats.to(self.coarse.weight.dtype)
-        fine = self.fine(torch.cat([repeats, F.avg_pool2d(repeats, 5, 1, 2)], dim=1))
-        return fine, self.coarse(F.avg_pool2d(repeats, 4))
+    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, num_maps, h, w), sides multiples of 4 -> (n, fine, h, w), (n, coarse, h/4, w/4)."""
+        maps = maps.to(self.coarse.weight.dtype)
+        fine = self.fine(torch.cat([maps, F.avg_pool2d(maps, 5, 1, 2)], dim=1))
+        return fine, self.coarse(F.avg_pool2d(maps, 4))
 
 
 class RelativeStem(nn.Module):
