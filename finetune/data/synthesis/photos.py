@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from finetune.data.duplicates import ImageIndex
-from finetune.data.fingerprints import fingerprint
+from finetune.data.fingerprints import Fingerprint, fingerprint
 from finetune.data.parallel import num_workers, ordered_map
 from finetune.data.synthesis.degradations import resize, to_uint8
 from finetune.errors import ForensicsError
@@ -142,10 +142,10 @@ def _split_photos(root: Path, held_out_fraction: float, workers: int, progress: 
 def _add_photos(known: PhotoSet, root: Path, workers: int, progress: bool) -> PhotoSet:
     """`known` and the photographs of a folder to train on, without those that are there already, on either side."""
     found, rejected = _photos_below(root, "--train-photos", workers, progress)
-    index = ImageIndex()
-    for photo in (*known.photos, *found):
-        image = ImageInput(path=photo.path)
-        index.add(photo.name, photo.split, "", fingerprint(image, Image.fromarray(load_rgb(photo.path))))
+    index, everything = ImageIndex(), (*known.photos, *found)
+    paths = [photo.path for photo in everything]
+    for photo, looks in zip(everything, ordered_map(_looks, paths, _processes(workers, len(paths))), strict=True):
+        index.add(photo.name, photo.split, "", looks)
     same_as: dict[int, str] = {}
     for numbers in index.alike():
         there = [number for number in numbers if number < len(known.photos)]
@@ -177,7 +177,7 @@ def _photos_below(root: Path, option: str, workers: int, progress: bool) -> tupl
     found: list[Photo] = []
     rejected: list[dict[str, str]] = []
     seen: dict[str, str] = {}
-    processes = max(1, min(num_workers(workers), len(paths) // MANY_PHOTOS))
+    processes = _processes(workers, len(paths))
     outcomes = ordered_map(_inspect_or_refuse, paths, processes)
     bar = tqdm(outcomes, total=len(paths), desc="photos", unit="file", disable=not progress or processes == 1)
     for path, (digest, is_grey, reason) in zip(paths, bar, strict=True):
@@ -190,6 +190,14 @@ def _photos_below(root: Path, option: str, workers: int, progress: bool) -> tupl
             seen[digest] = name
             found.append(Photo(name, str(path), name, "train", is_grey, digest))
     return found, rejected
+
+
+def _processes(workers: int, num_photos: int) -> int:
+    return max(1, min(num_workers(workers), num_photos // MANY_PHOTOS))
+
+
+def _looks(path: str) -> Fingerprint:
+    return fingerprint(ImageInput(path=path), Image.fromarray(load_rgb(path)))
 
 
 def _default_photos() -> PhotoSet:
