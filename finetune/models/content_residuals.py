@@ -88,9 +88,9 @@ def outlier_distance(maps: Tensor) -> Tensor:
         (n, 1, h, w): half the log of the squared Mahalanobis distance over its median, within [-3.5, 3.5].
     """
     n, channels, height, width = maps.shape
-    points = maps.flatten(2)  # (n, C, h * w)
+    points = maps.flatten(2).to(_sum_dtype(maps.device))  # (n, C, h * w)
     weights = torch.ones_like(points[:, :1])
-    eye = torch.eye(channels, device=maps.device)
+    eye = torch.eye(channels, device=maps.device, dtype=points.dtype)
     for _ in range(_ROUNDS):
         total = weights.sum(dim=2, keepdim=True)
         centred = points - (weights * points).sum(dim=2, keepdim=True) / total
@@ -100,7 +100,7 @@ def outlier_distance(maps: Tensor) -> Tensor:
         squared = torch.linalg.solve_triangular(factor, centred, upper=False).square().sum(dim=1, keepdim=True)
         squared = squared / squared.median(dim=2, keepdim=True).values.clamp_min(1e-6)
         weights = 1 / (1 + squared.square())
-    return squared.clamp(1e-3, 1e3).log().view(n, 1, height, width) / 2
+    return squared.clamp(1e-3, 1e3).log().view(n, 1, height, width).to(maps.dtype) / 2
 
 
 def local_mean(maps: Tensor, side: int) -> Tensor:
@@ -150,13 +150,19 @@ def _band(cells: Tensor, low: int, high: int) -> Tensor:
 def _unexplained(targets: Tensor, variables: Tensor, weights: Tensor) -> Tensor:
     """Residuals of weighted ridge regressions of every target, divided by their root mean square; the last variable is
     the constant, which is not penalised."""
-    known, wanted = variables.flatten(2), targets.flatten(2)  # (n, variables, cells), (n, targets, cells)
+    exact = _sum_dtype(targets.device)
+    known, wanted = variables.flatten(2).to(exact), targets.flatten(2).to(exact)  # (n, variables or targets, cells)
     weighted = known * weights.flatten(2)
     gram = weighted @ known.transpose(1, 2)
-    penalised = torch.eye(gram.shape[1], device=gram.device)
+    penalised = torch.eye(gram.shape[1], device=gram.device, dtype=exact)
     penalised[-1, -1] = 0
     gram = gram + _PENALTY * gram.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] * penalised
     coefficients = torch.linalg.solve(gram, weighted @ wanted.transpose(1, 2))  # (n, variables, targets)
     residuals = wanted - coefficients.transpose(1, 2) @ known
     scale = residuals.square().mean(dim=2, keepdim=True).sqrt() + 1e-3
-    return (residuals / scale).view_as(targets)
+    return (residuals / scale).view_as(targets).to(targets.dtype)
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    """Of sums over a picture: double where devices have it, since TF32 products are too coarse to be factored."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32

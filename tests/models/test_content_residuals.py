@@ -158,7 +158,7 @@ def test_a_picture_is_explained_by_itself_alone_and_in_full_precision() -> None:
     assert both.shape == (2, RESIDUAL_CHANNELS, 48, 56)
     assert both.abs().max() <= 4
     for alone, found in zip(cells, both, strict=True):
-        torch.testing.assert_close(content_residuals(alone[None])[0], found, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(content_residuals(alone[None])[0], found, rtol=1e-4, atol=1e-4)
 
 
 def test_the_stream_reads_them_only_when_made_so() -> None:
