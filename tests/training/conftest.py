@@ -19,13 +19,7 @@ SMALL = {
         "hidden_size": 16,
         "num_layers": 1,
         "num_heads": 2,
-        "noise_residual": {
-            "enabled": True,
-            "channels": 8,
-            "widths": [8, 8, 8],
-            "global_blocks": 1,
-            "content_residuals": True,
-        },
+        "noise_residual": {"enabled": True, "channels": 8, "widths": [8, 8, 8], "global_blocks": 1},
     },
     "data": {"max_length": 1024, "max_polygon_points": 8, "max_pixels": 28 * 28 * 12},
     "train": {
