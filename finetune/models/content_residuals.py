@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finetune.models.box_means import block_mean, local_mean
 from finetune.models.forensic_statistics import BLOCK, CELL_CHANNELS
 
 _ENERGIES = CELL_CHANNELS - 4 - BLOCK**2  # the first channels of the cells; then mean RGB, log variance, the spectrum
@@ -51,7 +52,7 @@ def content_residuals(cells: Tensor) -> Tensor:
         residuals = [
             robust_residuals(targets, content) for content in (_spectral_content(cells), _smooth_content(cells))
         ]
-        halves = [F.avg_pool2d(maps, 2) for maps in residuals]
+        halves = [block_mean(maps, 2) for maps in residuals]
         distances = [outlier_distance(local_mean(halves[which], side)) for which, side in _DISTANCES]
         distances = [F.interpolate(maps, scale_factor=2) for maps in distances]
         return torch.cat([*residuals, *distances], dim=1)
@@ -68,11 +69,10 @@ def robust_residuals(targets: Tensor, content: Tensor) -> Tensor:
         (n, T, h, w), in standard deviations of the picture's residuals, within [-4, 4].
     """
     constant = torch.ones_like(content[:, :1])
-    variables = torch.cat([F.instance_norm(content), constant], dim=1)
-    residuals = _unexplained(targets, variables, constant)
-    misfit = F.avg_pool2d(residuals, 4).square().mean(dim=1, keepdim=True)
+    fit = _RidgeRegression(torch.cat([F.instance_norm(content), constant], dim=1), targets)
+    misfit = block_mean(fit.residuals(constant), 4).square().mean(dim=1, keepdim=True)
     weights = 1 / (1 + misfit / misfit.mean(dim=(2, 3), keepdim=True).clamp_min(1e-12))
-    return _unexplained(targets, variables, F.interpolate(weights, scale_factor=4)).clamp(-_LIMIT, _LIMIT)
+    return fit.residuals(F.interpolate(weights, scale_factor=4)).clamp_(-_LIMIT, _LIMIT)
 
 
 def outlier_distance(maps: Tensor) -> Tensor:
@@ -101,13 +101,6 @@ def outlier_distance(maps: Tensor) -> Tensor:
         squared = squared / squared.median(dim=2, keepdim=True).values.clamp_min(1e-6)
         weights = 1 / (1 + squared.square())
     return squared.clamp(1e-3, 1e3).log().view(n, 1, height, width).to(maps.dtype) / 2
-
-
-def local_mean(maps: Tensor, side: int) -> Tensor:
-    """Mean over side x side cells, `side` odd, at the border over those inside; (n, C, h, w) -> same shape."""
-    reach = side // 2
-    rows = F.avg_pool2d(maps, (side, 1), 1, (reach, 0), count_include_pad=False)
-    return F.avg_pool2d(rows, (1, side), 1, (0, reach), count_include_pad=False)
 
 
 def _targets(cells: Tensor) -> Tensor:
@@ -147,20 +140,33 @@ def _band(cells: Tensor, low: int, high: int) -> Tensor:
     return cells[:, -(BLOCK**2) :][:, (order >= low) & (order <= high)].mean(dim=1, keepdim=True)
 
 
-def _unexplained(targets: Tensor, variables: Tensor, weights: Tensor) -> Tensor:
-    """Residuals of weighted ridge regressions of every target, divided by their root mean square; the last variable is
-    the constant, which is not penalised."""
-    exact = _sum_dtype(targets.device)
-    known, wanted = variables.flatten(2).to(exact), targets.flatten(2).to(exact)  # (n, variables or targets, cells)
-    weighted = known * weights.flatten(2)
-    gram = weighted @ known.transpose(1, 2)
-    penalised = torch.eye(gram.shape[1], device=gram.device, dtype=exact)
-    penalised[-1, -1] = 0
-    gram = gram + _PENALTY * gram.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] * penalised
-    coefficients = torch.linalg.solve(gram, weighted @ wanted.transpose(1, 2))  # (n, variables, targets)
-    residuals = wanted - coefficients.transpose(1, 2) @ known
-    scale = residuals.square().mean(dim=2, keepdim=True).sqrt() + 1e-3
-    return (residuals / scale).view_as(targets).to(targets.dtype)
+class _RidgeRegression:
+    """Regressions of every target on the same variables, per picture.
+
+    Args:
+        variables: (n, V, h, w), the last one constant, which is not penalised. targets: (n, T, h, w).
+    """
+
+    def __init__(self, variables: Tensor, targets: Tensor) -> None:
+        self.shape = targets.shape
+        self.known, self.wanted = variables.flatten(2), targets.flatten(2)
+        exact = _sum_dtype(targets.device)
+        self.exact_known, self.exact_wanted = self.known.to(exact), self.wanted.to(exact).transpose(1, 2)
+
+    def residuals(self, weights: Tensor) -> Tensor:
+        """Of a fit in which cells have weights (n, 1, h, w), divided by their root mean square; (n, T, h, w)."""
+        weighted = self.exact_known * weights.flatten(2)
+        gram = weighted @ self.exact_known.transpose(1, 2)
+        penalised = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
+        penalised[-1, -1] = 0
+        gram = gram + _PENALTY * gram.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] * penalised
+        coefficients = torch.linalg.solve(gram, weighted @ self.exact_wanted).transpose(1, 2)  # (n, T, V)
+        if gram.device.type == "cpu":  # no TF32 there, and half the memory to move
+            left = torch.baddbmm(self.wanted, coefficients.to(self.wanted.dtype), self.known, alpha=-1)
+        else:
+            left = (self.exact_wanted.transpose(1, 2) - coefficients @ self.exact_known).to(self.wanted.dtype)
+        spread = torch.linalg.vector_norm(left, dim=2, keepdim=True) / left.shape[2] ** 0.5
+        return left.div_(spread + 1e-3).view(self.shape)
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finetune.models.box_means import block_mean
+
 STRIDE = 4
 """Pixels per cell of the finest map."""
 BLOCK = 8
@@ -82,7 +84,7 @@ def residual_energies(luma: Tensor, chroma: Tensor) -> Tensor:
     half_bank = phased_bank(STRIDE // 2, 1, _HALF_SET, device)
     fine = F.conv2d(_frame(luma), luma_bank, stride=STRIDE)  # (n, 14 * 16, H/4, W/4)
     colour = F.conv2d(_frame(chroma), chroma_bank.repeat(2, 1, 1, 1), stride=STRIDE, groups=2)  # (n, 2 * 5 * 4, ...)
-    half = F.conv2d(_frame(F.avg_pool2d(luma, 2)), half_bank, stride=STRIDE // 2)  # (n, 4 * 4, ...)
+    half = F.conv2d(_frame(block_mean(luma, 2)), half_bank, stride=STRIDE // 2)  # (n, 4 * 4, ...)
     size = height // STRIDE, width // STRIDE
     groups = [(fine, LUMA_FILTERS), (colour, 2 * CHROMA_FILTERS), (half, HALF_FILTERS)]
     energies = [residual.view(n, filters, -1, *size).square().mean(dim=2) for residual, filters in groups]
@@ -91,7 +93,7 @@ def residual_energies(luma: Tensor, chroma: Tensor) -> Tensor:
 
 def colour_statistics(images: Tensor, luma: Tensor) -> Tensor:
     """Mean RGB and log variance of the luma per 4x4 cell, (n, 4, H/4, W/4): what noise levels depend on."""
-    moments = F.avg_pool2d(torch.cat([images, luma, luma.square()], dim=1), STRIDE)
+    moments = block_mean(torch.cat([images, luma, luma.square()], dim=1), STRIDE)
     variance = (moments[:, 4:] - moments[:, 3:4].square()).clamp_min(0)
     return torch.cat([moments[:, :3] / 128 - 1, torch.log(variance + 0.3) / 4], dim=1)
 
@@ -104,7 +106,7 @@ def block_spectrum(luma: Tensor) -> Tensor:
 
 def chroma_spectrum(chroma: Tensor) -> Tensor:
     """Log magnitudes of the 8x8 DCT of the chroma at half size (4:2:0), on JPEG's grid, (n, 2 * 64, H/16, W/16)."""
-    half = F.avg_pool2d(chroma, 2)
+    half = block_mean(chroma, 2)
     coefficients = F.conv2d(half, dct_bank(chroma.device).repeat(2, 1, 1, 1), stride=BLOCK, groups=2)
     return torch.log(coefficients.abs() + 0.15) / 2
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from finetune.config import HeadsConfig
 from finetune.models.features import by_shape
+from finetune.models.resizing import resize_bilinear
 
 
 class MaskHeadOutput(NamedTuple):
@@ -126,10 +127,10 @@ class QueryMaskHead(nn.Module):
 
     def _pixels(self, patches: Tensor, stream: Sequence[Tensor] | None) -> Tensor:
         if stream is None or self.stream_proj is None:
-            fine = F.interpolate(patches, scale_factor=2, mode="bilinear", align_corners=False)
+            fine = resize_bilinear(patches, (2 * patches.shape[-2], 2 * patches.shape[-1]))
         else:
             residual = torch.stack(list(stream))  # (k, S, H, W)
-            fine = F.interpolate(patches, size=residual.shape[-2:], mode="bilinear", align_corners=False)
+            fine = resize_bilinear(patches, residual.shape[-2:])
             fine = fine + self.stream_proj(residual.to(fine.dtype))
         return self.pixel(fine)
 
@@ -160,7 +161,7 @@ class GridMaskHead(nn.Module):
         for m, grid in enumerate(grids):
             height, width = patches[0][m].shape[-2:]
             size = (2 * height, 2 * width) if stream is None else tuple(stream[m].shape[-2:])
-            fine = F.interpolate(grid.unsqueeze(0), size=size, mode="bilinear", align_corners=False)  # (1, c, H, W)
+            fine = resize_bilinear(grid.unsqueeze(0), size)  # (1, c, H, W)
             if self.stream_proj is not None and stream is not None:
                 fine = fine + self.stream_proj(stream[m].unsqueeze(0).to(fine.dtype))
             fine = fine + self.refine(fine)

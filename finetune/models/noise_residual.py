@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.config import NoiseResidualConfig
+from finetune.models.box_means import block_mean, window_mean
 from finetune.models.content_residuals import RESIDUAL_CHANNELS, content_residuals
 from finetune.models.features import by_shape
 from finetune.models.forensic_statistics import (
@@ -27,6 +28,7 @@ from finetune.models.forensic_statistics import (
     forensic_statistics,
     pad_to,
 )
+from finetune.models.resizing import resize_bilinear
 from finetune.models.self_similarity import SIMILARITY_CHANNELS, self_similarity
 
 
@@ -119,8 +121,8 @@ class MapStem(nn.Module):
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """(n, num_maps, h, w), sides multiples of 4 -> (n, fine, h, w), (n, coarse, h/4, w/4)."""
         maps = maps.to(self.coarse.weight.dtype)
-        fine = self.fine(torch.cat([maps, F.avg_pool2d(maps, 5, 1, 2)], dim=1))
-        return fine, self.coarse(F.avg_pool2d(maps, 4))
+        fine = self.fine(torch.cat([maps, window_mean(maps, 5)], dim=1))
+        return fine, self.coarse(block_mean(maps, 4))
 
 
 class RelativeStem(nn.Module):
@@ -189,4 +191,4 @@ class GlobalBlock(nn.Module):
 
 
 def _enlarge(maps: Tensor) -> Tensor:
-    return F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False)
+    return resize_bilinear(maps, (2 * maps.shape[-2], 2 * maps.shape[-1]))

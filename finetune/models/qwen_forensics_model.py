@@ -38,6 +38,7 @@ from finetune.models.configuration import (  # noqa: E402
     QwenForensicsOutput,
 )
 from finetune.models.head_running import Seen  # noqa: E402
+from finetune.models.patch_embedding import PatchEmbed  # noqa: E402
 from finetune.models.perturbation import VisionOffsets  # noqa: E402
 from finetune.models.vision_heads import NO_LANGUAGE, VisionHeadRunner, VisionOnlyModel  # noqa: E402
 
@@ -64,6 +65,7 @@ class QwenForensicsForConditionalGeneration(VisionHeadRunner, Qwen2_5_VLForCondi
             self._tied_weights_keys = None  # there is no lm_head to tie
             self.model = VisionOnlyModel(config)
             self.post_init()
+        self.model.visual.patch_embed = PatchEmbed(self.model.visual.patch_embed)
         self._set_heads()
 
     @classmethod

@@ -139,9 +139,25 @@ def _all_pairs(plane: Tensor) -> tuple[Tensor, Tensor]:
     wanted = (y[:, None] * width + x).flatten()
     correlation = patches[wanted] @ patches.T  # (rows * columns, height * width)
     correlation.view(-1)[_too_near(height, width, plane.device)] = -1
-    score, found = correlation.max(dim=1)
+    score, found = _row_maxima(correlation)
     shift = torch.stack([found // width - wanted // width, found % width - wanted % width])
     return shift.view(2, rows, columns), score.view(rows, columns)
+
+
+def _row_maxima(values: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """`values.max(dim=1)` of (rows, columns), the first of equals; blocks are compared first, in vector code, which
+    torch's search for the place of a maximum is not."""
+    whole = values.shape[1] // block * block
+    blocks = values[:, :whole].view(len(values), whole // block, block).amax(dim=2)
+    blocks = (
+        torch.cat([blocks, values[:, whole:].amax(dim=1, keepdim=True)], dim=1) if whole < values.shape[1] else blocks
+    )
+    first = blocks.max(dim=1).indices * block
+    place = first[:, None] + torch.arange(block, device=values.device)
+    inside = place < values.shape[1]
+    near = values.gather(1, place.clamp(max=values.shape[1] - 1)).masked_fill(~inside, -torch.inf)
+    score, within = near.max(dim=1)
+    return score, first + within
 
 
 @lru_cache(maxsize=8)

@@ -18,24 +18,26 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of Jordan's iteration: five rounds bring every singular value above 0.01 into about [0.7, 1.2]."""
 _ROUNDS = 5
 _MOMENTUM = 0.95
+_STACKED = 4_000_000
+"""Values of matrices that step together: small ones cost calls, not arithmetic; large ones would cost memory."""
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """About U V^T of the matrix U S V^T, by Newton-Schulz iteration in float32; zeros stay zeros.
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """About U V^T of every matrix U S V^T, by Newton-Schulz iteration in float32; zeros stay zeros.
 
     Args:
-        matrix: (rows, columns).
+        matrices: (n, rows, columns).
     """
-    x = matrix.float()
-    x = x / (x.norm() + 1e-7)
-    is_tall = x.shape[0] > x.shape[1]
+    x = matrices.float()
+    is_tall = x.shape[1] > x.shape[2]
     if is_tall:
-        x = x.T
+        x = x.mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     a, b, c = _QUINTIC
     for _ in range(_ROUNDS):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if is_tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 class MuonAdamW(AdamW):
@@ -75,18 +77,33 @@ class MuonAdamW(AdamW):
         return loss
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros(())  # unused; AdamW looks for it in every state it loads
-                state["momentum"] = torch.zeros_like(parameter)
-            momentum = state["momentum"].lerp_(parameter.grad, 1 - _MOMENTUM)
-            step = orthogonalize(parameter.grad.lerp(momentum, _MOMENTUM).flatten(1))
-            rate = group["lr"] * max(1.0, step.shape[0] / step.shape[1]) ** 0.5
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(step.view_as(parameter).to(parameter.dtype), alpha=-rate)
+        for parameters in _stacks([p for p in group["params"] if p.grad is not None]):
+            rows, columns = parameters[0].flatten(1).shape
+            steps = orthogonalize(torch.stack([self._nesterov(p).flatten(1) for p in parameters]))
+            rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            for parameter, step in zip(parameters, steps, strict=True):
+                parameter.add_(step.view_as(parameter).to(parameter.dtype), alpha=-rate)
+
+    def _nesterov(self, parameter: nn.Parameter) -> Tensor:
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())  # unused; AdamW looks for it in every state it loads
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"].lerp_(parameter.grad, 1 - _MOMENTUM)
+        return parameter.grad.lerp(momentum, _MOMENTUM)
+
+
+def _stacks(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters of one shape, type and device together, ordered by their first, at most `_STACKED` values each."""
+    alike: dict[tuple[Any, ...], list[list[nn.Parameter]]] = {}
+    for parameter in parameters:
+        stacks = alike.setdefault((parameter.flatten(1).shape, parameter.dtype, parameter.device), [[]])
+        if stacks[-1] and (len(stacks[-1]) + 1) * parameter.numel() > _STACKED:
+            stacks.append([])
+        stacks[-1].append(parameter)
+    return [stack for stacks in alike.values() for stack in stacks]
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:

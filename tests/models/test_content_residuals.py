@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from finetune.config import NoiseResidualConfig
-from finetune.models.content_residuals import RESIDUAL_CHANNELS, content_residuals, local_mean, outlier_distance
+from finetune.models.box_means import local_mean
+from finetune.models.content_residuals import RESIDUAL_CHANNELS, content_residuals, outlier_distance
 from finetune.models.forensic_statistics import forensic_statistics
 from finetune.models.noise_residual import NoiseResidualStream
 

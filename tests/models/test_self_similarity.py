@@ -9,7 +9,13 @@ import torch
 from finetune.config import NoiseResidualConfig, RunConfig
 from finetune.models.copied_regions import copied_regions, find_copies
 from finetune.models.noise_residual import NoiseResidualStream
-from finetune.models.self_similarity import MAX_PIXELS, SIMILARITY_CHANNELS, agreement, self_similarity
+from finetune.models.self_similarity import (
+    MAX_PIXELS,
+    SIMILARITY_CHANNELS,
+    _row_maxima,
+    agreement,
+    self_similarity,
+)
 from finetune.training.checks import run_problems
 
 SOURCE = np.s_[30:90, 20:80]
@@ -175,3 +181,13 @@ def test_a_share_that_is_none_is_said_before_a_run(share: float) -> None:
     config = RunConfig()
     config.heads.noise_residual.similarity_share = share
     assert any(f"similarity_share is {share}" in problem for problem in run_problems(config))
+
+
+@pytest.mark.parametrize("columns", [5, 128, 256, 300])
+def test_row_maxima_are_torch_s_the_first_of_equals(columns: int) -> None:
+    values = torch.randint(0, 40, (50, columns), generator=torch.Generator().manual_seed(0)).float()
+    values[0] = 3.0
+    score, place = _row_maxima(values)
+    expected = values.numpy()
+    assert torch.equal(score, values.amax(dim=1))
+    assert place.tolist() == expected.argmax(axis=1).tolist()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from finetune.config import RunConfig
+from finetune.training import muon
 from finetune.training.muon import MuonAdamW, orthogonalize
 from finetune.training.run import build_trainer
 
@@ -18,7 +19,7 @@ def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int]) 
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     matrix = (u * torch.linspace(1, 0.05, len(s), dtype=torch.float64)) @ vh
-    result = orthogonalize(matrix).double()
+    result = orthogonalize(matrix[None])[0].double()
     assert result.shape == shape
     inner = u.T @ result @ vh.T
     diagonal = inner.diagonal()
@@ -28,7 +29,7 @@ def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int]) 
 
 
 def test_zeros_stay_zeros() -> None:
-    assert torch.equal(orthogonalize(torch.zeros(3, 5)), torch.zeros(3, 5))
+    assert torch.equal(orthogonalize(torch.zeros(2, 3, 5)), torch.zeros(2, 3, 5))
 
 
 def test_step_ignores_the_scale_of_the_gradient_and_decays_apart_from_it() -> None:
@@ -41,7 +42,7 @@ def test_step_ignores_the_scale_of_the_gradient_and_decays_apart_from_it() -> No
         optimizer.step()
         results.append(weight.detach())
     assert torch.allclose(results[0], results[1], atol=1e-5)
-    expected = start * 0.95 - 0.1 * orthogonalize(gradient.flatten(1)).view_as(start)
+    expected = start * 0.95 - 0.1 * orthogonalize(gradient.flatten(1)[None]).view_as(start)
     assert torch.allclose(results[0], expected, atol=1e-5)
 
 
@@ -50,7 +51,30 @@ def test_tall_matrices_step_further() -> None:
     optimizer = MuonAdamW([{"params": [weight], "lr": 0.1, "weight_decay": 0.0, "muon": True}])
     weight.grad = torch.randn(12, 3)
     optimizer.step()
-    assert torch.allclose(weight.detach(), -0.2 * orthogonalize(weight.grad), atol=1e-6)
+    assert torch.allclose(weight.detach(), -0.2 * orthogonalize(weight.grad[None])[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("stacked", [0, 30, 1000])
+def test_matrices_of_one_shape_step_as_if_alone(stacked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "_STACKED", stacked)
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(4, 3), (6, 2, 3), (4, 3), (3, 4), (4, 3), (6, 6)]
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
+
+    def train(chosen: list[int]) -> list[torch.Tensor]:
+        weights = [torch.nn.Parameter(values[i].clone()) for i in chosen]
+        optimizer = MuonAdamW([{"params": weights, "lr": 0.1, "weight_decay": 0.2, "muon": True}])
+        for step in gradients:
+            for i, weight in zip(chosen, weights, strict=True):
+                weight.grad = step[i] if i else None  # the first one takes no part
+            optimizer.step()
+        return [weight.detach() for weight in weights]
+
+    together = train(list(range(len(shapes))))
+    assert torch.equal(together[0], values[0])
+    for i, found in enumerate(together):
+        torch.testing.assert_close(found, train([i])[0], rtol=1e-5, atol=1e-5)
 
 
 def test_other_groups_are_adamw_and_the_state_can_be_restored() -> None:

@@ -1,0 +1,46 @@
+"""Means over windows and blocks of a map, as sums of shifted views.
+
+Several times as fast on a CPU as `torch.nn.functional.avg_pool2d`, which is not vectorised over channels-first maps,
+and the same to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def window_mean(maps: Tensor, side: int) -> Tensor:
+    """Mean over side x side cells around every cell, those outside of the map being 0.
+
+    Args:
+        maps: (n, C, h, w) floating point. side: odd.
+
+    Returns:
+        same shape: `avg_pool2d(maps, side, 1, side // 2)`.
+    """
+    height, width = maps.shape[-2:]
+    reach = side // 2
+    padded = F.pad(maps, (reach, reach, reach, reach))
+    rows = sum_of([padded[..., i : i + height, :] for i in range(side)])
+    return sum_of([rows[..., i : i + width] for i in range(side)]) / side**2
+
+
+def local_mean(maps: Tensor, side: int) -> Tensor:
+    """Mean over side x side cells, `side` odd, at the border over those inside; (n, C, h, w) -> same shape."""
+    return window_mean(maps, side) / window_mean(torch.ones_like(maps[:1, :1]), side)
+
+
+def block_mean(maps: Tensor, side: int) -> Tensor:
+    """(n, C, h, w), h and w multiples of `side` -> (n, C, h/side, w/side): `avg_pool2d(maps, side)`."""
+    rows = sum_of([maps[..., i::side, :] for i in range(side)])
+    return sum_of([rows[..., i::side] for i in range(side)]) / side**2
+
+
+def sum_of(parts: list[Tensor]) -> Tensor:
+    """Sum of tensors of one shape; differentiable."""
+    total = parts[0] + parts[1] if len(parts) > 1 else parts[0]
+    for part in parts[2:]:
+        total = total + part
+    return total
