@@ -40,7 +40,7 @@ if [[ "${ACCELERATE_CONFIG:-}" == cpu_ddp ]]; then extra=("train.batch_size=4" "
 started=$SECONDS
 bash script/sft_llm.sh configs/train/vision_quickstart.yaml "output_dir=$(yaml "$OUT")" \
     "model.path=$(yaml "$QUICK/best")" "data.train=[$(yaml "$QUICK/data/train.jsonl")]" \
-    "data.eval=[$(yaml "$QUICK/data/val.jsonl")]" "train.search_cache=$(yaml "$OUT/searches")" "${extra[@]}"
+    "data.eval=[$(yaml "$QUICK/data/val.jsonl")]" "train.search_cache=$(yaml "$QUICK/searches")" "${extra[@]}"
 say "trained in $((SECONDS - started)) s"
 
 number=0

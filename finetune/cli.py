@@ -66,6 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", parser_class=VerbParser)
     for name, summary, add_arguments in (
         ("train", "train from a YAML configuration", training.train_arguments),
+        (
+            "precompute",
+            "search pictures for repetitions before training, on all cores (train.search_cache)",
+            training.precompute_arguments,
+        ),
         ("predict", "verdict, mask and text for images", inference.predict_arguments),
         (
             "chat",

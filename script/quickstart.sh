@@ -40,7 +40,7 @@ TRAIN_PHOTOS="$(folder --train-photos "$TRAIN_PHOTOS")"
 OUT="$(absolute "$OUT")"
 
 started=$SECONDS
-step() { say "[$1/5, $((SECONDS - started)) s] $2"; }
+step() { say "[$1/6, $((SECONDS - started)) s] $2"; }
 
 step 1 "environment"
 begin_run "$OUT"
@@ -52,6 +52,7 @@ mkdir -p "$NOTES"
 if [[ $FRESH == 1 ]]; then
     if [[ -f "$NOTES/tiny" ]]; then rm -rf "$OUT/tiny" "$NOTES/tiny"; fi
     if [[ -f "$NOTES/photos" && -f "$OUT/data/manifest.json" ]]; then rm -rf "$OUT/data"; fi
+    if [[ -f "$NOTES/searches" ]]; then rm -rf "$OUT/searches" "$NOTES/searches"; fi
     rm -f "$NOTES/photos"
 fi
 if [[ -f "$OUT/data/manifest.json" ]]; then
@@ -78,7 +79,6 @@ else
         ${PHOTOS:+--photos "$PHOTOS"} ${TRAIN_PHOTOS:+--train-photos "$TRAIN_PHOTOS"}
 fi
 
-step 4 "training"
 overrides=(
     "output_dir=$(yaml "$OUT")"
     "model.path=$(yaml "$OUT/tiny")"
@@ -86,6 +86,18 @@ overrides=(
     "data.eval=[{path: $(yaml "$OUT/data/val.jsonl")}]"
 )
 if [[ -n "$LIMIT" ]]; then overrides+=("train.max_seconds=$LIMIT"); fi
+
+step 4 "searches for repeated places, before training: $OUT/searches"
+if [[ -n "$LIMIT" ]] && ((LIMIT < 240)); then
+    say "left to the training steps in a run this short"
+else
+    overrides+=("train.search_cache=$(yaml "$OUT/searches")")
+    touch "$NOTES/searches"
+    forensics precompute --config configs/train/quickstart.yaml --share 0.25 --seconds 60 "${overrides[@]}"
+    overrides+=("heads.noise_residual.similarity_share=0") # what has been searched is used, and that is all
+fi
+
+step 5 "training"
 # The global batch is 8 on every machine: two CPU ranks of 4, or one rank of 8.
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     launch=(single_gpu.yaml "$OMP_NUM_THREADS") ranks=1
@@ -98,7 +110,7 @@ overrides+=("train.batch_size=$((8 / ranks))")
 accelerate launch --quiet --config_file "configs/accelerate/${launch[0]}" --main_process_port 0 \
     --num_cpu_threads_per_process "${launch[1]}" sft_llm.py --config configs/train/quickstart.yaml --overwrite "${overrides[@]}"
 
-step 5 "evaluation on images made from other photographs"
+step 6 "evaluation on images made from other photographs"
 forensics evaluate --model "$OUT/best" --data "$OUT/data/eval.jsonl" --baseline-data "$OUT/data/train.jsonl" \
     --out "$OUT" --batch-size 16 --max-new-tokens 160
 

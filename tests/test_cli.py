@@ -14,7 +14,20 @@ from PIL import Image
 
 from finetune.cli import build_parser, main
 
-VERBS = ("train", "predict", "chat", "merge", "evaluate", "doctor", "preview", "audit", "tiny", "synth", "vision")
+VERBS = (
+    "train",
+    "precompute",
+    "predict",
+    "chat",
+    "merge",
+    "evaluate",
+    "doctor",
+    "preview",
+    "audit",
+    "tiny",
+    "synth",
+    "vision",
+)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

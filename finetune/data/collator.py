@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from finetune.data.dataset import Sample, processed_size
@@ -27,6 +28,17 @@ MODEL_KEYS = (
     "region_index",
 )
 """Keys of a batch that are arguments of the model's forward; the others are targets and names."""
+
+
+def processed_images(images: Sequence[Image.Image], image_processor: Any) -> dict[str, Any]:
+    """What the processor makes of RGB images, at once at the size the model sees: pixel_values, image_grid_thw and
+    anything else it returns."""
+    resizing = {}
+    if getattr(image_processor, SHORT_SIDE, None) is not None:
+        sizes = [processed_size((image.height, image.width), image_processor) for image in images]
+        images = [resampled(*pair, image_processor) for pair in zip(images, sizes, strict=True)]
+        resizing = {"do_resize": False}
+    return dict(image_processor(images=list(images), return_tensors="pt", **resizing))
 
 
 class ForensicCollator:
@@ -87,13 +99,7 @@ class ForensicCollator:
         images = [image for sample in samples for image in sample.images]
         found: dict[str, Any] = {}
         if images:
-            image_processor = self.processor.image_processor
-            resizing = {}
-            if getattr(image_processor, SHORT_SIDE, None) is not None:  # at once to the size the model sees
-                sizes = [processed_size((image.height, image.width), image_processor) for image in images]
-                images = [resampled(*pair, image_processor) for pair in zip(images, sizes, strict=True)]
-                resizing = {"do_resize": False}
-            found.update(image_processor(images=images, return_tensors="pt", **resizing))
+            found.update(processed_images(images, self.processor.image_processor))
         features = [entry for sample in samples for entry in sample.features]
         if features:
             patch = self.processor.image_processor.patch_size

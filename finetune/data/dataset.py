@@ -134,7 +134,7 @@ class ForensicDataset(Dataset):
     @property
     def pairs(self) -> list[str | None]:
         """Of each record what its authentic or tampered twin has too (`provenance.pair` of generated sets), or None."""
-        return [_pair(record) for record in self.records]
+        return [pair_of(record) for record in self.records]
 
     def groups_of_images(self, indices: Sequence[int]) -> list[str]:
         """Of every image of some records, what it shares with others of one origin: the record's group, else its pair,
@@ -142,7 +142,7 @@ class ForensicDataset(Dataset):
         found = []
         for index in indices:
             record = self.records[index]
-            found += [record.group or _pair(record) or GroupBy().key(record)] * len(record.images)
+            found += [record.group or pair_of(record) or GroupBy().key(record)] * len(record.images)
         return found
 
     def __getitem__(self, index: int) -> Sample:
@@ -410,7 +410,8 @@ def load_dataset(
     return checked_dataset(read_sources(sources, what), what, processor, tokens, config)
 
 
-def _pair(record: Record) -> str | None:
+def pair_of(record: Record) -> str | None:
+    """What an authentic picture and its tampered twin have in common (`provenance.pair` of generated sets), or None."""
     pair = record.provenance.get("pair")
     return pair if isinstance(pair, str) else None
 

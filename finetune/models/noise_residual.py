@@ -55,6 +55,7 @@ class NoiseResidualStream(nn.Module):
         self.similarity = MapStem(SIMILARITY_CHANNELS, fine, coarse, hidden=32) if config.self_similarity else None
         self.similarity_share = config.similarity_share
         self.search: Callable[[Tensor], Tensor] = search_picture  # training may put a memory in its place
+        self.recall: Callable[[Tensor], Tensor | None] = _recall_nothing
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         """N images of any sizes (multiples of 4) -> N feature maps."""
@@ -87,19 +88,29 @@ class NoiseResidualStream(nn.Module):
         return self.out(self.fine_out(fine + _enlarge(self.up_fine(middle))))
 
     def _search(self, image: Tensor) -> Tensor:
-        """`self_similarity`, or zeros for a picture left out in training. Its pixels decide, not chance: so it is the
-        same with any batch size, number of ranks, and after a resume."""
-        if self.training and self.similarity_share < 1:
-            brightness = int(image.detach().double().sum().round().item())
-            if brightness % 997 >= 997 * self.similarity_share:
-                size = image.shape[-2] // STRIDE, image.shape[-1] // STRIDE
-                return torch.zeros(SIMILARITY_CHANNELS, *size, device=image.device)
-        return self.search(image)
+        """`self_similarity`; in training, of a picture that is left out, what is remembered of it, or zeros."""
+        if not self.training or is_chosen(image, self.similarity_share):
+            return self.search(image)
+        maps = self.recall(image)
+        if maps is None:
+            maps = torch.zeros(SIMILARITY_CHANNELS, *(side // STRIDE for side in image.shape[-2:]), device=image.device)
+        return maps
+
+
+def is_chosen(image: Tensor, share: float) -> bool:
+    """Whether a picture (3, H, W) is one of the share that is searched in training. Its pixels decide, not chance: so
+    it is the same with any batch size, number of ranks, and after a resume."""
+    brightness = int(image.detach().double().sum().round().item())
+    return share >= 1 or brightness % 997 < 997 * share
 
 
 def search_picture(image: Tensor) -> Tensor:
     """`self_similarity` of a picture (3, H, W), rounded to half precision, in which it can be stored."""
     return self_similarity(image).half().float()
+
+
+def _recall_nothing(_: Tensor) -> None:
+    return None
 
 
 class MapStem(nn.Module):

@@ -161,8 +161,11 @@ def _data_problems(config: RunConfig) -> list[str]:
     if not 0 < loss.evidence_share <= 1:
         problems.append(f"loss.evidence_share is {loss.evidence_share}; expected a share of the pixels, up to 1")
     share = config.heads.noise_residual.similarity_share
-    if not 0 < share <= 1:
-        problems.append(f"heads.noise_residual.similarity_share is {share}; expected a share of the pictures, up to 1")
+    if not 0 <= share <= 1 or (share == 0 and not config.train.search_cache):
+        problems.append(
+            f"heads.noise_residual.similarity_share is {share}; expected a share of the pictures, above 0 and up to 1, "
+            "or 0 with train.search_cache for those searched before (`forensics precompute`)"
+        )
     return problems
 
 

@@ -30,24 +30,42 @@ class SearchCache:
 
     def __call__(self, image: Tensor) -> Tensor:
         """(3, H, W) RGB in [0, 255] -> (SIMILARITY_CHANNELS, H/4, W/4) float32."""
-        pixels = image.detach().float().cpu().contiguous()
-        key = hashlib.sha256(f"{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes()).hexdigest()
-        found = self.store.load(key)
-        if found is not None:
-            return found[0][0].to(image.device).float()
-        maps = search_picture(image)
-        self.store.save(key, [maps.half()], (image.shape[-2], image.shape[-1]))
-        self.num_searched += 1
+        maps = self.recall(image)
+        if maps is None:
+            maps = search_picture(image)
+            self.store.save(_key(image), [maps.half()], (image.shape[-2], image.shape[-1]))
+            self.num_searched += 1
         return maps
 
+    def recall(self, image: Tensor) -> Tensor | None:
+        """The maps if they are stored."""
+        found = self.store.load(_key(image))
+        return None if found is None else found[0][0].to(image.device).float()
 
-def search_cache_problems(config: RunConfig) -> list[str]:
-    """Why a run has no use for stored searches, one line each; [] where it has."""
+
+def _key(image: Tensor) -> str:
+    pixels = image.detach().float().cpu().contiguous()
+    return hashlib.sha256(f"{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes()).hexdigest()
+
+
+def search_cache_problems(config: RunConfig, holds_searches: bool | None = None) -> list[str]:
+    """Why a run has no use for stored searches, one line each; [] where it has.
+
+    Args:
+        holds_searches: whether there are some, or will be; None: look.
+    """
+    if holds_searches is None:
+        holds_searches = bool(SearchCache(Path(str(config.train.search_cache))).store.count())
     name = f"train.search_cache is '{config.train.search_cache}'"
     noise = config.heads.noise_residual
     if not (config.heads.enabled and noise.enabled and noise.self_similarity):
         return [f"{name}, but nothing is searched; it needs heads.noise_residual.self_similarity: true"]
     problems = []
+    if noise.similarity_share == 0 and not holds_searches:
+        problems.append(
+            f"{name}, which holds no searches, and heads.noise_residual.similarity_share is 0: no picture would be "
+            "searched in training; run `forensics precompute` first, or raise the share"
+        )
     if config.region_masking.enabled:
         problems.append(f"{name}: region_masking changes the pixels at every draw; switch one of them off")
     if config.adversarial.share and config.adversarial.target == "pixels":
@@ -62,5 +80,5 @@ def use_search_cache(model: nn.Module, config: RunConfig) -> SearchCache | None:
     cache = SearchCache(Path(config.train.search_cache))
     for module in model.modules():
         if isinstance(module, NoiseResidualStream):
-            module.search = cache
+            module.search, module.recall = cache, cache.recall
     return cache

@@ -1,11 +1,11 @@
-"""Verbs that make models: train, doctor, tiny, merge. Their layers are imported when they run."""
+"""Verbs that make models: train, precompute, doctor, tiny, merge. Their layers are imported when they run."""
 
 from __future__ import annotations
 
 import argparse
 
 from finetune.errors import ConfigError
-from finetune.verbs.argument_types import positive, reader_arguments
+from finetune.verbs.argument_types import non_negative, positive, probability, reader_arguments
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -50,6 +50,28 @@ def _train(arguments: argparse.Namespace) -> int:
 
     status: int = train(config, overwrite=arguments.overwrite).get("exit_status", 0)
     return status
+
+
+def precompute_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", required=True, metavar="YAML", help="a training configuration with train.search_cache"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train")
+    parser.add_argument("--seconds", type=non_negative, metavar="N", help="begin no picture after N seconds")
+    parser.add_argument(
+        "--share",
+        type=probability,
+        metavar="S",
+        help="of the training records, pairs whole (default: what heads.noise_residual.similarity_share chooses)",
+    )
+    parser.add_argument("--workers", type=positive, default=0, metavar="N", help="processes (default: one per core)")
+    parser.set_defaults(handler=_precompute)
+
+
+def _precompute(arguments: argparse.Namespace) -> int:
+    from finetune.training.precompute import precompute_command
+
+    return precompute_command(arguments)
 
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,150 @@
+"""Searches before training: the pictures that a run asks for, pairs whole, the time kept, and mistakes said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune.cli import main
+from finetune.config import RegionMaskingConfig, RunConfig, StageConfig
+from finetune.errors import ConfigError, DataFormatError
+from finetune.training import precompute
+from finetune.training.checks import run_problems
+from finetune.training.precompute import search_ahead
+from finetune.training.run import build_trainer
+from finetune.training.search_cache import SearchCache
+
+NOISE = {"enabled": True, "channels": 8, "widths": [8, 8, 8], "global_blocks": 1, "self_similarity": True}
+
+
+@pytest.fixture
+def config(make_config: Callable[..., RunConfig], tmp_path: Path) -> RunConfig:
+    return make_config(
+        "run", heads={"noise_residual": NOISE}, train={"search_cache": str(tmp_path / "searches"), "max_steps": 6}
+    )
+
+
+def _cache(config: RunConfig) -> SearchCache:
+    return SearchCache(Path(str(config.train.search_cache)))
+
+
+def _train(config: RunConfig) -> tuple[SearchCache, list[bool]]:
+    """The run's memory afterwards, and of every picture of a training step whether there were maps."""
+    trainer = build_trainer(config)[0]
+    (stream,) = (module for module in trainer.bundle.model.modules() if hasattr(module, "recall"))
+    seen = []
+    search = stream._search
+
+    def watched(image: Tensor) -> Tensor:
+        maps: Tensor = search(image)
+        if stream.training:
+            seen.append(bool(maps.any()))
+        return maps
+
+    stream._search = watched
+    trainer.train()
+    return stream.search, seen
+
+
+@pytest.mark.parametrize("similarity_share", [1.0, 0.4])
+def test_training_and_evaluation_find_every_search_they_ask_for(config: RunConfig, similarity_share: float) -> None:
+    config.heads.noise_residual.similarity_share = similarity_share
+    done = search_ahead(config, workers=1)
+    assert done.searched == _cache(config).store.count() > 8  # all pictures of the evaluation at least
+    assert done.left == done.stored == 0
+    cache, seen = _train(config)
+    assert cache.num_searched == 0
+    assert all(seen) == (similarity_share == 1)
+    assert any(seen)
+    again = search_ahead(config, workers=1)
+    assert (again.searched, again.stored) == (0, done.searched)
+
+
+def test_what_was_searched_is_used_and_nothing_else(config: RunConfig) -> None:
+    config.heads.noise_residual.similarity_share = 0.0
+    for empty in (run_problems(config), run_problems(replace(config, train=replace(config.train, search_cache=False)))):
+        assert any("similarity_share is 0" in problem and "forensics precompute" in problem for problem in empty)
+    search_ahead(config, workers=1, share=0.5)
+    assert run_problems(config) == []
+    cache, seen = _train(config)
+    assert cache.num_searched == 0
+    assert 0 < sum(seen) < len(seen)
+
+
+def test_a_picture_never_comes_without_its_twin(
+    config: RunConfig, synth_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (synth_dir / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs = {record["id"]: record["provenance"]["pair"] for record in map(json.loads, lines)}
+    assert len(set(pairs.values())) == len(pairs) / 2
+    config.data.eval = []
+    chosen = {task.record.id for task in precompute._tasks(config, 0.5)}
+    assert 0 < len(chosen) < len(pairs)
+    assert {pairs[name] for name in chosen}.isdisjoint(pairs[name] for name in pairs.keys() - chosen)
+    assert len(list(precompute._tasks(config, 1.0))) == len(pairs)
+    assert not list(precompute._tasks(config, 0.0))
+
+
+def test_processes_find_the_same_as_one(config: RunConfig, tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for workers, folder in enumerate(folders, start=1):
+        config.train.search_cache = str(folder)
+        search_ahead(config, workers=workers)
+    files = [{p.name: p for p in folder.rglob("*.safetensors")} for folder in folders]
+    assert files[0].keys() == files[1].keys()
+    for name, file in files[0].items():
+        maps = [SearchCache(folder).store.load(file.stem) for folder in folders]
+        torch.testing.assert_close(maps[0][0], maps[1][0], msg=name)
+
+
+def test_no_picture_is_begun_after_the_time_is_over(config: RunConfig) -> None:
+    done = search_ahead(config, workers=1, seconds=0)
+    assert done.searched == _cache(config).store.count() == 0
+    assert done.left == 20
+
+
+def test_stages_share_their_searches(config: RunConfig) -> None:
+    settings: dict[str, Any] = {"heads": {"noise_residual": {"similarity_share": 1.0}}}
+    config.stages = [StageConfig("a"), StageConfig("b", **settings)]
+    done = search_ahead(config, workers=1)
+    assert done.searched == done.stored == 20
+
+
+def test_mistakes_are_said(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="region_masking changes the pixels"):
+        search_ahead(replace(config, region_masking=RegionMaskingConfig(enabled=True)))
+    config.train.search_cache = False
+    with pytest.raises(ConfigError, match=r"give it a folder, e\.g\. train\.search_cache=runs/searches"):
+        search_ahead(config)
+    assert main(["precompute", "--config", "configs/train/quickstart.yaml"]) == 2
+    assert "train.search_cache is off" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_is_named(config: RunConfig, tmp_path: Path, synth_dir: Path) -> None:
+    record = json.loads((synth_dir / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(json.dumps({**record, "images": ["absent.png"], "masks": [None]}), encoding="utf-8")
+    config.data.train[0].path = str(broken)
+    with pytest.raises(DataFormatError, match=record["id"]):
+        search_ahead(config, workers=1)
+
+
+def test_the_command_says_what_it_did(
+    write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "searches"
+    path = write_config(heads={"noise_residual": NOISE}, data={"eval": []}, train={"search_cache": str(folder)})
+    command = ["precompute", "--config", str(path), "--workers", "1", "--share", "0.5"]
+    assert main(command) == 0
+    count = len(list(folder.rglob("*.safetensors")))
+    assert count
+    assert capsys.readouterr().out.startswith(f"searched {count} pictures in ")
+    assert main(command) == 0
+    assert f"searched 0 pictures in 0 s, {count} were stored already" in capsys.readouterr().out
