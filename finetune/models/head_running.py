@@ -258,9 +258,9 @@ class _Anchor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
+        ctx.kinds = [(x.shape, x.dtype, x.device) for x in inputs]  # not the tensors: sharding may replace their memory
         return inputs[0].new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
-        return tuple(map(torch.zeros_like, ctx.saved_tensors))
+        return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.kinds)

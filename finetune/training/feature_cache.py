@@ -150,6 +150,10 @@ class FeatureStore:
         """How many images are stored."""
         return sum(1 for _ in self.folder.glob("??/*.safetensors"))
 
+    def is_empty(self) -> bool:
+        """Whether no image is stored."""
+        return next(self.folder.glob("??/*.safetensors"), None) is None
+
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 

@@ -81,8 +81,8 @@ class MuonAdamW(AdamW):
             rows, columns = parameters[0].flatten(1).shape
             steps = orthogonalize(torch.stack([self._nesterov(p).flatten(1) for p in parameters]))
             rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             for parameter, step in zip(parameters, steps, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(step.view_as(parameter).to(parameter.dtype), alpha=-rate)
 
     def _nesterov(self, parameter: nn.Parameter) -> Tensor:

@@ -54,13 +54,13 @@ def search_cache_problems(config: RunConfig, holds_searches: bool | None = None)
     Args:
         holds_searches: whether there are some, or will be; None: look.
     """
-    if holds_searches is None:
-        holds_searches = bool(SearchCache(Path(str(config.train.search_cache))).store.count())
     name = f"train.search_cache is '{config.train.search_cache}'"
     noise = config.heads.noise_residual
     if not (config.heads.enabled and noise.enabled and noise.self_similarity):
         return [f"{name}, but nothing is searched; it needs heads.noise_residual.self_similarity: true"]
     problems = []
+    if holds_searches is None and noise.similarity_share == 0:
+        holds_searches = not SearchCache(Path(str(config.train.search_cache))).store.is_empty()
     if noise.similarity_share == 0 and not holds_searches:
         problems.append(
             f"{name}, which holds no searches, and heads.noise_residual.similarity_share is 0: no picture would be "
