@@ -55,7 +55,7 @@ def precompute_command(arguments: argparse.Namespace) -> int:
     config: RunConfig = load_config(arguments.config, arguments.overrides)
     start = time.monotonic()
     found = search_ahead(config, arguments.workers, arguments.seconds, arguments.share, progress=sys.stderr.isatty())
-    rest = f"; {found.left} records left to the training steps" if found.left else ""
+    rest = f"; the time did not suffice for {found.left} records" if found.left else ""
     took = f"{time.monotonic() - start:.0f} s"
     print(f"searched {found.searched} pictures in {took}, {found.stored} were stored already{rest}")
     return 0
