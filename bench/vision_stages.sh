@@ -37,10 +37,15 @@ cd "$ROOT"
 if [[ -z "${ACCELERATE_CONFIG:-}" ]] && (($(cpu_count) > 1)) && ! has_gpu; then export ACCELERATE_CONFIG=cpu_ddp; fi
 if [[ "${ACCELERATE_CONFIG:-}" == cpu_ddp ]]; then extra=("train.batch_size=4" "${extra[@]}"); fi
 
+if [[ -d "$QUICK/searches" && ! -e "$OUT/searches" ]]; then # a copy: what is added must not change the quick start's
+    mkdir -p "$OUT"
+    cp -R "$QUICK/searches" "$OUT/searches"
+fi
+
 started=$SECONDS
 bash script/sft_llm.sh configs/train/vision_quickstart.yaml "output_dir=$(yaml "$OUT")" \
     "model.path=$(yaml "$QUICK/best")" "data.train=[$(yaml "$QUICK/data/train.jsonl")]" \
-    "data.eval=[$(yaml "$QUICK/data/val.jsonl")]" "train.search_cache=$(yaml "$QUICK/searches")" "${extra[@]}"
+    "data.eval=[$(yaml "$QUICK/data/val.jsonl")]" "train.search_cache=$(yaml "$OUT/searches")" "${extra[@]}"
 say "trained in $((SECONDS - started)) s"
 
 number=0

@@ -11,7 +11,7 @@ usage: bash script/quickstart.sh [--photos DIR] [--train-photos DIR] [--seconds 
   --train-photos DIR  train on these photographs too; what is evaluated stays the same
   --seconds N         stop training after N seconds (default: as configs/train/quickstart.yaml says)
   --out DIR           where everything is written (default runs/quickstart)
-  --fresh             build the tiny model and the data again; without it those already in --out are used
+  --fresh             build the tiny model, the data and the searches again; without it those already in --out are used
 
 About fifteen minutes on two CPU cores. Writes best/ (the model), metrics.json, predictions.jsonl, report.html.
 TXT
@@ -92,7 +92,7 @@ if [[ -n "$LIMIT" ]] && ((LIMIT < 240)); then
     say "left to the training steps in a run this short"
 else
     overrides+=("train.search_cache=$(yaml "$OUT/searches")")
-    touch "$NOTES/searches"
+    [[ -e "$OUT/searches" ]] || touch "$NOTES/searches"
     forensics precompute --config configs/train/quickstart.yaml --share 0.25 --seconds 60 "${overrides[@]}"
     overrides+=("heads.noise_residual.similarity_share=0") # what has been searched is used, and that is all
 fi

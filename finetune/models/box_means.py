@@ -20,16 +20,23 @@ def window_mean(maps: Tensor, side: int) -> Tensor:
     Returns:
         same shape: `avg_pool2d(maps, side, 1, side // 2)`.
     """
+    return _window_sum(maps, side) / side**2
+
+
+def local_mean(maps: Tensor, side: int) -> Tensor:
+    """Mean over side x side cells, `side` odd, at the border over those inside; (n, C, h, w) -> same shape.
+
+    Whole numbers give exact sums, so that the mean of a constant is that constant everywhere.
+    """
+    return _window_sum(maps, side) / _window_sum(torch.ones_like(maps[:1, :1]), side)
+
+
+def _window_sum(maps: Tensor, side: int) -> Tensor:
     height, width = maps.shape[-2:]
     reach = side // 2
     padded = F.pad(maps, (reach, reach, reach, reach))
     rows = sum_of([padded[..., i : i + height, :] for i in range(side)])
-    return sum_of([rows[..., i : i + width] for i in range(side)]) / side**2
-
-
-def local_mean(maps: Tensor, side: int) -> Tensor:
-    """Mean over side x side cells, `side` odd, at the border over those inside; (n, C, h, w) -> same shape."""
-    return window_mean(maps, side) / window_mean(torch.ones_like(maps[:1, :1]), side)
+    return sum_of([rows[..., i : i + width] for i in range(side)])
 
 
 def block_mean(maps: Tensor, side: int) -> Tensor:

@@ -7,6 +7,7 @@ every run and stage with the same pixel limits. One file per picture, named by t
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -15,6 +16,11 @@ from finetune.config import RunConfig
 from finetune.models.noise_residual import NoiseResidualStream, search_picture
 from finetune.models.self_similarity import SEARCH_VERSION
 from finetune.training.feature_cache import FeatureStore
+
+logger = logging.getLogger(__name__)
+
+_FIRST = 500
+"""Pictures after which a store that holds none of them is no coincidence."""
 
 
 class SearchCache:
@@ -27,10 +33,11 @@ class SearchCache:
     def __init__(self, folder: Path) -> None:
         self.store = FeatureStore(folder / f"self_similarity_{SEARCH_VERSION}", needs_pixels=True)
         self.num_searched = 0
+        self._asked = self._recalled = 0
 
     def __call__(self, image: Tensor) -> Tensor:
         """(3, H, W) RGB in [0, 255] -> (SIMILARITY_CHANNELS, H/4, W/4) float32."""
-        maps = self.recall(image)
+        maps = self._load(image)
         if maps is None:
             maps = search_picture(image)
             self.store.save(_key(image), [maps.half()], (image.shape[-2], image.shape[-1]))
@@ -38,7 +45,19 @@ class SearchCache:
         return maps
 
     def recall(self, image: Tensor) -> Tensor | None:
-        """The maps if they are stored."""
+        """The maps if they are stored; said once where none of the first pictures is."""
+        maps = self._load(image)
+        self._asked += 1
+        self._recalled += maps is not None
+        if self._asked == _FIRST and not self._recalled:
+            logger.warning(
+                "none of the first %d training pictures that are not searched is stored in %s: its maps are of other "
+                "pictures, or of other pixel limits; run `forensics precompute` with this configuration",
+                _FIRST, self.store.folder,
+            )  # fmt: skip
+        return maps
+
+    def _load(self, image: Tensor) -> Tensor | None:
         found = self.store.load(_key(image))
         return None if found is None else found[0][0].to(image.device).float()
 
@@ -64,7 +83,7 @@ def search_cache_problems(config: RunConfig, holds_searches: bool | None = None)
     if noise.similarity_share == 0 and not holds_searches:
         problems.append(
             f"{name}, which holds no searches, and heads.noise_residual.similarity_share is 0: no picture would be "
-            "searched in training; run `forensics precompute` first, or raise the share"
+            "searched in training; run `forensics precompute --share S` first, or raise the share"
         )
     if config.region_masking.enabled:
         problems.append(f"{name}: region_masking changes the pixels at every draw; switch one of them off")

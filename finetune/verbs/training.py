@@ -62,7 +62,7 @@ def precompute_arguments(parser: argparse.ArgumentParser) -> None:
         "--share",
         type=probability,
         metavar="S",
-        help="of the training records, pairs whole (default: what heads.noise_residual.similarity_share chooses)",
+        help="of the training pictures, twins of generated sets together (default: those similarity_share chooses)",
     )
     parser.add_argument("--workers", type=positive, default=0, metavar="N", help="processes (default: one per core)")
     parser.set_defaults(handler=_precompute)

@@ -28,6 +28,13 @@ def test_blocks(maps: Tensor, side: int) -> None:
     torch.testing.assert_close(block_mean(maps, side), F.avg_pool2d(maps, side))
 
 
+@pytest.mark.parametrize("side", [3, 5, 7])
+def test_a_constant_has_no_variance_at_the_border_either(side: int) -> None:
+    levels = torch.full((1, 1, 20, 30), 127.0)
+    assert torch.equal(local_mean(levels, side), levels)
+    assert torch.equal(local_mean(levels.square(), side) - local_mean(levels, side).square(), torch.zeros_like(levels))
+
+
 def test_they_are_differentiable(maps: Tensor) -> None:
     small = maps[:1, :1, :4, :8].clone().requires_grad_()
     for pooled in (lambda x: window_mean(x, 3), lambda x: local_mean(x, 3), lambda x: block_mean(x, 2)):

@@ -31,7 +31,13 @@ def test_trained_it_has_the_values_and_gradients_of_the_convolution(embed: nn.Mo
         results.append((values, embed.proj.weight.grad.clone()))
     for convolution, product in zip(*results, strict=True):
         torch.testing.assert_close(product, convolution, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(results[0][1], results[1][1])  # it was another way of computing
+
+
+def test_trained_it_does_not_call_the_convolution(
+    embed: nn.Module, patches: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nn.Conv3d, "forward", None)
+    assert PatchEmbed(embed)(patches).requires_grad
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -16,6 +16,7 @@ from finetune.errors import ConfigError
 from finetune.models.adapters import set_trainable
 from finetune.models.configuration import HEAD_MODULES, REGION_MODULE, TOWER_HEADS
 from finetune.models.groups import group_of, parameter_groups, trainable_table
+from finetune.models.head_running import _Anchor
 from finetune.models.loading import Bundle
 
 TOKEN_HEADS = set(HEAD_MODULES) - {*TOWER_HEADS, REGION_MODULE}
@@ -140,6 +141,14 @@ def test_text_only_batch_touches_every_trainable_branch(tied: Path, photo_record
     assert float(output.branch_anchor.detach()) == 0.0
     gradients = [p.grad for p in bundle.model.parameters() if p.requires_grad]
     assert any(bool(g.abs().max() > 0) for g in gradients)
+
+
+def test_gradients_of_branches_left_out_are_zeros_that_take_no_memory() -> None:
+    x = torch.ones(40, 50, requires_grad=True)
+    (gradient,) = torch.autograd.grad(_Anchor.apply(x), x)
+    assert gradient.shape == x.shape
+    assert not gradient.any()
+    assert gradient.untyped_storage().nbytes() == 4
 
 
 def test_frozen_tower_builds_no_graph(tied: Path, photo_records: Path) -> None:
