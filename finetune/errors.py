@@ -70,7 +70,8 @@ class DataFormatError(ForensicsError):
             parts.append(f"expected {expected}")
         if fix:
             parts.append(f"fix: {fix}")
-        super().__init__("; ".join(parts).replace("\n", "\\n"))
+        text = "; ".join(parts).replace("\n", "\\n")
+        super().__init__(text.encode("utf-8", "backslashreplace").decode())  # half a character could not be printed
 
 
 def shorten(value: object, limit: int = 120) -> str:

@@ -159,7 +159,7 @@ def _family(record: Record) -> str:
 
 def _place(name: str) -> float:
     """A number in [0, 1) that a name has for ever."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
 
 
 class _Setup(NamedTuple):

@@ -349,3 +349,8 @@ def test_deep_nesting_and_endless_numbers(tmp_path: Path) -> None:
     assert error_of(tmp_path, "[" * 100_000)
     assert error_of(tmp_path, '[{"image_path": "a", "label": ' + "9" * 10_000 + "}]")
     assert error_of(tmp_path, [{"image_path": "a", "polygons": [[[1, 2, 10**400], [1, 2, 3]]]}])
+
+
+def test_half_a_character_in_an_option_can_be_printed() -> None:
+    message = str(DataFormatError("unknown key 'a\ud800'", found="\ud800"))
+    assert message.encode("utf-8").count(b"\\ud800") == 2
