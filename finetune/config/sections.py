@@ -45,9 +45,7 @@ class NoiseResidualConfig:
     global_blocks: int = 2  # attention blocks over a whole image, at 1/16
     content_residuals: bool = False  # also maps of what texture and brightness of the picture do not explain
     self_similarity: bool = False  # also search each picture for places that it holds twice (CPU time: see the docs)
-    similarity_share: float = (
-        1.0  # of the training pictures searched; 0: none beyond search_cache's (see docs/training.md)
-    )
+    similarity_share: float = 1.0  # of the training pictures that are searched; 0: search_cache's alone are used
     to_language: bool = False  # also add the stream, pooled per merged patch, to the image tokens the LLM reads
 
 

@@ -6,6 +6,8 @@ and the same to rounding.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,19 +37,11 @@ def _window_sum(maps: Tensor, side: int) -> Tensor:
     height, width = maps.shape[-2:]
     reach = side // 2
     padded = F.pad(maps, (reach, reach, reach, reach))
-    rows = sum_of([padded[..., i : i + height, :] for i in range(side)])
-    return sum_of([rows[..., i : i + width] for i in range(side)])
+    rows = reduce(torch.add, [padded[..., i : i + height, :] for i in range(side)])
+    return reduce(torch.add, [rows[..., i : i + width] for i in range(side)])
 
 
 def block_mean(maps: Tensor, side: int) -> Tensor:
     """(n, C, h, w), h and w multiples of `side` -> (n, C, h/side, w/side): `avg_pool2d(maps, side)`."""
-    rows = sum_of([maps[..., i::side, :] for i in range(side)])
-    return sum_of([rows[..., i::side] for i in range(side)]) / side**2
-
-
-def sum_of(parts: list[Tensor]) -> Tensor:
-    """Sum of tensors of one shape; differentiable."""
-    total = parts[0] + parts[1] if len(parts) > 1 else parts[0]
-    for part in parts[2:]:
-        total = total + part
-    return total
+    rows = reduce(torch.add, [maps[..., i::side, :] for i in range(side)])
+    return reduce(torch.add, [rows[..., i::side] for i in range(side)]) / side**2

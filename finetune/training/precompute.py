@@ -99,7 +99,7 @@ def search_ahead(
             "train.search_cache=runs/searches"
         )
     for run in runs:
-        for problem in search_cache_problems(run, holds_searches=True):
+        for problem in search_cache_problems(run, will_be_filled=True):
             raise ConfigError(problem)
         if share is None and run.heads.noise_residual.similarity_share == 0:
             raise ConfigError(

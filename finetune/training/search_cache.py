@@ -37,16 +37,17 @@ class SearchCache:
 
     def __call__(self, image: Tensor) -> Tensor:
         """(3, H, W) RGB in [0, 255] -> (SIMILARITY_CHANNELS, H/4, W/4) float32."""
-        maps = self._load(image)
+        key = _key(image)
+        maps = self._load(key, image)
         if maps is None:
             maps = search_picture(image)
-            self.store.save(_key(image), [maps.half()], (image.shape[-2], image.shape[-1]))
+            self.store.save(key, [maps.half()], (image.shape[-2], image.shape[-1]))
             self.num_searched += 1
         return maps
 
     def recall(self, image: Tensor) -> Tensor | None:
         """The maps if they are stored; said once where none of the first pictures is."""
-        maps = self._load(image)
+        maps = self._load(_key(image), image)
         self._asked += 1
         self._recalled += maps is not None
         if self._asked == _FIRST and not self._recalled:
@@ -57,8 +58,8 @@ class SearchCache:
             )  # fmt: skip
         return maps
 
-    def _load(self, image: Tensor) -> Tensor | None:
-        found = self.store.load(_key(image))
+    def _load(self, key: str, image: Tensor) -> Tensor | None:
+        found = self.store.load(key)
         return None if found is None else found[0][0].to(image.device).float()
 
 
@@ -67,20 +68,19 @@ def _key(image: Tensor) -> str:
     return hashlib.sha256(f"{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes()).hexdigest()
 
 
-def search_cache_problems(config: RunConfig, holds_searches: bool | None = None) -> list[str]:
+def search_cache_problems(config: RunConfig, will_be_filled: bool = False) -> list[str]:
     """Why a run has no use for stored searches, one line each; [] where it has.
 
     Args:
-        holds_searches: whether there are some, or will be; None: look.
+        will_be_filled: searches are about to be stored, so that an empty folder is no problem.
     """
     name = f"train.search_cache is '{config.train.search_cache}'"
     noise = config.heads.noise_residual
     if not (config.heads.enabled and noise.enabled and noise.self_similarity):
         return [f"{name}, but nothing is searched; it needs heads.noise_residual.self_similarity: true"]
     problems = []
-    if holds_searches is None and noise.similarity_share == 0:
-        holds_searches = not SearchCache(Path(str(config.train.search_cache))).store.is_empty()
-    if noise.similarity_share == 0 and not holds_searches:
+    needs_stored = noise.similarity_share == 0 and not will_be_filled
+    if needs_stored and SearchCache(Path(str(config.train.search_cache))).store.is_empty():
         problems.append(
             f"{name}, which holds no searches, and heads.noise_residual.similarity_share is 0: no picture would be "
             "searched in training; run `forensics precompute --share S` first, or raise the share"
