@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from model_helpers import SMALL, STREAM, assert_same, collate, forward, load, record_named, samples_of
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen2_5_VLForConditionalGeneration
@@ -201,6 +202,36 @@ def test_stored_type_and_shards(adapter_dir: Path, photo_records: Path, tmp_path
     again = merge(str(tmp_path / "out"), None, tmp_path / "again", plain=True)  # auto: as stored
     assert again["dtype"] == "bfloat16"
     assert again["rounding"]["logits"] == 0
+
+
+@pytest.mark.parametrize("groups", [[*HEADS, "lm_lora"], [*HEADS, "lm_lora", "vision_lora", "projector"]])
+def test_rounding_alone_refuses_no_merge(
+    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], groups: list[str]
+) -> None:
+    """float32 differs by more than the tolerance, float64 does not: the second one counts, and is said."""
+    adapter = train(load(tied, noise_residual={"enabled": True}), tmp_path / "adapter", groups)
+    monkeypatch.setattr(export, "TOLERANCE", 1e-9)
+    monkeypatch.setattr(export, "_verify", lambda *_, **__: None)
+    report = merge(str(adapter), None, tmp_path / "out")
+    assert worst(report["merge"]) > 1e-9
+    assert worst(report["merge_float64"]) <= 1e-9
+    assert "merge_float64" in export.describe(report)
+
+
+def test_a_wrong_merge_is_refused(adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge that adds half of the LoRA differs in float64 too."""
+    whole = export._merged
+
+    def half(bundle: Bundle) -> Bundle:
+        for module in bundle.model.modules():
+            if isinstance(module, LoraLayer):
+                module.scaling = {name: value / 2 for name, value in module.scaling.items()}
+        return whole(bundle)
+
+    monkeypatch.setattr(export, "_merged", half)
+    with pytest.raises(ModelLoadError, match=r"'merge_float64' differs by .*nothing was"):
+        merge(str(adapter_dir), None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- refusals ----

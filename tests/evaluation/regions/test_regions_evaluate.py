@@ -311,7 +311,7 @@ def test_a_merged_model_says_what_its_adapter_said(tiny_dir: Path, data: Path, t
     with torch.no_grad():
         for parameter in bundle.model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
     save_bundle(bundle, tmp_path / "adapter")
     assert main(["merge", "--model", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")]) == 0
     given = ("--threshold", 0.5, "--test", data / "test.jsonl")
