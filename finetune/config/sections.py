@@ -44,6 +44,7 @@ class NoiseResidualConfig:
     stem_width: int = 0  # hidden width of the layer that reads the statistics; 0: no hidden layer
     global_blocks: int = 2  # attention blocks over a whole image, at 1/16
     content_residuals: bool = False  # also maps of what texture and brightness of the picture do not explain
+    exact_repeats: bool = False  # also maps of small patches that the picture holds twice to the last bit
     self_similarity: bool = False  # also search each picture for places that it holds twice (CPU time: see the docs)
     similarity_share: float = 1.0  # of the training pictures that are searched; 0: search_cache's alone are used
     to_language: bool = False  # also add the stream, pooled per merged patch, to the image tokens the LLM reads

@@ -3,8 +3,8 @@
 Splices, clones and inpainting disturb the noise a camera and its JPEG left behind; patch embeddings trained on
 semantics ignore it. "Tampered" is relative to the rest of the same picture, so every statistic comes twice, as it is
 and normalised over its own image, and attention at the coarsest level compares all places of an image. On request there
-are maps of what the content of the picture does not explain (`content_residuals`) and of the places that it holds twice
-(`self_similarity`).
+are maps of what the content of the picture does not explain (`content_residuals`) and of the places that it holds
+twice, to the last bit (`exact_repeats`) or nearly (`self_similarity`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from finetune.config import NoiseResidualConfig
 from finetune.models.box_means import block_mean, window_mean
 from finetune.models.content_residuals import RESIDUAL_CHANNELS, content_residuals
+from finetune.models.exact_repeats import REPEAT_CHANNELS, exact_repeats
 from finetune.models.features import by_shape
 from finetune.models.forensic_statistics import (
     BLOCK_CHANNELS,
@@ -52,6 +53,7 @@ class NoiseResidualStream(nn.Module):
         self.up_middle, self.up_fine = nn.Conv2d(coarse, middle, 1), nn.Conv2d(middle, fine, 1)
         self.out = nn.Conv2d(fine, config.channels, 1)
         self.content = MapStem(RESIDUAL_CHANNELS, fine, coarse, hidden=64) if config.content_residuals else None
+        self.repeats = MapStem(REPEAT_CHANNELS, fine, coarse, hidden=32) if config.exact_repeats else None
         self.similarity = MapStem(SIMILARITY_CHANNELS, fine, coarse, hidden=32) if config.self_similarity else None
         self.similarity_share = config.similarity_share
         self.search: Callable[[Tensor], Tensor] = search_picture  # training may put a memory in its place
@@ -64,21 +66,25 @@ class NoiseResidualStream(nn.Module):
     def forward_batch(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) RGB in [0, 255] -> (n, channels, H/4, W/4)."""
         height, width = images.shape[-2] // STRIDE, images.shape[-1] // STRIDE
-        repeats = None if self.similarity is None else torch.stack([self._search(image) for image in images])
-        return self.decode(forensic_statistics(images), repeats)[..., :height, :width]
+        repeats = None if self.repeats is None else exact_repeats(images)
+        similar = None if self.similarity is None else torch.stack([self._search(image) for image in images])
+        return self.decode(forensic_statistics(images), repeats, similar)[..., :height, :width]
 
-    def decode(self, statistics: Statistics, repeats: Tensor | None = None) -> Tensor:
+    def decode(self, statistics: Statistics, repeats: Tensor | None = None, similar: Tensor | None = None) -> Tensor:
         """Statistics of n images -> (n, channels, H'/4, W'/4); each level joins statistics of its own grain.
 
         Args:
-            repeats: (n, SIMILARITY_CHANNELS, H/4, W/4) of `self_similarity`, where the stream was made with it.
+            repeats: (n, REPEAT_CHANNELS, H/4, W/4) of `exact_repeats`, where the stream was made with it.
+            similar: (n, SIMILARITY_CHANNELS, H/4, W/4) of `self_similarity`, likewise.
         """
         cells, chroma = self.cell_stem(statistics.cells), self.chroma_stem(statistics.chroma)
         sides = []
         if self.content is not None:
             sides.append(self.content(content_residuals(statistics.cells)))
-        if self.similarity is not None and repeats is not None:
-            sides.append(self.similarity(pad_to(repeats, 4)))
+        if self.repeats is not None and repeats is not None:
+            sides.append(self.repeats(pad_to(repeats, 4)))
+        if self.similarity is not None and similar is not None:
+            sides.append(self.similarity(pad_to(similar, 4)))
         for fine_side, coarse_side in sides:
             cells, chroma = cells + fine_side, chroma + coarse_side
         fine = self.fine_in(cells)  # (n, fine, H/4, W/4)

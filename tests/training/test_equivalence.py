@@ -36,7 +36,7 @@ def equal_config(make_config: Callable[..., RunConfig], mixed_records: Path) -> 
     def make(name: str, batch_size: int, accumulation: int, trainable: list[str], **data: Any) -> RunConfig:
         return make_config(
             name,
-            heads={"noise_residual": {"content_residuals": True}},
+            heads={"noise_residual": {"content_residuals": True, "exact_repeats": True}},
             data={"train": [str(mixed_records)], "eval": [], "class_balanced": False, "template": "en", **data},
             loss=LOSSES,
             train={
