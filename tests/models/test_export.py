@@ -206,7 +206,7 @@ def test_stored_type_and_shards(adapter_dir: Path, photo_records: Path, tmp_path
 
 @pytest.mark.parametrize("groups", [[*HEADS, "lm_lora"], [*HEADS, "lm_lora", "vision_lora", "projector"]])
 def test_rounding_alone_refuses_no_merge(
-    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], groups: list[str]
+    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: list[str]
 ) -> None:
     """float32 differs by more than the tolerance, float64 does not: the second one counts, and is said."""
     adapter = train(load(tied, noise_residual={"enabled": True}), tmp_path / "adapter", groups)
