@@ -71,6 +71,8 @@ class HeadsConfig:
     vision_layers: list[int] = field(default_factory=lambda: [-1])  # tower blocks whose pre-merger patches are decoded
     num_queries: int = 8  # learned queries that take the place of mask tokens with source vision
     grid_size: int = 16  # side of the coarse grid of the `grid` head
+    operations: list[str] = field(default_factory=list)  # edits told apart at every place, by names of the records'
+    # provenance.operation: splice, retouch.grain, ...; trained by loss.operation; none: no such head
     cls_uses_mask: bool = True  # the image score also reads pooled evidence of the mask branch
     mask_sigmoid: bool = False  # the head itself returns scores in (0, 1) instead of logits
     seed: int = 0  # initialises new heads, independent of the global RNG
@@ -139,11 +141,13 @@ class LossConfig:
     sparsity: float = 0.0  # mean of the map on authentic images (sparse_w)
     contrast_region: float = 0.1
     contrast_image: float = 0.0
+    operation: float = 0.0  # which of heads.operations made each place, authentic among them
     focal_gamma: float = 2.0
     focal_alpha: float | None = None
     temperature: float = 0.1
     bce_pos_weight: float = 1.0  # of tampered pixels in bce
     cls_pos_weight: float = 1.0  # of tampered images in focal
+    operation_authentic_weight: float = 0.3  # of authentic places in operation, tampered ones having 1
     evidence_share: float = 0.02  # of the pixels, the strongest, that `evidence` reads
 
 

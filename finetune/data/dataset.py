@@ -26,6 +26,7 @@ from finetune.data.chat import (
     question_turns,
     segments,
 )
+from finetune.data.edit_operations import operation_labels
 from finetune.data.image_cache import ImageCache
 from finetune.data.image_size import short_side_size
 from finetune.data.images import image_size_hw
@@ -61,8 +62,9 @@ class Sample:
     """One record, ready for the collator.
 
     images: decoded RGB images, upright; where there is a feature cache, those that its `features` call decoded.
-    input_ids, labels: equally long, empty in a run without text. cls_labels: one per image, 0, 1 or -100. masks: one
-    per image, (h, w) uint8 0/1 at `mask_sizes_hw`, or None. processed_hw: sizes after the processor's resize.
+    input_ids, labels: equally long, empty in a run without text. cls_labels: one per image, 0, 1 or -100.
+    operation_labels: one per image, see `finetune.data.edit_operations`. masks: one per image, (h, w) uint8 0/1 at
+    `mask_sizes_hw`, or None. processed_hw: sizes after the processor's resize.
     features: one per image, none without a feature cache.
     region_boxes: x1, y1, x2, y2 in pixels of the processed image; region_tokens: of each box the numbers of the ids
     that name it. Both empty unless the model looks at regions itself.
@@ -73,6 +75,7 @@ class Sample:
     input_ids: list[int]
     labels: list[int]
     cls_labels: list[int] = field(default_factory=list)
+    operation_labels: list[int] = field(default_factory=list)
     masks: list[np.ndarray | None] = field(default_factory=list)
     mask_sizes_hw: list[tuple[int, int]] = field(default_factory=list)
     processed_hw: list[tuple[int, int]] = field(default_factory=list)
@@ -118,6 +121,7 @@ class ForensicDataset(Dataset):
                 "box may take, or null to count points"
             )
         self.image_cache = ImageCache(config.image_cache_megabytes)
+        self.operations: Sequence[str] = ()  # the heads.operations of the run, in their order
         self.draw_seed = 0  # of what a draw by a numbered sampler changes
         self.region_masking: RegionMasking | None = None  # hides regions of the records a numbered sampler draws
         self._may_leak: bool | None = None
@@ -209,6 +213,7 @@ class ForensicDataset(Dataset):
             input_ids=[],
             labels=[],
             cls_labels=[IGNORE_INDEX if t.label is None else t.label for t in record.targets],
+            operation_labels=operation_labels(record, self.operations),
             masks=[m if m is None else resize_mask(m, s) for m, s in zip(masks, mask_sizes, strict=True)],
             mask_sizes_hw=mask_sizes,
             processed_hw=processed,

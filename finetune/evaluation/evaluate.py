@@ -20,6 +20,7 @@ from tqdm import tqdm
 from finetune.config import SourceConfig
 from finetune.data.chat import question_turns
 from finetune.data.dataset import read_sources, spread
+from finetune.data.edit_operations import operation_name
 from finetune.data.images import load_image
 from finetune.data.masks import load_mask
 from finetune.data.readers.options import options_from
@@ -113,12 +114,6 @@ def report_sample(record: Record, index: int, prediction: Prediction, mask: Any,
         parse_ok=prediction.parse_ok if prediction.text else None,
         operation=operation_name(record),
     )
-
-
-def operation_name(record: Record) -> str:
-    """Name of the tampering operation that a generated record knows, else ""."""
-    operation = record.provenance.get("operation") or {}
-    return str(operation.get("name", "")) if isinstance(operation, dict) else ""
 
 
 def refuse_unusable(records: Sequence[Record], predictor: Predictor) -> None:

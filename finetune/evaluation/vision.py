@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from finetune.config import SourceConfig, to_dict
 from finetune.config.vision_runs import VisionEvalConfig, load_vision_config
+from finetune.data.edit_operations import operation_name
 from finetune.data.masks import load_mask
 from finetune.data.sources import read_sources, spread
 from finetune.errors import ConfigError
 from finetune.evaluation.evaluate import (
-    operation_name,
     refuse_unusable,
     report_sample,
     run_facts,

@@ -65,6 +65,14 @@ def _map_labels(batch: Mapping[str, Any]) -> Tensor:
     return torch.full_like(index, IGNORE_INDEX) if labels is None else labels[index.to(labels.device)]
 
 
+def _operations(batch: Mapping[str, Any]) -> Tensor:
+    """Operation of the image of each map of `operation_logits`, (M,); -100 where the batch has none."""
+    index, labels = batch.get("mask_image_index"), batch.get("operation_labels")
+    if index is None:
+        return torch.zeros(0, dtype=torch.long)
+    return torch.full_like(index, IGNORE_INDEX) if labels is None else labels[index.to(labels.device)]
+
+
 def _masks(batch: Mapping[str, Any]) -> list[Tensor | None]:
     """Pixel target of each map of `mask_logits`."""
     index, masks = batch.get("mask_image_index"), batch.get("mask_targets")
@@ -123,6 +131,13 @@ TERMS: dict[str, TermFunction] = {
         lambda config, out, batch: functional.region_contrast(out.mask_features, _masks(batch), config.temperature),
         lambda batch: counting.image_count(_masks(batch), counting.is_mixed),
     ),
+    "operation": TermFunction(
+        "operation_logits",
+        lambda config, out, batch: functional.operation_loss(
+            out.operation_logits, _operations(batch), _masks(batch), config.operation_authentic_weight
+        ),
+        lambda batch: counting.operation_count(_operations(batch), _masks(batch)),
+    ),
     "contrast_image": TermFunction(
         "image_features",
         lambda config, out, batch: functional.image_contrast(out.image_features, _labels(batch), config.temperature),
@@ -136,11 +151,12 @@ class Criterion:
 
     Model outputs (attributes; None or absent where a head is off):
         logits (K, V): row i predicts `text_targets[i]`. cls_logits (N,), image_features (N, D): row i is of image
-        `cls_image_index[i]`. mask_logits: list of (h, w); mask_features: list of (C, h', w'); entry i is of image
-        `mask_image_index[i]`.
+        `cls_image_index[i]`. mask_logits: list of (h, w); mask_features: list of (C, h', w'); operation_logits: list of
+        (1 + K, h', w'); entry i is of image `mask_image_index[i]`.
     Batch (mapping; a missing key supervises nothing):
-        text_targets (K,) int64 with -100; cls_labels (images,) in {0, 1, -100}; mask_targets: list (images) of
-        (h, w) uint8 or None, each of its logits' shape; cls_image_index (N,) and mask_image_index (M,) int64.
+        text_targets (K,) int64 with -100; cls_labels (images,) in {0, 1, -100}; operation_labels (images,) in
+        {0, ..., K, -100}; mask_targets: list (images) of (h, w) uint8 or None, each of its logits' shape;
+        cls_image_index (N,) and mask_image_index (M,) int64.
 
     Args:
         config: weights (a term of weight 0 is not computed) and parameters.

@@ -26,6 +26,7 @@ from finetune.losses.counting import (
     is_mixed,
     is_tampered,
     label_count,
+    operation_count,
     paired,
     require,
     text_count,
@@ -254,6 +255,48 @@ def region_contrast(
         if len(authentic) > 1 and len(tampered) > 0:
             total = total + _info_nce(cells[authentic], cells[tampered], temperature).mean()
     return total, image_count(mask_targets, is_mixed)
+
+
+def operation_loss(
+    operation_logits: Sequence[Tensor],
+    operation_labels: Tensor,
+    mask_targets: Sequence[Tensor | None],
+    authentic_weight: float = 0.3,
+) -> SumCount:
+    """Cross-entropy of the kind of edit at every cell: mean over cells of `-w log p(kind)`, image by image.
+
+    The mask is averaged down to the grid: a cell of which at least half is tampered has the image's operation, every
+    other one is authentic (class 0).
+
+    Args:
+        operation_logits: per image (1 + K, h, w) float.
+        operation_labels: (M,) integer, 0 for an authentic image, 1 to K for its operation, -100 takes no part.
+        mask_targets: per image (H, W) integer or bool, of any size, or None, which takes no part.
+        authentic_weight: w >= 0 of authentic cells; it is 1 for the others.
+
+    Returns:
+        Sum over images of these means, each >= 0, and the number of images with a label and a mask.
+
+    Raises:
+        ValueError: a label above K.
+    """
+    require(
+        operation_labels.ndim == 1 and len(operation_labels) == len(operation_logits),
+        "one operation label per map",
+        *operation_logits,
+        operation_labels,
+    )
+    total = zero_of(*operation_logits)
+    for logits, label, target in zip(operation_logits, operation_labels.tolist(), mask_targets, strict=True):
+        if label == IGNORE_INDEX or target is None:
+            continue
+        if label >= len(logits):
+            raise ValueError(f"operation label {label}, but the head tells {len(logits) - 1} operations apart")
+        share = F.adaptive_avg_pool2d((target.to(logits.device) != 0).float()[None], logits.shape[-2:])  # (1, h, w)
+        cells = (share >= 0.5).long() * label  # (1, h, w)
+        losses = F.cross_entropy(full_precision(logits)[None], cells, reduction="none")
+        total = total + torch.where(cells == 0, authentic_weight * losses, losses).mean()
+    return total, operation_count(operation_labels, mask_targets)
 
 
 def image_contrast(features: Tensor, labels: Tensor, temperature: float = 0.1) -> SumCount:

@@ -24,9 +24,11 @@ TOWER_HEADS = ("neck", "mask_queries")
 REGION_MODULE = "region_projection"
 HEAD_MODULES = (
     "cls_head", "mask_head", "noise_residual", "layer_mix", "stream_to_language", *TOWER_HEADS, REGION_MODULE,
+    "operation_head",
 )  # fmt: skip
 """Attribute names of everything this class adds to Qwen2.5-VL; `TOWER_HEADS` with `heads.source: vision` only,
-`REGION_MODULE` with `region_features` only, heads or not."""
+`REGION_MODULE` with `region_features` only, heads or not, `operation_head` with `heads.operations`. New ones go to the
+end: the seed of the heads initialises them in this order."""
 
 
 class QwenForensicsConfig(Qwen2_5_VLConfig):
@@ -87,7 +89,8 @@ class QwenForensicsOutput(ModelOutput):
     given.
     cls_logits: (M_c,) tampering logits; cls_image_index: (M_c,) which of the N images each is about.
     mask_logits: M_m maps (H, W) at `mask_sizes_hw`, by default the processed image's size; mask_image_index: (M_m,).
-    mask_features: M_m maps (C, h, w) the masks were decoded from. image_features: (M_c, C) embedding behind
+    mask_features: M_m maps (C, h, w) the masks were decoded from. operation_logits: M_m maps (1 + K, h, w), authentic
+    and the K `heads.operations`, None without them. image_features: (M_c, C) embedding behind
     `cls_logits`.
     branch_anchor: in training, a scalar 0 that depends on every parameter which this batch may have left unused.
     """
@@ -102,6 +105,7 @@ class QwenForensicsOutput(ModelOutput):
     mask_logits: list[Tensor] | None = None
     mask_image_index: Tensor | None = None
     mask_features: list[Tensor] | None = None
+    operation_logits: list[Tensor] | None = None
     image_features: Tensor | None = None
     branch_anchor: Tensor | None = None
 
@@ -127,6 +131,8 @@ def check_heads(config: QwenForensicsConfig) -> None:
             f"heads.vision_layers is {heads.vision_layers}; expected blocks of the vision tower, 0 to {depth - 1} "
             "(or -1, -2, ... from the end)"
         )
+    if len(set(heads.operations)) < len(heads.operations):
+        raise ConfigError(f"heads.operations is {heads.operations}, a name twice; expected each operation once")
     if heads.source == "vision":
         _check_vision(heads, depth)
     elif not config.has_language:

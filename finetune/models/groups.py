@@ -15,12 +15,12 @@ from finetune.errors import ConfigError
 HEAD_GROUPS = {
     "neck": ("neck",),
     "cls_head": ("cls_head", "layer_mix"),
-    "mask_head": ("mask_head", "mask_queries", "layer_mix"),
+    "mask_head": ("mask_head", "mask_queries", "operation_head", "layer_mix"),
     "noise_residual": ("noise_residual", "stream_to_language"),
     "region_features": ("region_projection",),
 }
-"""Modules of each group of heads; `neck` and `mask_queries` exist with `heads.source: vision` only, the last one with
-`model.region_features`."""
+"""Modules of each group of heads; `neck` and `mask_queries` exist with `heads.source: vision` only, `operation_head`
+with `heads.operations`, `region_projection` with `model.region_features`."""
 
 GROUPS = (
     "new_tokens", *HEAD_GROUPS, "lm_lora", "lm_full", "projector", "vision_lora", "vision_top", "vision_full",

@@ -14,7 +14,7 @@ from torch import nn
 
 from finetune.config import HeadsConfig
 from finetune.models.configuration import HEAD_MODULES, QwenForensicsConfig, check_heads
-from finetune.models.heads import HEADS, ClsHead, evidence_size
+from finetune.models.heads import HEADS, ClsHead, OperationHead, evidence_size
 from finetune.models.neck import NUM_POOLED, FusionNeck
 from finetune.models.noise_residual import NoiseResidualStream
 from finetune.models.region_features import RegionProjection
@@ -63,6 +63,8 @@ class HeadBuilder(nn.Module):
                 heads, text.hidden_size, self.config.vision_config.hidden_size, self.config.num_mask, stream_channels
             )
             self.cls_head = ClsHead(heads, text.hidden_size, self.config.num_cls, self._evidence_size(heads))
+        if heads.operations and heads.mask != "none":
+            self.operation_head = OperationHead(self.mask_head.num_features, len(heads.operations))
         if residual.enabled:
             self.noise_residual = NoiseResidualStream(residual)
             if residual.to_language:

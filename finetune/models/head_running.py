@@ -172,6 +172,7 @@ class HeadRunner(HeadBuilder):
                 self._at_size(m, i, image_grid_thw, mask_sizes_hw) for m, i in zip(maps, images, strict=True)
             ]
             result.mask_features = decoded.features
+            result.operation_logits = self._operation_maps(decoded.features)
             result.mask_image_index = mask_runs.image
         if len(cls_runs.image):  # 6
             evidence = None
@@ -181,6 +182,9 @@ class HeadRunner(HeadBuilder):
             evidence = None if evidence is None else evidence.to(states.dtype)  # DeepSpeed casts the heads too
             result.cls_logits, result.image_features = self.cls_head(states, evidence)
             result.cls_image_index = cls_runs.image
+
+    def _operation_maps(self, features: list[Tensor]) -> list[Tensor] | None:
+        return self.operation_head.maps(features) if hasattr(self, "operation_head") else None
 
     def _evidence(
         self, cls_runs: TokenRuns, mask_runs: TokenRuns, maps: list[Tensor], features: list[Tensor] | None

@@ -135,6 +135,23 @@ class QueryMaskHead(nn.Module):
         return self.pixel(fine)
 
 
+class OperationHead(nn.Conv2d):
+    """Features behind the mask -> at every place a logit for "authentic" and for each kind of edit.
+
+    Kinds are finer labels than tampered or not: what tells a splice from a smoothed place has to be seen before the two
+    can be told apart, so the features learn it sooner (docs/experiments.md, round 10).
+
+    Source: classes of edits as the training task of ManTra-Net (Wu et al. 2019).
+    """
+
+    def __init__(self, num_features: int, num_operations: int) -> None:
+        super().__init__(num_features, 1 + num_operations, 1)
+
+    def maps(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """M maps (C, h, w) of any sizes -> M maps (1 + K, h, w)."""
+        return by_shape(features, lambda batch, _: self(batch.to(self.weight.dtype)).unbind())
+
+
 class GridMaskHead(nn.Module):
     """Token states -> coarse grid -> upsampled map, no look at patches: earlier toolkits' plain head, to compare."""
 

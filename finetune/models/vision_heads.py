@@ -97,6 +97,7 @@ class VisionHeadRunner(HeadRunner):
                 self._at_size(m, i, image_grid_thw, mask_sizes_hw) for i, m in enumerate(decoded.logits)
             ]
             result.mask_features = decoded.features
+            result.operation_logits = self._operation_maps(decoded.features)
             result.mask_image_index = everyone
             if self.heads_config.cls_uses_mask:
                 evidence = pool_evidence(decoded.logits, decoded.features).to(states.dtype)  # (N, E)

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 BuildBase = Callable[[dict[str, Any]], QwenForensicsForConditionalGeneration]
 
 _STREAM_PARTS = ("noise_residual", "neck.stream_norm", "neck.stream_proj")
-_MASK_PARTS = ("mask_head", "mask_queries", "cls_head.evidence")
+_MASK_PARTS = ("mask_head", "mask_queries", "cls_head.evidence", "operation_head")
 _STARTS_AT_ZERO = ("cls_head.evidence.3.", "neck.stream_proj.")
 """New summands beside trained ones: zero at first, so that a stage begins with the verdicts of the one before."""
 _MASK_FIELDS = ("mask", "num_layers", "num_heads", "num_queries", "grid_size", "mask_sigmoid")

@@ -179,11 +179,15 @@ def _heads_problems(config: RunConfig) -> list[str]:
             f"loss.text is {loss.text} with model.language: skip, which leaves out the model that would read and write "
             "text; set loss.text to 0, or model.language to load"
         )
+    if loss.operation and not heads.operations:
+        problems.append(
+            f"loss.operation is {loss.operation}, but heads.operations names none; list them, or set it to 0"
+        )
     if is_vision and heads.mask == "none":
         problems += [
             f"loss.{name} is {getattr(loss, name)} with heads.mask: none, so there is no map; set it to 0"
             for name, term in TERMS.items()
-            if term.output in ("mask_logits", "mask_features") and getattr(loss, name)
+            if term.output in ("mask_logits", "mask_features", "operation_logits") and getattr(loss, name)
         ]
     if config.train.feature_cache and config.train.feature_cache != "auto":
         problems += cache_problems(config)

@@ -224,6 +224,7 @@ def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, Fore
             looks = bundle.base.config.region_features
             found.append(checked_dataset(own, what, bundle.processor, bundle.tokens, data, kind, region_features=looks))
             found[-1].heads_read_text = config.heads.source != "vision"
+            found[-1].operations = config.heads.operations
     return found[0], found[1] if held is not None else None
 
 

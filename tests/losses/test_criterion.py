@@ -20,6 +20,7 @@ def sample_batch() -> dict[str, Any]:
     return {
         "text_targets": torch.tensor([1, -100, 2, 0]),
         "cls_labels": torch.tensor([1, 0, 0, -100, 1]),
+        "operation_labels": torch.tensor([2, 0, 0, -100, 1]),
         "mask_targets": [tampered, torch.zeros(6, 4, dtype=torch.uint8), None, torch.ones(4, 4), tampered],
         "cls_image_index": torch.tensor([0, 1, 2, 3]),
         "mask_image_index": torch.tensor([0, 1, 3]),
@@ -35,6 +36,7 @@ def sample_outputs(seed: int = 0) -> SimpleNamespace:
         mask_logits=[torch.randn(s, requires_grad=True) for s in ((8, 8), (6, 4), (4, 4))],
         mask_image_index=torch.tensor([0, 1, 3]),
         mask_features=[torch.randn(5, 4, 4, requires_grad=True) for _ in range(3)],
+        operation_logits=[torch.randn(3, 4, 4, requires_grad=True) for _ in range(3)],
         image_features=torch.randn(4, 6, requires_grad=True),
     )
 
@@ -56,6 +58,7 @@ def test_counts_come_from_targets_alone_and_equal_those_of_the_call() -> None:
         "evidence": 2,
         "sparsity": 1,
         "contrast_region": 1,
+        "operation": 2,
         "contrast_image": 2,
     }
     assert {name: term.count for name, term in criterion(sample_outputs(), batch).items()} == counts
@@ -69,6 +72,18 @@ def test_evidence_reads_the_label_of_the_maps_image() -> None:
     found = Criterion(config)(outputs, batch)["evidence"]
     assert found.count == count == 2
     torch.testing.assert_close(found.sum, expected)
+
+
+def test_operation_reads_the_label_and_the_mask_of_the_maps_image() -> None:
+    """Maps of images 0 (operation 2), 1 (authentic) and 3 (unknown)."""
+    outputs, batch = sample_outputs(), sample_batch()
+    masks = [batch["mask_targets"][i] for i in (0, 1, 3)]
+    expected, count = functional.operation_loss(outputs.operation_logits, torch.tensor([2, 0, -100]), masks, 0.5)
+    found = Criterion(LossConfig(operation=1.0, operation_authentic_weight=0.5))(outputs, batch)["operation"]
+    assert found.count == count == 2
+    torch.testing.assert_close(found.sum, expected)
+    del batch["operation_labels"]
+    assert Criterion(LossConfig(operation=1.0))(outputs, batch)["operation"][:2] == (0.0, 0)
 
 
 def test_the_parameters_of_the_class_term_reach_it() -> None:
@@ -119,14 +134,15 @@ def test_two_halves_with_common_normalizers_equal_the_whole() -> None:
 def test_a_batch_that_supervises_nothing_gives_zero_gradients_everywhere() -> None:
     batch, outputs = sample_batch(), sample_outputs()
     batch["text_targets"] = torch.full((4,), -100)
-    batch["cls_labels"] = torch.full((5,), -100)
+    batch["cls_labels"] = batch["operation_labels"] = torch.full((5,), -100)
     batch["mask_targets"] = [None] * 5
     criterion = Criterion(ALL_ON)
     loss, means = total(criterion(outputs, batch), criterion.counts(batch))
     loss.backward()
     assert loss.item() == 0.0
     assert set(means) == set(TERMS)
-    leaves = [outputs.logits, outputs.cls_logits, *outputs.mask_logits, *outputs.mask_features, outputs.image_features]
+    maps = [*outputs.mask_logits, *outputs.mask_features, *outputs.operation_logits]
+    leaves = [outputs.logits, outputs.cls_logits, *maps, outputs.image_features]
     assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves)
 
 

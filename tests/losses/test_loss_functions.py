@@ -338,6 +338,38 @@ def test_zero_features_give_finite_gradients() -> None:
     assert torch.isfinite(features.grad).all()
 
 
+# --- operations
+
+
+def test_operation_loss_by_hand() -> None:
+    """2x2 cells of a 4x4 mask, one all tampered, one half, one a quarter, one not; half is enough."""
+    mask = torch.zeros(4, 4, dtype=torch.uint8)
+    mask[:2, :2] = 1
+    mask[0, 2:] = 1
+    mask[3, 0] = 1
+    logits = torch.randn(4, 2, 2, generator=torch.manual_seed(0))
+    log_p = logits.log_softmax(dim=0)
+    expected = -(log_p[3, 0, 0] + log_p[3, 0, 1] + 0.3 * (log_p[0, 1, 0] + log_p[0, 1, 1])) / 4
+    total, count = L.operation_loss([logits], torch.tensor([3]), [mask])
+    torch.testing.assert_close(total, expected)
+    assert count == 1
+    authentic, _ = L.operation_loss([logits], torch.tensor([0]), [torch.zeros_like(mask)], 2.0)
+    torch.testing.assert_close(authentic, -2.0 * log_p[0].mean())
+
+
+def test_operation_loss_takes_labelled_images_with_a_mask_only() -> None:
+    maps = [torch.randn(3, *side, requires_grad=True) for side in ((4, 4), (2, 6), (4, 4))]
+    masks = [torch.ones(8, 8), torch.ones(5, 7), None]
+    total, count = L.operation_loss(maps, torch.tensor([-100, 2, 1]), masks)
+    total.backward()
+    assert count == 1
+    torch.testing.assert_close(total, -maps[1].log_softmax(dim=0)[2].mean())
+    assert [bool(leaf.grad.any()) for leaf in maps] == [False, True, False]
+    assert L.operation_loss([], torch.zeros(0, dtype=torch.long), []) == (0.0, 0)
+    with pytest.raises(ValueError, match="label 3, but the head tells 2 operations apart"):
+        L.operation_loss(maps[:1], torch.tensor([3]), masks[:1])
+
+
 # --- all of them
 
 
@@ -363,6 +395,7 @@ def test_other_gradients_are_the_numerical_ones() -> None:
     assert check(lambda *m: L.evidence_loss(m, torch.tensor([1, 0, -100]), 0.3)[0], maps)
     features, mask = random_features(dtype=torch.float64)
     assert check(lambda x: L.region_contrast([x], [mask], 0.5)[0], (features.requires_grad_(),))
+    assert check(lambda x: L.operation_loss([x], torch.tensor([2]), [mask])[0], (tensor(3, 4, 4),))
 
 
 @pytest.mark.parametrize("loss", [*MASK_LOSSES, L.region_contrast])
@@ -411,4 +444,5 @@ def test_half_precision_is_computed_in_float32() -> None:
     assert L.image_contrast(torch.randn(3, 4).bfloat16(), labels)[0].dtype == torch.float32
     assert L.focal_loss(torch.randn(3).bfloat16(), labels)[0].dtype == torch.float32
     assert L.evidence_loss([half[0]], labels[:1])[0].dtype == torch.float32
+    assert L.operation_loss([features.bfloat16()], labels[2:], [mask])[0].dtype == torch.float32
     assert L.text_cross_entropy(torch.randn(3, 4).bfloat16(), labels)[0].dtype == torch.float32

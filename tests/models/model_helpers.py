@@ -64,7 +64,8 @@ def plain_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
 
 def head_outputs(output: Any) -> list[Tensor]:
     """Every number the heads return, as a list of tensors."""
-    return [output.cls_logits, *output.mask_logits, output.image_features, *output.mask_features]
+    maps = [*output.mask_logits, *output.mask_features, *(output.operation_logits or [])]
+    return [output.cls_logits, output.image_features, *maps]
 
 
 def assert_same(found: Any, expected: Any, atol: float = 0.0) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from model_helpers import STREAM, collate, forward, load, record_named, samples_of
+from model_helpers import STREAM, assert_same, collate, forward, load, record_named, samples_of
 
 from finetune.config import HeadsConfig
+from finetune.errors import ConfigError
 from finetune.models.features import by_shape, gather_states, locate_runs
 from finetune.models.heads import HEADS, evidence_size, pool_evidence
 from finetune.models.loading import Bundle
@@ -203,6 +204,30 @@ def test_by_shape_keeps_the_order() -> None:
     found = by_shape(tensors, double)
     assert calls == [[0, 2], [1, 4], [3]]
     assert all(torch.equal(a, 2 * b) for a, b in zip(found, tensors, strict=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"mask": "grid"}, {"noise_residual": STREAM}])
+def test_operations_are_told_apart_at_every_place_of_the_mask_features(
+    tied: Path, photo_records: Path, settings: dict[str, Any]
+) -> None:
+    plain, bundle = load(tied, **settings), load(tied, operations=["splice", "remove"], **settings)
+    batch = batch_of(bundle, photo_records)
+    output, without = forward(bundle.model, batch), forward(plain.model, batch)
+    assert without.operation_logits is None
+    found, output.operation_logits = output.operation_logits, None
+    assert_same(output, without)  # nothing else changes, and no other head starts from other weights
+    for logits, features in zip(found, output.mask_features, strict=True):
+        assert logits.shape == (3, *features.shape[1:])
+        expected = torch.einsum("kc,chw->khw", bundle.base.operation_head.weight[:, :, 0, 0], features)
+        expected = expected + bundle.base.operation_head.bias[:, None, None]
+        torch.testing.assert_close(logits, expected)
+    assert "operation_head.weight" in dict(bundle.base.named_parameters())
+
+
+def test_operations_that_cannot_be_are_refused(tied: Path) -> None:
+    with pytest.raises(ConfigError, match="a name twice"):
+        load(tied, operations=["splice", "splice"])
+    assert not hasattr(load(tied, source="vision", mask="none", operations=["splice"]).base, "operation_head")
 
 
 def test_output_is_typed(tied: Path, photo_records: Path) -> None:

@@ -15,13 +15,19 @@ from finetune.losses.criterion import Criterion, total
 from finetune.models.loading import Bundle
 
 LOSSES = LossConfig(
-    text=1.0, focal=1.0, dice=1.0, boundary=1.0, authentic=1.0, bce=1.0, contrast_region=1.0, contrast_image=1.0
-)
+    text=1.0, focal=1.0, dice=1.0, boundary=1.0, authentic=1.0, bce=1.0, contrast_region=1.0, contrast_image=1.0,
+    operation=1.0,
+)  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
-    "query": {"noise_residual": STREAM, "layer": "weighted", "cls_uses_mask": True},
+    "query": {"noise_residual": STREAM, "layer": "weighted", "cls_uses_mask": True, "operations": ["splice"]},
     "query without stream": {"cls_uses_mask": True},
     "grid": {"mask": "grid", "noise_residual": STREAM, "layer": 1, "cls_uses_mask": True},
-    "on the tower": {"source": "vision", "vision_layers": [0, 2], "noise_residual": STREAM},
+    "on the tower": {
+        "source": "vision",
+        "vision_layers": [0, 2],
+        "noise_residual": STREAM,
+        "operations": ["splice", "retouch"],
+    },
     "to language": {"noise_residual": STREAM, "mask_sigmoid": True},
 }
 

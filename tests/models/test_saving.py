@@ -28,6 +28,7 @@ NAMES = ("real_84x140", "unmasked_140x84", "text")
 RICH: dict[str, Any] = {
     "layer": "weighted",
     "noise_residual": replace(STREAM, to_language=True),
+    "operations": ["splice", "retouch.grain"],
 }
 LORA = LoraConfig(r=4, dropout=0.0)
 TOKEN_HEADS = set(HEAD_MODULES) - {*TOWER_HEADS, REGION_MODULE}

@@ -28,7 +28,7 @@ LORA = LoraConfig(r=4, dropout=0.0)
 
 def rich(path: Path) -> Bundle:
     """A bundle with every head module there is."""
-    return load(path, layer="weighted", noise_residual=replace(STREAM, to_language=True))
+    return load(path, layer="weighted", noise_residual=replace(STREAM, to_language=True), operations=["splice"])
 
 
 def step(bundle: Bundle, records: Path, names: tuple[str, ...] = ("real_84x140", "unmasked_140x84", "text")) -> Any:
@@ -39,7 +39,8 @@ def step(bundle: Bundle, records: Path, names: tuple[str, ...] = ("real_84x140",
     output = bundle.model(**{key: batch[key] for key in MODEL_KEYS if key in batch})
     loss = torch.nn.functional.cross_entropy(output.logits, batch["text_targets"]) + output.branch_anchor
     if output.cls_logits is not None:
-        loss = loss + (output.cls_logits - 3).square().mean() + sum((m - 1).square().mean() for m in output.mask_logits)
+        maps = [*output.mask_logits, *(output.operation_logits or [])]
+        loss = loss + (output.cls_logits - 3).square().mean() + sum((m - 1).square().mean() for m in maps)
     loss.backward()
     missing = [n for n, p in bundle.model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing, missing  # ranks would wait for these gradients for ever

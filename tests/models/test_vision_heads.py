@@ -72,6 +72,13 @@ def test_every_image_gets_a_score_and_a_map(bundle: Bundle, pixels: torch.Tensor
     assert [tuple(m.shape) for m in run(bundle.model, pixels, mask_sizes_hw=sizes).mask_logits] == sizes
 
 
+def test_operations_of_every_image(tied: Path, bundle: Bundle, pixels: torch.Tensor) -> None:
+    output = run(load(tied, operations=["splice", "remove"]).model, pixels)
+    assert_equal(output, run(bundle.model, pixels))  # the other heads stay as they are
+    assert [o.shape for o in output.operation_logits] == [(3, *f.shape[1:]) for f in output.mask_features]
+    assert run(bundle.model, pixels).operation_logits is None
+
+
 def test_images_do_not_see_each_other(bundle: Bundle, pixels: torch.Tensor) -> None:
     together = run(bundle.model, pixels)
     for number, part in enumerate(pixels.split(SIZES)):

@@ -68,6 +68,8 @@ def mixed_records(photo_records: Path) -> Path:
     turns = [{"role": "user", "content": "How do I start?"}, {"role": "assistant", "content": long_answer}]
     names = ["tampered_224x196", "pair", "real_112x252", "unmasked_140x84", "tampered_150x211", "real_84x140"]
     records = [by_id["text"], {"id": "text_long", "messages": turns}, *(by_id[name] for name in names)]
+    for name, operation in (("tampered_224x196", "retouch"), ("pair", "splice")):  # of tampered_150x211 it is not known
+        by_id[name]["provenance"] = {"operation": {"name": operation}}
     path = photo_records.with_name("mixed.jsonl")
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path

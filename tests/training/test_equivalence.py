@@ -24,7 +24,11 @@ from gradient_capture import train_and_capture
 from finetune.config import RunConfig
 
 TOLERANCE = 2e-5  # of a tensor's largest gradient entry
-LOSSES = {"text": 1.0, "focal": 1.0, "dice": 0.7, "boundary": 0.3, "authentic": 0.9, "bce": 0.4, "contrast_region": 0.2}
+LOSSES = {
+    "text": 1.0, "focal": 1.0, "dice": 0.7, "boundary": 0.3, "authentic": 0.9, "bce": 0.4, "contrast_region": 0.2,
+    "operation": 0.6,
+}  # fmt: skip
+OPERATIONS = ["splice", "retouch"]
 ALL_GROUPS = ["cls_head", "mask_head", "noise_residual", "lm_full", "vision_full"]
 STAGE_1 = ["new_tokens", "cls_head", "mask_head", "noise_residual"]
 
@@ -36,7 +40,7 @@ def equal_config(make_config: Callable[..., RunConfig], mixed_records: Path) -> 
     def make(name: str, batch_size: int, accumulation: int, trainable: list[str], **data: Any) -> RunConfig:
         return make_config(
             name,
-            heads={"noise_residual": {"content_residuals": True, "exact_repeats": True}},
+            heads={"noise_residual": {"content_residuals": True, "exact_repeats": True}, "operations": OPERATIONS},
             data={"train": [str(mixed_records)], "eval": [], "class_balanced": False, "template": "en", **data},
             loss=LOSSES,
             train={
@@ -85,7 +89,7 @@ def test_heads_on_the_tower_are_as_exact_and_ranks_share_a_feature_cache(
     def make(name: str, batch_size: int, accumulation: int, **train: Any) -> RunConfig:
         return make_config(
             name,
-            heads={"source": "vision", "vision_layers": [0, 2]},
+            heads={"source": "vision", "vision_layers": [0, 2], "operations": OPERATIONS},
             data={"train": [str(pictures)], "eval": [], "class_balanced": False},
             loss={**LOSSES, "text": 0.0, "evidence": 0.6, "sparsity": 0.5},
             train={
