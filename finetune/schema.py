@@ -93,6 +93,11 @@ class Record:
         return max(labels) if labels else None
 
 
+def operation_family(name: str) -> str:
+    """`retouch` of the operation `retouch.grain`."""
+    return name.split(".")[0]
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What the model says about one image; made without any target.
@@ -110,6 +115,8 @@ class Prediction:
         text_polygons: regions written in `text`, in pixels of the original image, None where it could not be read.
         size_hw: (H, W) of the image after EXIF rotation.
         raw_score: the head's own probability where `score` was calibrated, else None.
+        operations: how it was tampered, if it was: share of each of the model's `heads.operations`, 1 in all; None
+            without such a head.
     """
 
     id: str
@@ -124,6 +131,23 @@ class Prediction:
     text_label: int | None = None
     text_polygons: tuple[Polygon, ...] | None = None
     raw_score: float | None = None
+    operations: dict[str, float] | None = None
+
+    @property
+    def operation(self) -> str:
+        """The likeliest way it was tampered, if it was; "" where the model cannot tell.
+
+        Kinds of one operation (`retouch.grain`, `retouch.tone`) are added up first: the likeliest kind of the likeliest
+        operation.
+        """
+        if not self.operations:
+            return ""
+        families: dict[str, float] = {}
+        for name, share in self.operations.items():
+            families[operation_family(name)] = families.get(operation_family(name), 0.0) + share
+        likeliest = max(families, key=families.__getitem__)
+        kinds = {name: share for name, share in self.operations.items() if operation_family(name) == likeliest}
+        return max(kinds, key=kinds.__getitem__)
 
     @property
     def own_score(self) -> float:

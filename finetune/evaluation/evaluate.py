@@ -113,6 +113,7 @@ def report_sample(record: Record, index: int, prediction: Prediction, mask: Any,
         text=prediction.text,
         parse_ok=prediction.parse_ok if prediction.text else None,
         operation=operation_name(record),
+        told_operation=prediction.operation,
     )
 
 

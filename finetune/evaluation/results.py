@@ -13,7 +13,7 @@ from finetune.metrics.bootstrap import Interval, bootstrap_auroc, bootstrap_mean
 from finetune.metrics.classification import image_metrics
 from finetune.metrics.localization import authentic_metrics, pixel_metrics
 from finetune.metrics.text import verdict_metrics
-from finetune.schema import Prediction
+from finetune.schema import Prediction, operation_family
 
 NO_MASK_HEAD = "no mask head"
 PIXEL_METRICS = ("f1", "iou", "dice", "auc", "f1_best_threshold")
@@ -52,6 +52,7 @@ class EvaluationResults:
     head_labels: list[int] = field(default_factory=list)
     true_labels: list[int | None] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
+    told_operations: list[str] = field(default_factory=list)
     pixel_origins: list[Origin] = field(default_factory=list)
 
     def add(
@@ -63,6 +64,7 @@ class EvaluationResults:
             self.raw_scores.append(prediction.raw_score)
             self.labels.append(label)
             self.origins.append(origin)
+            self.told_operations.append(prediction.operation)
         if self.with_text:
             self.text_labels.append(prediction.text_label)
             self.head_labels.append(prediction.label)
@@ -132,7 +134,11 @@ class EvaluationResults:
         return {} if self.with_masks else {"absent": NO_MASK_HEAD}
 
     def operations(self) -> dict[str, dict[str, Any]]:
-        """Of each tampering operation that is known: `n`, image AUROC against all authentic images, pixel F1 at 0.5."""
+        """Of each tampering operation that is known: `n`, image AUROC against all authentic images, pixel F1 at 0.5.
+
+        With `heads.operations` also `recognized`: the share whose likeliest operation is this one; kinds of one
+        operation (`retouch.grain`) count as it, and every tampered image counts, found or not.
+        """
         names = sorted({origin.operation for origin in (*self.origins, *self.pixel_origins)} - {""})
         found = {}
         for name in names:
@@ -150,6 +156,13 @@ class EvaluationResults:
             both = len(set(labels.tolist())) == 2
             auroc = image_metrics(scores, labels, 0.5)["auroc"] if both else None
             found[name] = {"n": int(labels.sum()), "auroc": auroc, "f1": _mean(pixels)}
+            told = [
+                operation_family(said) == name
+                for said, origin in zip(self.told_operations, self.origins, strict=True)
+                if origin.operation == name and said
+            ]
+            if told:
+                found[name]["recognized"] = sum(told) / len(told)
         return found
 
     def intervals(self, prefix: str = "", over_groups: bool = False) -> dict[str, list[float | None]]:

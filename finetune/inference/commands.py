@@ -139,7 +139,9 @@ def describe(prediction: Prediction, mask_threshold: float) -> str:
     )
     verdict = "tampered" if prediction.label else "real    "
     own = "" if prediction.raw_score is None else f" (uncalibrated {prediction.raw_score:.3f})"
-    line = f"{verdict}  score {prediction.score:.3f}{own}{area}  {prediction.image_path}"
+    told = prediction.operation if prediction.label == 1 else ""
+    how = f"  {told}?" if told else ""
+    line = f"{verdict}  score {prediction.score:.3f}{own}{area}{how}  {prediction.image_path}"
     return f"{line}\n    {prediction.text}" if prediction.text else line
 
 

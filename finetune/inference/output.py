@@ -18,7 +18,8 @@ class PredictionWriter:
     A line: `{id, image_path, label, score, raw_score, mask_path, polygons, text, parse_ok, text_polygons, size_hw}`;
     `label` is the verdict (0 real, 1 tampered), `raw_score` the score before calibration, `mask_path` is relative to
     the folder and null without a mask, its pixels are scores times 255. Polygons are `[[[x, y], ...], ...]` in pixels
-    of the original image; `text_polygons` are those the text states, null where it could not be read.
+    of the original image; `text_polygons` are those the text states, null where it could not be read. A model with
+    `heads.operations` adds `operations`: the share of each, 1 in all, which means something where `label` is 1.
     """
 
     def __init__(self, out_dir: str | Path, name: str = "predictions.jsonl") -> None:
@@ -59,7 +60,7 @@ class PredictionWriter:
 
 def as_line(prediction: Prediction, mask_path: str | None) -> dict[str, Any]:
     """The JSON object of one prediction."""
-    return {
+    line = {
         "id": prediction.id,
         "image_path": prediction.image_path,
         "label": prediction.label,
@@ -72,6 +73,9 @@ def as_line(prediction: Prediction, mask_path: str | None) -> dict[str, Any]:
         "text_polygons": None if prediction.text_polygons is None else _points(prediction.text_polygons),
         "size_hw": list(prediction.size_hw),
     }
+    if prediction.operations is not None:
+        line["operations"] = {name: round(share, 4) for name, share in prediction.operations.items()}
+    return line
 
 
 def _points(polygons: Sequence[Polygon]) -> list[list[list[float]]]:

@@ -35,12 +35,17 @@ from finetune.schema import Polygon, Prediction
 class _HeadResult:
     """Heads of one batch: score and (H, W) float32 scores for each of the N images, None where no head ran.
 
-    raw: the score before calibration, None without one.
+    raw: the score before calibration, None without one. operations: as `Prediction` has them.
     """
 
     scores: list[float | None]
     masks: list[np.ndarray | None]
     raw: list[float | None]
+    operations: list[dict[str, float] | None]
+
+    @classmethod
+    def empty(cls, num_images: int) -> _HeadResult:
+        return cls([None] * num_images, [None] * num_images, [None] * num_images, [None] * num_images)
 
 
 class Predictor:
@@ -267,7 +272,7 @@ class Predictor:
 
     def _read_heads(self, captured: list[Any], num_images: int) -> _HeadResult:
         """Scores and masks of the N images; a model with heads that did not run is a bug, never a score of 0.5."""
-        result = _HeadResult([None] * num_images, [None] * num_images, [None] * num_images)
+        result = _HeadResult.empty(num_images)
         if not captured:
             if self.bundle.base.has_heads and num_images:
                 raise RuntimeError(
@@ -286,6 +291,10 @@ class Predictor:
         if output.mask_logits is not None:
             for image, logits in zip(output.mask_image_index.tolist(), output.mask_logits, strict=True):
                 result.masks[image] = logits.float().sigmoid().cpu().numpy()
+        if output.operation_logits is not None:
+            names = self.bundle.base.heads_config.operations
+            for image, logits in zip(output.mask_image_index.tolist(), output.operation_logits, strict=True):
+                result.operations[image] = operation_shares(logits, names)
         return result
 
     def _predictions(
@@ -318,6 +327,7 @@ class Predictor:
                         text_label=None if answer is None else answer.label,
                         text_polygons=None if answer is None else answer.polygons,
                         raw_score=heads.raw[first + k],
+                        operations=heads.operations[first + k],
                     )
                 )
             first += len(pictures)
@@ -333,6 +343,22 @@ class Predictor:
         if mask is None:
             return ()
         return polygons_from_mask(mask >= self.generation.mask_threshold)
+
+
+def operation_shares(logits: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """How an image was tampered, if it was, from what the operation head says of every place.
+
+    Args:
+        logits: (1 + K, h, w), authentic first. names: of the K operations.
+
+    Returns:
+        Per name the sum over places of p(name) (1 - p(authentic)), divided by the sum of all names: places count as far
+        as they look tampered at all.
+    """
+    p = logits.float().softmax(dim=0)  # (1 + K, h, w)
+    sums = (p[1:] * (1 - p[0])).sum(dim=(1, 2)).double()  # (K,)
+    shares = sums / sums.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return dict(zip(names, shares.tolist(), strict=True))
 
 
 def trained_template(bundle: Bundle) -> Template:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,24 @@ def test_operations_are_told_apart_and_groups_are_drawn_whole() -> None:
     narrow, wide = metrics["intervals"]["image.auroc"], metrics["intervals_over_groups"]["image.auroc"]
     assert narrow[0] < metrics["image"]["auroc"] < narrow[1]
     assert wide[0] < metrics["image"]["auroc"] < wide[1]
+
+
+def test_recognized_operations_count_kinds_as_their_operation() -> None:
+    results = EvaluationResults()
+    told = {"splice": 0.4, "retouch.tone": 0.35, "retouch.grain": 0.25}  # together more than the splice
+    assert replace(prediction(0.9, None), operations=told).operation == "retouch.tone"
+    for name, label in (("retouch", 1), ("retouch", 1), ("splice", 1), ("", 0)):
+        results.add(replace(prediction(0.9, None), operations=told), label, None, Origin("p", name))
+    results.add(
+        replace(prediction(0.1, None), operations={"splice": 0.6, "retouch.tone": 0.4}), 1, None, Origin("p", "retouch")
+    )
+    assert {name: found["recognized"] for name, found in results.operations().items()} == {
+        "retouch": 2 / 3,
+        "splice": 0.0,
+    }
+    without = EvaluationResults()
+    without.add(prediction(0.9, None), 1, None, Origin("p", "splice"))
+    assert "recognized" not in without.operations()["splice"]
 
 
 def test_without_groups_there_is_no_interval_over_them() -> None:

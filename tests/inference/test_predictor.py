@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.config import GenerationConfig
+from finetune.config import GenerationConfig, HeadsConfig, ModelConfig
 from finetune.data.chat import load_template, question_turns
 from finetune.data.readers import read_records
 from finetune.errors import DataFormatError
 from finetune.inference.answers import canonical, read_answers
+from finetune.inference.commands import describe
 from finetune.inference.output import PredictionWriter
-from finetune.inference.predictor import Predictor
+from finetune.inference.predictor import Predictor, operation_shares
 from finetune.inference.queries import Query, queries_of, query_for_image
+from finetune.models.loading import load_bundle
 from finetune.schema import ImageInput, Prediction
+from finetune.special_tokens import SpecialTokens
 
 
 def queries(predictor: Predictor, path: Path) -> list[Query]:
@@ -151,6 +154,35 @@ def test_answers_of_both_layouts_are_read() -> None:
     words = dataclasses.replace(template, result={0: "真实", 1: "伪造"})
     assert canonical('{"result": 伪造, "mask": []}', words) == '{"result": "fake", "mask": []}'
     assert read_answers('{"result": "真实", "mask": []}', words, 1)[0].label == 0  # type: ignore[index]
+
+
+def test_operation_shares_by_hand() -> None:
+    """Two places: one surely a splice, one surely authentic, which has no say."""
+    p = torch.tensor([[[0.1, 1.0]], [[0.6, 0.0]], [[0.3, 0.0]]])  # authentic, splice, remove
+    found = operation_shares(p.clamp(min=1e-30).log(), ["splice", "remove"])
+    assert found == {"splice": pytest.approx(2 / 3), "remove": pytest.approx(1 / 3)}
+    nowhere = operation_shares(torch.tensor([200.0, 0.0, 0.0]).reshape(3, 1, 1), ["splice", "remove"])
+    assert all(0 <= share <= 1 for share in nowhere.values())  # authentic all over: nothing to divide
+
+
+def test_a_model_with_operations_says_how(tiny_dir: Path, photo_records: Path, tmp_path: Path) -> None:
+    heads = HeadsConfig(hidden_size=32, num_layers=1, num_heads=4, operations=["splice", "retouch.grain"])
+    told = Predictor(load_bundle(ModelConfig(path=str(tiny_dir), dtype="float32"), SpecialTokens(), heads))
+    asked = queries(told, photo_records)
+    with PredictionWriter(tmp_path) as writer:
+        for predictions in told.predict(asked, with_text=False):
+            for prediction in predictions:
+                assert prediction.operations is not None
+                assert list(prediction.operations) == heads.operations
+                assert sum(prediction.operations.values()) == pytest.approx(1)
+                assert prediction.operation in heads.operations
+                writer.write(prediction)
+                label = dataclasses.replace(prediction, label=1)
+                assert f"  {prediction.operation}?  " in describe(label, 0.5)
+                assert prediction.operation not in describe(dataclasses.replace(prediction, label=0), 0.5)
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 7
+    assert all(sum(line["operations"].values()) == pytest.approx(1, abs=1e-3) for line in lines)
 
 
 def test_writer_gives_the_documented_line_and_unique_files(tmp_path: Path) -> None:

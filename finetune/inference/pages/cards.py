@@ -12,6 +12,7 @@ from PIL import Image
 
 from finetune.inference.pages.markup import DASH, as_number, bilingual, data_uri, esc, format_number
 from finetune.inference.visualization import evidence_tiles, heat_map
+from finetune.schema import operation_family
 
 Outcome = Literal["tp", "tn", "fp", "fn", "unknown"]
 
@@ -46,6 +47,7 @@ class ReportSample:
         text: generated answer.
         parse_ok: whether `text` is the JSON asked for; None when no text was generated.
         operation: how the image was tampered, from the record's provenance; "" when unknown.
+        told_operation: how the model says it was, if it was; "" where it cannot tell.
     """
 
     id: str
@@ -59,6 +61,7 @@ class ReportSample:
     text: str = ""
     parse_ok: bool | None = None
     operation: str = ""
+    told_operation: str = ""
 
     @property
     def outcome(self) -> Outcome:
@@ -122,8 +125,10 @@ def operations(samples: Sequence[ReportSample]) -> list[str]:
 
 
 def operation_table(samples: Sequence[ReportSample]) -> str:
-    """Per operation: how many of the samples shown, how many were found, their mean pixel F1. "" without operations."""
+    """Per operation: how many of the samples shown, how many were found, their mean pixel F1, and of how many the model
+    names the operation, where it does that. "" without operations."""
     rows = []
+    tells = any(sample.told_operation for sample in samples)
     for name in operations(samples):
         chosen = [sample for sample in samples if sample.operation == name and sample.label_true == 1]
         if not chosen:
@@ -131,20 +136,17 @@ def operation_table(samples: Sequence[ReportSample]) -> str:
         found = sum(sample.label_pred == 1 for sample in chosen) / len(chosen)
         known = [f1 for sample in chosen if (f1 := as_number(sample.f1)) is not None]
         mean_f1 = float(np.mean(known)) if known else None
-        rows.append(
-            f'<tr><th scope="row">{esc(name)}</th><td>{len(chosen)}</td>{_bar_cell(found)}{_bar_cell(mean_f1)}</tr>'
-        )
+        cells = [_bar_cell(found), _bar_cell(mean_f1)]
+        if tells:
+            cells.append(
+                _bar_cell(float(np.mean([operation_family(sample.told_operation) == name for sample in chosen])))
+            )
+        rows.append(f'<tr><th scope="row">{esc(name)}</th><td>{len(chosen)}</td>{"".join(cells)}</tr>')
     if not rows:
         return ""
-    head = "".join(
-        f'<th scope="col">{bilingual(zh, en)}</th>'
-        for zh, en in (
-            ("操作", "Operation"),
-            ("张数", "Images"),
-            ("检出率", "Detected"),
-            ("平均像素 F1", "Mean pixel F1"),
-        )
-    )
+    names = [("操作", "Operation"), ("张数", "Images"), ("检出率", "Detected"), ("平均像素 F1", "Mean pixel F1")]
+    names += [("方式说对", "Operation told right")] if tells else []
+    head = "".join(f'<th scope="col">{bilingual(zh, en)}</th>' for zh, en in names)
     return (
         '<div class="scroll ops"><table class="metrics">'
         f"<caption>{bilingual('按篡改方式（下列样本）', 'By operation (samples below)')}</caption>"
@@ -179,6 +181,9 @@ def _facts(sample: ReportSample, score: float | None, f1: float | None) -> str:
         (bilingual("像素 F1", "Pixel F1"), format_number(f1)),
         (bilingual("操作", "Operation"), esc(sample.operation or DASH)),
     ]
+    if sample.told_operation:
+        told = sample.told_operation if sample.label_pred == 1 else DASH
+        facts.append((bilingual("模型所说的操作", "Operation, as told"), esc(told)))
     return f"<dl>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in facts)}</dl>"
 
 

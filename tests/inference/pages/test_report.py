@@ -270,3 +270,15 @@ def test_report_and_baselines_do_not_import_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_operations_as_told_are_shown_where_a_model_tells_them() -> None:
+    right = sample("a", told_operation="splice")
+    kind = sample("b", operation="retouch", told_operation="retouch.grain")
+    wrong = sample("c", operation="retouch", told_operation="splice")
+    missed = sample("d", label_pred=0, told_operation="retouch.grain")
+    page = render_report(title="t", metrics={}, samples=[right, kind, wrong, missed])
+    assert page.count("Operation, as told") == 4
+    assert page.count("<dd>retouch.grain</dd>") == 1  # not where the verdict is that nothing was done
+    assert "Operation told right" in page
+    assert "Operation told right" not in render_report(title="t", metrics={}, samples=[sample("a")])
