@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from finetune.schema import Record
@@ -37,10 +38,28 @@ def operation_labels(record: Record, names: Sequence[str]) -> list[int]:
     return [{0: AUTHENTIC, 1: label}.get(target.label, IGNORE_INDEX) for target in record.targets]  # type: ignore[arg-type]
 
 
-def _place(record: Record, names: Sequence[str]) -> int:
+def unused_operations(records: Sequence[Record], names: Sequence[str]) -> str | None:
+    """A warning about names that label no image of these records, with what the records say instead; None if all do."""
+    used = {label for record in records for label in operation_labels(record, names)}
+    unused = [name for place, name in enumerate(names, start=1) if place not in used]
+    if not unused:
+        return None
+    said = Counter(_full_name(record) for record in records if record.label == 1)
+    found = ", ".join(f"{name or 'nothing'} ({count})" for name, count in said.most_common(12)) or "nothing"
+    return (
+        f"heads.operations names {', '.join(unused)}, which no training record has for its one tampered "
+        f"image; provenance.operation of the tampered ones says: {found}"
+    )
+
+
+def _full_name(record: Record) -> str:
     name = operation_name(record)
     kind = record.provenance["operation"].get("kind") if name else None
-    for wanted in (f"{name}.{kind}", name):
-        if name and wanted in names:
+    return f"{name}.{kind}" if kind else name
+
+
+def _place(record: Record, names: Sequence[str]) -> int:
+    for wanted in (_full_name(record), operation_name(record)):
+        if wanted and wanted in names:
             return 1 + list(names).index(wanted)
     return IGNORE_INDEX

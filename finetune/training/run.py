@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from finetune.config import ModelConfig, RunConfig, to_dict
 from finetune.data.dataset import ForensicDataset, checked_dataset
+from finetune.data.edit_operations import unused_operations
 from finetune.data.image_size import set_short_side
 from finetune.data.pictures import PictureDataset
 from finetune.data.regions.limit import fitted_records, limit_regions
@@ -225,6 +226,9 @@ def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, Fore
             found.append(checked_dataset(own, what, bundle.processor, bundle.tokens, data, kind, region_features=looks))
             found[-1].heads_read_text = config.heads.source != "vision"
             found[-1].operations = config.heads.operations
+    unused = unused_operations(records, config.heads.operations) if config.loss.operation else None
+    if unused:
+        logger.warning("%s", unused)
     return found[0], found[1] if held is not None else None
 
 

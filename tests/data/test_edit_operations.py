@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune.data.edit_operations import operation_labels, operation_name
+from finetune.data.edit_operations import operation_labels, operation_name, unused_operations
 from finetune.schema import ImageTarget, Record
 
 NAMES = ["splice", "retouch.grain", "retouch"]
@@ -48,3 +48,14 @@ def test_images_without_an_operation_of_their_own() -> None:
 def test_the_name_alone() -> None:
     assert operation_name(record({"name": "retouch", "kind": "grain"}, 1)) == "retouch"
     assert [operation_name(record(other, 1)) for other in (None, "splice", {"name": None})] == ["", "", ""]
+
+
+def test_names_that_label_nothing_are_said_with_what_the_records_say() -> None:
+    grain = record({"name": "retouch", "kind": "grain"}, 1)
+    records = [grain, grain, record({"name": "splice"}, 1, 1), record(None, 1), record({"name": "remove"}, 0)]
+    found = unused_operations(records, ["splice", "retouch.grain", "retouch"])
+    assert found is not None
+    assert found.startswith("heads.operations names splice, retouch, which no training record has")
+    assert found.endswith("says: retouch.grain (2), splice (1), nothing (1)")
+    assert unused_operations(records, ["retouch"]) is None
+    assert unused_operations([], []) is None
