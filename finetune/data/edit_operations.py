@@ -15,6 +15,10 @@ AUTHENTIC = 0
 """Label of an image without an operation; the k-th name of `heads.operations` has k, counted from 1."""
 
 
+FURTHER = "further_operations"
+"""Key of a provenance with the edits after `operation`, where a picture has several."""
+
+
 def operation_name(record: Record) -> str:
     """Name of the operation, such as retouch; "" where the record knows none."""
     operation = record.provenance.get("operation")
@@ -30,11 +34,11 @@ def operation_labels(record: Record, names: Sequence[str]) -> list[int]:
 
     Returns:
         0 for an image labelled real; for a tampered one the place of its operation in `names`, from 1 on; -100 for an
-        image without a label, an operation that is not among the names, and where several images of the record are
-        tampered, of which one may be meant.
+        image without a label, an operation that is not among the names, one of several on the same image
+        (`provenance.further_operations`), and where several images of the record are tampered, of which one is meant.
     """
-    tampered = sum(target.label == 1 for target in record.targets)
-    label = _place(record, names) if tampered == 1 else IGNORE_INDEX
+    is_one = sum(target.label == 1 for target in record.targets) == 1 and not record.provenance.get(FURTHER)
+    label = _place(record, names) if is_one else IGNORE_INDEX
     return [{0: AUTHENTIC, 1: label}.get(target.label, IGNORE_INDEX) for target in record.targets]  # type: ignore[arg-type]
 
 

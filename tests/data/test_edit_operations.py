@@ -45,6 +45,12 @@ def test_images_without_an_operation_of_their_own() -> None:
     assert operation_labels(Record("text", (), ()), NAMES) == []
 
 
+def test_of_several_edits_no_place_is_known() -> None:
+    several = record({"name": "splice"}, 1, 0)
+    several.provenance["further_operations"] = [{"name": "splice"}]
+    assert operation_labels(several, NAMES) == [-100, 0]
+
+
 def test_the_name_alone() -> None:
     assert operation_name(record({"name": "retouch", "kind": "grain"}, 1)) == "retouch"
     assert [operation_name(record(other, 1)) for other in (None, "splice", {"name": None})] == ["", "", ""]

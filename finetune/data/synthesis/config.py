@@ -44,6 +44,9 @@ class SynthConfig:
         monochrome: chance that a coloured host is made grey.
         scene_variation: chance that a training picture shows a varied scene (`scenes`), for content that few
             photographs lack. `val` and `eval` never do.
+        further_edits: chance that a tampered training picture has one or two more edits, of operations drawn for
+            themselves (`provenance.further_operations`), which its mask, polygons and evidence hold too. `val` and
+            `eval` never have; only with `record_kinds` of `single`.
         language: of the evidence text and of conversations: `zh`, `en`, or `both` (drawn per record).
         evidence_detail: `short`: what was done, where, how hard to see; `full`: also how large, shape and origin.
         record_kinds: records of each kind (`conversations.RECORD_KINDS`) per image; `single` is 1 where not given, and
@@ -90,6 +93,7 @@ class SynthConfig:
     grey_photo_weight: float = 0.4
     monochrome: float = 0.05
     scene_variation: float = 0.0
+    further_edits: float = 0.0
     language: str = "zh"
     evidence_detail: str = "short"
     record_kinds: dict[str, float] = field(default_factory=lambda: {"single": 1.0})
@@ -131,6 +135,7 @@ class SynthConfig:
         _check_settings(self.operation_settings)
         self._check_records_and_files()
         fractions = "tampered_fraction no_degradation two_degradations monochrome scene_variation held_out_fraction"
+        fractions += " further_edits"
         for name in fractions.split():
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a fraction in [0, 1]")
         for name, known in (("operations", OPERATIONS), ("degradations", DEGRADATIONS)):
@@ -139,6 +144,12 @@ class SynthConfig:
             _require(not unknown, name, unknown, f"names of {', '.join(known)}")
             _require(all(weight >= 0 for weight in weights.values()), name, weights, "weights >= 0")
         _require(sum(self.operations.values()) > 0, "operations", self.operations, "at least one weight above 0")
+        _require(
+            not (self.further_edits and self.has_conversations),
+            "further_edits",
+            self.further_edits,
+            "0 with record_kinds of conversations, which speak of one edit",
+        )
         if self.operations.get("inpaint_diffusion", 0) > 0:
             check_diffusion(self.operation_settings)
 

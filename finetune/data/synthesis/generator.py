@@ -27,6 +27,7 @@ from finetune.data.locking import locked
 from finetune.data.parallel import num_workers, ordered_map
 from finetune.data.synthesis.answers import (
     LANGUAGES,
+    SENTENCES,
     answer_polygons,
     describe_region,
     difficulty,
@@ -38,7 +39,7 @@ from finetune.data.synthesis.image_files import IMAGE_FORMATS, encode_image, enc
 from finetune.data.synthesis.partial import Entry, PartialSet
 from finetune.data.synthesis.photos import SPLITS, PhotoSet, find_photos
 from finetune.data.synthesis.record_files import write_record_files
-from finetune.data.synthesis.samples import Sample, SampleTask, make_sample, plan_tasks
+from finetune.data.synthesis.samples import AppliedEdit, Sample, SampleTask, make_sample, plan_tasks
 from finetune.errors import ForensicsError
 
 logger = logging.getLogger(__name__)
@@ -168,6 +169,8 @@ def write_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet, root: 
         "language": language,
         **({"exif": camera} if camera else {}),
     }
+    facts = (provenance, *_further(provenance))
+    said = [evidence_text(one, language, rng, config.evidence_detail) for one in facts]
     record = {
         "id": task.id,
         "group": sample.photo.group,
@@ -175,21 +178,35 @@ def write_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet, root: 
         "labels": [int(task.operation is not None)],
         "masks": [mask_path],
         "polygons": [[] if sample.mask is None else answer_polygons(sample.mask, config.max_points)],
-        "evidence": [evidence_text(provenance, language, rng, config.evidence_detail)],
+        "evidence": [SENTENCES[language].join(said)],
         "provenance": provenance,
     }
     return {"record": record, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
 
 
 def _findings(sample: Sample) -> dict[str, Any]:
-    """`region` and `difficulty` of a tampered image, from which every answer is worded; nothing of an authentic one."""
-    operation = sample.provenance["operation"]
-    if sample.mask is None or sample.edited_mask is None:
+    """`region` and `difficulty` of a tampered image, from which every answer is worded, and those of its further edits;
+    nothing of an authentic one."""
+    found = [_finding(edit, sample) for edit in sample.edits]
+    if not found:
         return {}
-    region = describe_region(sample.mask)
-    if place := source_place(sample.edited_mask, operation, sample.host.shape[:2]):
+    further = [{**edit.operation, **facts} for edit, facts in zip(sample.edits[1:], found[1:], strict=True)]
+    return {**found[0], **({"further_operations": further} if further else {})}
+
+
+def _finding(edit: AppliedEdit, sample: Sample) -> dict[str, Any]:
+    region = describe_region(edit.mask)
+    if place := source_place(edit.canvas_mask, edit.operation, sample.host.shape[:2]):
         region["source_place"] = place
-    return {"region": region, "difficulty": difficulty(operation, sample.provenance["degradations"])}
+    return {"region": region, "difficulty": difficulty(edit.operation, sample.provenance["degradations"])}
+
+
+def _further(provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each further edit the facts that its sentence is made of, placed as those of the first one are."""
+    return [
+        {"operation": operation, "region": operation["region"], "difficulty": operation["difficulty"]}
+        for operation in provenance.get("further_operations", [])
+    ]
 
 
 def _content(config: SynthConfig, photos: PhotoSet) -> dict[str, Any]:

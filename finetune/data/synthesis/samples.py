@@ -22,6 +22,9 @@ from finetune.data.synthesis.operations import OPERATIONS, Donor, NoVisibleEditE
 from finetune.data.synthesis.photos import SPLITS, Photo, PhotoSet
 from finetune.errors import DataFormatError
 
+LARGEST_TOTAL_SHARE = 0.45
+"""Of the picture that all edits together may alter; a further one that would exceed it is left out."""
+
 
 @dataclass(frozen=True)
 class SampleTask:
@@ -49,25 +52,43 @@ class SampleTask:
 
 
 @dataclass(frozen=True)
+class AppliedEdit:
+    """One edit of a picture: its operation as JSON values, its mask (H, W) bool on the finished image, and the one on
+    the canvas before post-processing."""
+
+    operation: dict[str, Any]
+    mask: np.ndarray
+    canvas_mask: np.ndarray
+
+
+@dataclass(frozen=True)
 class Sample:
     """One generated image in memory.
 
     Args:
         image: (H, W, 3) uint8 RGB, finished.
-        mask: (H, W) bool of the finished image, None when authentic.
         photo: the host photograph.
         provenance: JSON values.
-        host, edited, edited_mask: the picture before and after the operation and its mask, all before post-processing
-            and on its canvas; for checks.
+        host, edited: the picture before and after all edits, before post-processing and on its canvas; for checks.
+        edits: in their order; none when authentic.
     """
 
     image: np.ndarray
-    mask: np.ndarray | None
     photo: Photo
     provenance: dict[str, Any]
     host: np.ndarray
     edited: np.ndarray
-    edited_mask: np.ndarray | None
+    edits: tuple[AppliedEdit, ...] = ()
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """(H, W) bool of the finished image: what any edit altered; None when authentic."""
+        return np.logical_or.reduce([edit.mask for edit in self.edits]) if self.edits else None
+
+    @property
+    def edited_mask(self) -> np.ndarray | None:
+        """The same on the canvas before post-processing."""
+        return np.logical_or.reduce([edit.canvas_mask for edit in self.edits]) if self.edits else None
 
 
 def plan_tasks(config: SynthConfig, split: str) -> list[SampleTask]:
@@ -107,8 +128,8 @@ def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Samp
         DataFormatError: the host is so flat that no operation shows in it.
     """
     seed = task.seed(config)
-    streams = np.random.SeedSequence(seed).spawn(4)
-    rng_plan, rng_host, rng_edit, rng_file = (np.random.default_rng(stream) for stream in streams)
+    streams = np.random.SeedSequence(seed).spawn(5)
+    rng_plan, rng_host, rng_edit, rng_file, rng_further = (np.random.default_rng(stream) for stream in streams)
     final_hw = config.sizes_hw[int(rng_plan.integers(len(config.sizes_hw)))]
     plan = draw_plan(rng_plan, config.degradations, config.no_degradation, config.two_degradations)
     size_hw = canvas_size(plan, final_hw)
@@ -132,7 +153,7 @@ def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Samp
         return apply_plan(image, plan, final_hw)
 
     if task.operation is None:
-        return Sample(finish(host), None, photo, provenance, host, host, None)
+        return Sample(finish(host), photo, provenance, host, host)
 
     def draw_donor(rng: np.random.Generator) -> Donor:
         return develop(_draw_donor_photo(pool, photo, is_grey, rng), size_hw, rng, is_grey, pool, variation)
@@ -154,7 +175,27 @@ def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Samp
         )
     planned = {"instead_of": task.operation} if name != task.operation else {}
     provenance["operation"] = {"name": name, **planned, **result.parameters}
-    return Sample(result.finished, result.finished_mask, photo, provenance, host, result.image, result.mask)
+    edits = [AppliedEdit(provenance["operation"], result.finished_mask, result.mask)]
+    if task.split == "train" and rng_further.random() < config.further_edits:
+        for name in _draw_further(config, rng_further):
+            try:
+                more = tamper(result.image, name, rng_further, config.operation_settings, draw_donor, finish)
+            except NoVisibleEditError:
+                continue  # there is one edit already
+            if np.logical_or.reduce([more.mask, *(edit.canvas_mask for edit in edits)]).mean() > LARGEST_TOTAL_SHARE:
+                continue
+            result = more
+            edits.append(AppliedEdit({"name": name, **more.parameters}, more.finished_mask, more.mask))
+        if len(edits) > 1:
+            provenance["further_operations"] = [edit.operation for edit in edits[1:]]
+    return Sample(result.finished, photo, provenance, host, result.image, tuple(edits))
+
+
+def _draw_further(config: SynthConfig, rng: np.random.Generator) -> list[str]:
+    """One or two operations, by their weights."""
+    names = _operations(config)
+    weights = np.array([config.operations[name] for name in names])
+    return [names[int(rng.choice(len(names), p=weights / weights.sum()))] for _ in range(1 + int(rng.random() < 0.4))]
 
 
 def _draw_host(pool: Sequence[Photo], rng: np.random.Generator, grey_weight: float) -> Photo:

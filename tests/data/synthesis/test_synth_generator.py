@@ -21,7 +21,7 @@ from finetune.data.readers import read_records
 from finetune.data.synthesis import SynthConfig, generator, synthesize
 from finetune.data.synthesis.photos import find_photos
 from finetune.data.synthesis.samples import SampleTask, make_sample, plan_tasks
-from finetune.errors import DataFormatError, ForensicsError
+from finetune.errors import ConfigError, DataFormatError, ForensicsError
 from finetune.special_tokens import SpecialTokens
 
 LEAK = 0.12
@@ -221,6 +221,44 @@ def test_varied_scenes_are_shared_by_a_pair_and_stay_in_training(tmp_path: Path)
         source = record["provenance"]["source"]
         scenes.setdefault(record["provenance"]["pair"], set()).add(str(source["scene"]))
     assert all(len(names) == 1 for names in scenes.values())
+
+
+def test_further_edits_are_in_mask_and_evidence_and_stay_in_training(tmp_path: Path) -> None:
+    config = SynthConfig(num_val=4, num_train=24, num_eval=4, seed=5, workers=1, sizes_hw=((112, 140),))
+    for name, share in (("off", 0.0), ("on", 1.0)):
+        synthesize(replace(config, further_edits=share), tmp_path / name, progress=False)
+    on, off = digests(tmp_path / "on"), digests(tmp_path / "off")
+    assert all(on[name] == off[name] for name in on if name.startswith(("val", "eval")))
+    several = 0
+    for more, less in zip(read(tmp_path / "on", "train"), read(tmp_path / "off", "train"), strict=True):
+        further = more["provenance"].pop("further_operations", [])
+        image = more["images"][0]
+        assert (on[image] == off[image]) == (not further)  # authentic pictures and those without a second place
+        assert more["provenance"] == less["provenance"]
+        assert len(more["evidence"][0].split("。")) == 1 + len(further)
+        if further:
+            several += 1
+            first, both = (Image.open(tmp_path / name / more["masks"][0]) for name in ("off", "on"))
+            assert not (np.asarray(first) > np.asarray(both)).any()
+            assert (np.asarray(both) > np.asarray(first)).any()
+            assert (np.asarray(both) > 0).mean() <= 0.46
+            assert all({"name", "area", "region", "difficulty"} <= set(edit) for edit in further)
+    assert several > 6
+
+
+def test_further_edits_change_nothing_outside_the_mask() -> None:
+    config, photos = SynthConfig(num_val=0, num_train=40, num_eval=0, seed=3, further_edits=1.0), find_photos()
+    counts = set()
+    for task in plan_tasks(config, "train"):
+        if task.operation is not None:
+            sample = make_sample(task, config, photos)
+            assert sample.edited_mask is not None
+            assert not ((sample.host != sample.edited).any(axis=2) & ~sample.edited_mask).any()
+            counts.add(len(sample.edits))
+    assert counts <= {1, 2, 3}
+    assert {2, 3} <= counts
+    with pytest.raises(ConfigError, match="further_edits"):
+        SynthConfig(further_edits=0.5, record_kinds={"multi_turn": 0.5})
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
