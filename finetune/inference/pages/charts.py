@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.inference.pages.markup import as_number, bilingual, esc, svg_bilingual
+from finetune.inference.pages.markup import as_number, bilingual, esc, format_number, svg_bilingual
 from finetune.metrics.thresholds import precision_recall_curve, roc_curve
 
 Points = list[tuple[float, float]]
@@ -31,6 +31,7 @@ TERM_NAMES: dict[str, tuple[str, str]] = {
     "loss_focal": ("分类 focal 损失", "Classification focal loss"),
     "loss_authentic": ("真实图像素损失", "Authentic-pixel loss"),
     "loss_contrast_region": ("区域对比损失 InfoNCE", "Region contrast (InfoNCE)"),
+    "loss_operation": ("操作种类交叉熵", "Kind of edit, cross-entropy"),
     "loss_contrast_image": ("整图对比损失 InfoNCE", "Image contrast (InfoNCE)"),
     "learning_rate": ("学习率", "Learning rate"),
     "grad_norm": ("梯度范数", "Gradient norm"),
@@ -69,12 +70,29 @@ def training_charts(history: Sequence[Mapping[str, Any]]) -> str:
         evaluated = Series("验证", "eval", "c2", curves.get(f"eval_{key}", []), has_markers=True)
         figures.append(line_chart(_name(key), [line for line in (train, evaluated) if line.points]))
     rest = [key for key in curves if key.removeprefix("eval_") not in losses]
+    once = sorted(key for key in rest if key.startswith("eval_") and len(curves[key]) == 1)
+    if once:  # a single evaluation, at the end of the schedule, is no curve
+        figures.append(_values_figure({key: curves[key][0] for key in once}))
+        rest = [key for key in rest if key not in once]
     for key in sorted(rest, key=lambda key: (not key.startswith("eval_"), key)):
         is_eval = key.startswith("eval_")
         series = Series(*_name(key), "c2" if is_eval else "c3", curves[key], is_eval, key != "learning_rate")
         in_unit = is_eval and all(0 <= y <= 1 for _, y in curves[key])
         figures.append(line_chart(_name(key), [series], y_range=(0.0, 1.0) if in_unit else None, has_legend=False))
     return "".join(figures)
+
+
+def _values_figure(values: Mapping[str, tuple[float, float]]) -> str:
+    """A <figure> with a table of what was evaluated once: per quantity (step, value)."""
+    rows = "".join(
+        f'<tr><th scope="row">{bilingual(*_name(key))}</th><td>{format_number(value)}</td></tr>'
+        for key, (_, value) in values.items()
+    )
+    step = int(max(step for step, _ in values.values()))
+    title = bilingual(f"验证，只在第 {step} 步评测一次", f"Validation, evaluated once, at step {step}")
+    return (
+        f'<figure class="chart"><figcaption><b>{title}</b></figcaption><table class="metrics">{rows}</table></figure>'
+    )
 
 
 def line_chart(

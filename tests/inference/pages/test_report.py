@@ -272,6 +272,19 @@ def test_report_and_baselines_do_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_what_was_evaluated_once_is_a_table_and_no_curve() -> None:
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_auroc": 0.75, "eval_loss": 1.5}]
+    (losses, table) = training_charts(history).split("</figure>")[:-1]
+    assert losses.count("<svg") == 1
+    assert "at step 2" in table
+    assert "Eval auroc" in table
+    assert ">0.750<" in table
+    assert "<svg" not in table
+    again = training_charts([*history, {"step": 4, "eval_auroc": 0.8, "eval_loss": 1.2}])
+    assert again.count("<svg") == 2
+    assert "<table" not in again
+
+
 def test_operations_as_told_are_shown_where_a_model_tells_them() -> None:
     right = sample("a", told_operation="splice")
     kind = sample("b", operation="retouch", told_operation="retouch.grain")
