@@ -94,8 +94,13 @@ class Record:
 
 
 def operation_family(name: str) -> str:
-    """`retouch` of the operation `retouch.grain`."""
+    """`retouch` of the operation `retouch.grain`: what stands before the first dot."""
     return name.split(".")[0]
+
+
+def is_kind_of(name: str, operation: str) -> bool:
+    """Whether a name is that operation or a kind of it: `retouch` and `retouch.grain` are of `retouch`."""
+    return name == operation or name.startswith(f"{operation}.")
 
 
 @dataclass(frozen=True)

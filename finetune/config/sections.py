@@ -72,7 +72,7 @@ class HeadsConfig:
     num_queries: int = 8  # learned queries that take the place of mask tokens with source vision
     grid_size: int = 16  # side of the coarse grid of the `grid` head
     operations: list[str] = field(default_factory=list)  # edits told apart at every place, by names of the records'
-    # provenance.operation: splice, retouch.grain, ...; trained by loss.operation; none: no such head
+    # provenance.operation: splice, or name.kind as retouch.grain; trained by loss.operation; none: no such head
     cls_uses_mask: bool = True  # the image score also reads pooled evidence of the mask branch
     mask_sigmoid: bool = False  # the head itself returns scores in (0, 1) instead of logits
     seed: int = 0  # initialises new heads, independent of the global RNG

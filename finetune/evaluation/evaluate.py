@@ -93,7 +93,7 @@ def run_model(
                 writer.write(prediction)
                 target = record.targets[index]
                 mask = load_mask(target, prediction.size_hw, record.id, record.source)
-                f1 = results.add(prediction, target.label, mask, Origin(record.group, operation_name(record)))
+                f1 = results.add(prediction, target.label, mask, Origin(record.group, operation_name(record, index)))
                 if record.id in shown:
                     samples.append(report_sample(record, index, prediction, mask, f1))
     return results, samples
@@ -112,7 +112,7 @@ def report_sample(record: Record, index: int, prediction: Prediction, mask: Any,
         f1=f1,
         text=prediction.text,
         parse_ok=prediction.parse_ok if prediction.text else None,
-        operation=operation_name(record),
+        operation=operation_name(record, index),
         told_operation=prediction.operation,
     )
 

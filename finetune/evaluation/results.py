@@ -13,7 +13,7 @@ from finetune.metrics.bootstrap import Interval, bootstrap_auroc, bootstrap_mean
 from finetune.metrics.classification import image_metrics
 from finetune.metrics.localization import authentic_metrics, pixel_metrics
 from finetune.metrics.text import verdict_metrics
-from finetune.schema import Prediction, operation_family
+from finetune.schema import Prediction, is_kind_of
 
 NO_MASK_HEAD = "no mask head"
 PIXEL_METRICS = ("f1", "iou", "dice", "auc", "f1_best_threshold")
@@ -157,9 +157,9 @@ class EvaluationResults:
             auroc = image_metrics(scores, labels, 0.5)["auroc"] if both else None
             found[name] = {"n": int(labels.sum()), "auroc": auroc, "f1": _mean(pixels)}
             told = [
-                operation_family(said) == name
-                for said, origin in zip(self.told_operations, self.origins, strict=True)
-                if origin.operation == name and said
+                is_kind_of(said, name)
+                for said, label, origin in zip(self.told_operations, self.labels, self.origins, strict=True)
+                if label == 1 and origin.operation == name and said
             ]
             if told:
                 found[name]["recognized"] = sum(told) / len(told)

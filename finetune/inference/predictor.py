@@ -355,10 +355,9 @@ def operation_shares(logits: Tensor, names: Sequence[str]) -> dict[str, float]:
         Per name the sum over places of p(name) (1 - p(authentic)), divided by the sum of all names: places count as far
         as they look tampered at all.
     """
-    p = logits.float().softmax(dim=0)  # (1 + K, h, w)
-    sums = (p[1:] * (1 - p[0])).sum(dim=(1, 2)).double()  # (K,)
-    shares = sums / sums.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    return dict(zip(names, shares.tolist(), strict=True))
+    log_p = logits.double().log_softmax(dim=0).flatten(1)  # (1 + K, h w); in logarithms, nothing is too small
+    sums = (log_p[1:] + log_p[1:].logsumexp(dim=0)).logsumexp(dim=1)  # (K,)
+    return dict(zip(names, sums.softmax(dim=0).tolist(), strict=True))
 
 
 def trained_template(bundle: Bundle) -> Template:

@@ -266,7 +266,7 @@ def operation_loss(
     """Cross-entropy of the kind of edit at every cell: mean over cells of `-w log p(kind)`, image by image.
 
     The mask is averaged down to the grid: a cell of which at least half is tampered has the image's operation, every
-    other one is authentic (class 0).
+    other one is authentic (class 0). Where an edit is too thin for any such cell, the cells it covers most have it.
 
     Args:
         operation_logits: per image (1 + K, h, w) float.
@@ -293,7 +293,7 @@ def operation_loss(
         if label >= len(logits):
             raise ValueError(f"operation label {label}, but the head tells {len(logits) - 1} operations apart")
         share = F.adaptive_avg_pool2d((target.to(logits.device) != 0).float()[None], logits.shape[-2:])  # (1, h, w)
-        cells = (share >= 0.5).long() * label  # (1, h, w)
+        cells = (share >= share.max().clamp(min=1e-6, max=0.5)).long() * label  # (1, h, w)
         losses = F.cross_entropy(full_precision(logits)[None], cells, reduction="none")
         total = total + torch.where(cells == 0, authentic_weight * losses, losses).mean()
     return total, operation_count(operation_labels, mask_targets)

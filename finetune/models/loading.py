@@ -7,7 +7,7 @@ ids and pixels `vocabulary`'s; their functions that other layers use have their 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from finetune.config import HeadsConfig, ModelConfig, to_dict
+from finetune.errors import ModelLoadError
 from finetune.models.plain import SECTION, read_config
 from finetune.models.qwen_forensics_model import QwenForensicsConfig, QwenForensicsForConditionalGeneration
 from finetune.models.vision_parts import PARTS_SECTION, BaseTower, write_parts
@@ -208,10 +209,21 @@ def _model_settings(
         "image_std": list(processor.image_processor.image_std),
     }
     if heads is not None:
+        if saved is not None and saved.heads_config.enabled and heads.enabled:
+            _check_operations(saved.heads_config.operations, heads.operations)
         settings["heads"] = to_dict(heads)
     elif saved is not None:
         settings["heads"] = saved.heads
     return settings
+
+
+def _check_operations(then: Sequence[str], now: Sequence[str]) -> None:
+    """Shapes do not tell one list of operations from another of its length, and the head's rows go by place."""
+    if list(then) != list(now):
+        raise ModelLoadError(
+            f"these heads were trained with heads.operations {list(then)}, the configuration asks for {list(now)}; "
+            "write the list as it was, or train new heads from the base model"
+        )
 
 
 def is_plain(path: str) -> bool:

@@ -179,6 +179,8 @@ def fill_heads(model: QwenForensicsForConditionalGeneration, stored: StoredHeads
             allowed += _MASK_PARTS
         if not then.cls_uses_mask:
             allowed += ("cls_head.evidence",)
+        if not then.operations:
+            allowed += ("operation_head",)
         if then.mask == "none" and not then.noise_residual.enabled:
             allowed += _STREAM_PARTS
     own = {name: value for name, value in model.state_dict().items() if is_head(name)}
@@ -295,6 +297,8 @@ def _check_same(stored: StoredHeads, then: HeadsConfig, now: HeadsConfig, depth:
         same |= {name: (getattr(then, name), getattr(now, name)) for name in _MASK_FIELDS}
         if then.cls_uses_mask:
             same["cls_uses_mask"] = (True, now.cls_uses_mask)
+        if then.operations:
+            same["operations"] = (then.operations, now.operations)
     if then.noise_residual.enabled or then.mask != "none":
         same["noise_residual"] = (_as_built(then.noise_residual), _as_built(now.noise_residual))
     for name, (found, wanted) in same.items():

@@ -158,6 +158,9 @@ def _data_problems(config: RunConfig) -> list[str]:
     for name in ("bce_pos_weight", "cls_pos_weight", "temperature"):
         if not (getattr(loss, name) > 0 and math.isfinite(getattr(loss, name))):
             problems.append(f"loss.{name} is {getattr(loss, name)}; expected a number above 0")
+    if not (loss.operation_authentic_weight >= 0 and math.isfinite(loss.operation_authentic_weight)):
+        found = loss.operation_authentic_weight
+        problems.append(f"loss.operation_authentic_weight is {found}; expected a number from 0 on")
     if not 0 < loss.evidence_share <= 1:
         problems.append(f"loss.evidence_share is {loss.evidence_share}; expected a share of the pixels, up to 1")
     share = config.heads.noise_residual.similarity_share

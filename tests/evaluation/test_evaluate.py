@@ -84,6 +84,11 @@ def test_recognized_operations_count_kinds_as_their_operation() -> None:
         "retouch": 2 / 3,
         "splice": 0.0,
     }
+    results.add(replace(prediction(0.9, None), operations=told), 0, None, Origin("p", "retouch"))  # its authentic twin
+    assert results.operations()["retouch"]["recognized"] == 2 / 3
+    own = EvaluationResults()
+    own.add(replace(prediction(0.9, None), operations={"v1.5 inpaint": 1.0}), 1, None, Origin("p", "v1.5 inpaint"))
+    assert own.operations()["v1.5 inpaint"]["recognized"] == 1.0
     without = EvaluationResults()
     without.add(prediction(0.9, None), 1, None, Origin("p", "splice"))
     assert "recognized" not in without.operations()["splice"]

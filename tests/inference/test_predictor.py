@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,9 @@ def test_operation_shares_by_hand() -> None:
     p = torch.tensor([[[0.1, 1.0]], [[0.6, 0.0]], [[0.3, 0.0]]])  # authentic, splice, remove
     found = operation_shares(p.clamp(min=1e-30).log(), ["splice", "remove"])
     assert found == {"splice": pytest.approx(2 / 3), "remove": pytest.approx(1 / 3)}
-    nowhere = operation_shares(torch.tensor([200.0, 0.0, 0.0]).reshape(3, 1, 1), ["splice", "remove"])
-    assert all(0 <= share <= 1 for share in nowhere.values())  # authentic all over: nothing to divide
+    faint = operation_shares(torch.tensor([900.0, 0.0, 1.0]).reshape(3, 1, 1), ["splice", "remove"])
+    assert faint["remove"] == pytest.approx(1 / (1 + math.exp(-1)))  # authentic all over: shares of what is left
+    assert sum(faint.values()) == pytest.approx(1)
 
 
 def test_a_model_with_operations_says_how(tiny_dir: Path, photo_records: Path, tmp_path: Path) -> None:

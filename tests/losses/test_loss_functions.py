@@ -357,6 +357,15 @@ def test_operation_loss_by_hand() -> None:
     torch.testing.assert_close(authentic, -2.0 * log_p[0].mean())
 
 
+def test_operation_loss_of_an_edit_too_thin_for_any_cell() -> None:
+    mask = torch.zeros(8, 8, dtype=torch.uint8)
+    mask[0, :6] = 1  # a quarter of the first cell, an eighth of the second
+    logits = torch.randn(2, 2, 2, generator=torch.manual_seed(0))
+    log_p = logits.log_softmax(dim=0)
+    expected = -(log_p[1, 0, 0] + 0.3 * (log_p[0].sum() - log_p[0, 0, 0])) / 4
+    torch.testing.assert_close(L.operation_loss([logits], torch.tensor([1]), [mask])[0], expected)
+
+
 def test_operation_loss_takes_labelled_images_with_a_mask_only() -> None:
     maps = [torch.randn(3, *side, requires_grad=True) for side in ((4, 4), (2, 6), (4, 4))]
     masks = [torch.ones(8, 8), torch.ones(5, 7), None]

@@ -39,6 +39,8 @@ def gradients(bundle: Bundle, records: Path) -> dict[str, torch.Tensor]:
     """Of every parameter, for one batch with all loss terms."""
     names = ("tampered_150x211", "real_84x140", "unmasked_140x84")
     batch = collate(bundle, samples_of(bundle, record_named(records, *names)))
+    if bundle.base.heads_config.operations:
+        batch["operation_labels"] = batch["cls_labels"].clone()  # the first operation
     bundle.model.train()
     inputs = {key: batch[key] for key in MODEL_KEYS if key in batch}
     if bundle.base.reads_tower:

@@ -180,6 +180,23 @@ def test_pixel_bounds_are_saved_and_can_be_replaced(tied: Path, tmp_path: Path) 
     assert (replaced["shortest_edge"], replaced["longest_edge"]) == (12544, 100352)
 
 
+@pytest.mark.parametrize("other", [[], ["retouch.grain", "splice"], ["dent", "scratch"], ["splice"]])
+def test_operations_of_another_list_are_refused(full_dir: Path, adapter_dir: Path, other: list[str]) -> None:
+    for folder in (full_dir, adapter_dir):
+        with pytest.raises(
+            ModelLoadError, match=r"heads\.operations \['splice', 'retouch.grain'\], the configuration"
+        ) as found:
+            load(folder, **{**RICH, "operations": other})
+        assert "\n" not in str(found.value)
+        assert load(folder, **RICH).base.heads_config.operations == RICH["operations"]
+
+
+def test_heads_without_operations_gain_none(untied: Path, tmp_path: Path) -> None:
+    save_bundle(load(untied), tmp_path)
+    with pytest.raises(ModelLoadError, match=r"heads\.operations \[\], the configuration asks for \['splice'\]"):
+        load(tmp_path, operations=["splice"])
+
+
 # ---- new heads ----
 
 

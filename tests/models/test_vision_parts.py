@@ -251,6 +251,21 @@ def test_a_trained_expert_of_the_token_stages_is_taken_over(saved_model: Path) -
     assert bundle.has_new_heads
 
 
+def test_operations_may_come_later_and_stay_as_they_are(stage_c: Path, pixels: torch.Tensor, tmp_path: Path) -> None:
+    told = replace(STAGE_B, operations=["splice", "remove"])
+    bundle = opened(stage_c, told)
+    assert same(outputs(bundle, pixels), outputs(opened(stage_c), pixels))
+    save_bundle(shaken(bundle, "operation_head"), tmp_path)
+    weight = bundle.base.operation_head.weight
+    assert torch.equal(opened(tmp_path).base.operation_head.weight, weight)
+    assert torch.equal(opened(tmp_path, told).base.operation_head.weight, weight)
+    for other in (["remove", "splice"], ["dent", "scratch"], ["splice"], []):
+        with pytest.raises(
+            ModelLoadError, match=r"heads\.operations \['splice', 'remove'\], the configuration asks for"
+        ):
+            opened(tmp_path, replace(told, operations=other))
+
+
 WRONG_HEADS: dict[str, tuple[dict[str, Any], str]] = {
     "block list": ({"vision_layers": [1, 2]}, r"heads\.vision_layers \[0, 2\], the configuration asks for \[1, 2\]"),
     "width": ({"hidden_size": 32}, r"heads\.hidden_size 16, the configuration asks for 32"),

@@ -142,6 +142,7 @@ def test_launched_as_a_process(repo_root: Path, write_config: Callable[..., Path
         ("train", {"max_seconds": 0.0}, "train.max_seconds is 0.0"),
         ("train", {"early_stopping_patience": 3}, "needs data.eval"),
         ("loss", dict.fromkeys(("text", "focal", "dice", "boundary", "authentic", "contrast_region"), 0.0), "is 0"),
+        ("loss", {"operation_authentic_weight": -0.3}, "loss.operation_authentic_weight is -0.3"),
         ("loss", {"operation": 0.5}, "loss.operation is 0.5, but heads.operations names none"),
     ],
 )

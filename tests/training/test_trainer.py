@@ -576,3 +576,26 @@ def test_two_samples_are_learnt_by_heart(make_config: Make, photo_records: Path,
         with torch.no_grad():
             predicted = forward(model, batch).logits.argmax(dim=-1)
         assert torch.equal(predicted, batch["text_targets"]), sample.record_id
+
+
+# ---- kinds of edits ----
+
+
+def test_operations_of_the_records_reach_the_loss(make_config: Make, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["splice", "copy_move", "erase", "remove", "retouch.grain", "retouch.smooth", "retouch"]
+    trainer = build(make_config(heads={"operations": [*names, "dent"]}, loss={"operation": 1.0}))
+    dataset: Any = trainer.train_dataset
+    labels = [dataset[index].operation_labels[0] for index in range(len(dataset))]
+    assert [label > 0 for label in labels] == [record.label == 1 for record in dataset.records]
+    said = [record.provenance["operation"] for record in dataset.records if record.label == 1]
+    found = [names[label - 1].split(".")[0] for label in labels if label > 0]
+    assert found == [operation["name"] for operation in said]
+    (warning,) = [message for message in caplog.messages if "heads.operations" in message]
+    assert "dent" in warning.split(", which no tampered training image has")[0]
+    batch = trainer.data_collator([dataset[index] for index in range(4)])
+    assert batch["operation_labels"].tolist() == labels[:4]
+
+
+def test_names_that_nothing_trains_are_warned_about(make_config: Make, caplog: pytest.LogCaptureFixture) -> None:
+    build(make_config(heads={"operations": ["splice"]}))
+    assert any("loss.operation is 0: nothing trains that head" in message for message in caplog.messages)

@@ -98,7 +98,7 @@ _SIZES = {
     "en": ("a small area", "an area of medium size", "a large area"),
 }
 _SHARE = {"zh": "{size}，约占画面{percent}%", "en": "{size}, about {percent}% of the picture"}
-SENTENCES = {"zh": "。", "en": ". "}
+SENTENCES = {"zh": "。另外，", "en": ". Also, "}
 """Between the sentences about several edits of one picture."""
 _SEMICOLON, _COMMA = {"zh": "；", "en": "; "}, {"zh": "，", "en": ", "}
 _SEGMENT_SHAPES = ("segment", "superpixels", "felzenszwalb")

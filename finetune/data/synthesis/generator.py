@@ -23,6 +23,7 @@ import skimage
 from tqdm import tqdm
 
 from finetune.data import masks
+from finetune.data.edit_operations import FURTHER
 from finetune.data.locking import locked
 from finetune.data.parallel import num_workers, ordered_map
 from finetune.data.synthesis.answers import (
@@ -191,7 +192,7 @@ def _findings(sample: Sample) -> dict[str, Any]:
     if not found:
         return {}
     further = [{**edit.operation, **facts} for edit, facts in zip(sample.edits[1:], found[1:], strict=True)]
-    return {**found[0], **({"further_operations": further} if further else {})}
+    return {**found[0], **({FURTHER: further} if further else {})}
 
 
 def _finding(edit: AppliedEdit, sample: Sample) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def _further(provenance: dict[str, Any]) -> list[dict[str, Any]]:
     """For each further edit the facts that its sentence is made of, placed as those of the first one are."""
     return [
         {"operation": operation, "region": operation["region"], "difficulty": operation["difficulty"]}
-        for operation in provenance.get("further_operations", [])
+        for operation in provenance.get(FURTHER, [])
     ]
 
 

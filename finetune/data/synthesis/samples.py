@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.edit_operations import FURTHER
 from finetune.data.synthesis.camera import develop
 from finetune.data.synthesis.config import SynthConfig
 from finetune.data.synthesis.degradations import apply_plan, canvas_size, draw_plan
@@ -24,6 +25,8 @@ from finetune.errors import DataFormatError
 
 LARGEST_TOTAL_SHARE = 0.45
 """Of the picture that all edits together may alter; a further one that would exceed it is left out."""
+LARGEST_HIDDEN_SHARE = 0.3
+"""Of an earlier edit's area that a further one may cover: what is said of the earlier one stays true."""
 
 
 @dataclass(frozen=True)
@@ -182,13 +185,19 @@ def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Samp
                 more = tamper(result.image, name, rng_further, config.operation_settings, draw_donor, finish)
             except NoVisibleEditError:
                 continue  # there is one edit already
-            if np.logical_or.reduce([more.mask, *(edit.canvas_mask for edit in edits)]).mean() > LARGEST_TOTAL_SHARE:
+            if not _goes_with(more.mask, [edit.canvas_mask for edit in edits]):
                 continue
             result = more
             edits.append(AppliedEdit({"name": name, **more.parameters}, more.finished_mask, more.mask))
         if len(edits) > 1:
-            provenance["further_operations"] = [edit.operation for edit in edits[1:]]
+            provenance[FURTHER] = [edit.operation for edit in edits[1:]]
     return Sample(result.finished, photo, provenance, host, result.image, tuple(edits))
+
+
+def _goes_with(mask: np.ndarray, earlier: Sequence[np.ndarray]) -> bool:
+    """Whether a further edit leaves enough of the picture, and of each edit before it, as it was."""
+    hidden = max(float((mask & one).sum() / one.sum()) for one in earlier)
+    return bool(np.logical_or.reduce([mask, *earlier]).mean() <= LARGEST_TOTAL_SHARE and hidden <= LARGEST_HIDDEN_SHARE)
 
 
 def _draw_further(config: SynthConfig, rng: np.random.Generator) -> list[str]:

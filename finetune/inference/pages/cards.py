@@ -12,7 +12,7 @@ from PIL import Image
 
 from finetune.inference.pages.markup import DASH, as_number, bilingual, data_uri, esc, format_number
 from finetune.inference.visualization import evidence_tiles, heat_map
-from finetune.schema import operation_family
+from finetune.schema import is_kind_of
 
 Outcome = Literal["tp", "tn", "fp", "fn", "unknown"]
 
@@ -138,14 +138,12 @@ def operation_table(samples: Sequence[ReportSample]) -> str:
         mean_f1 = float(np.mean(known)) if known else None
         cells = [_bar_cell(found), _bar_cell(mean_f1)]
         if tells:
-            cells.append(
-                _bar_cell(float(np.mean([operation_family(sample.told_operation) == name for sample in chosen])))
-            )
+            cells.append(_bar_cell(float(np.mean([is_kind_of(sample.told_operation, name) for sample in chosen]))))
         rows.append(f'<tr><th scope="row">{esc(name)}</th><td>{len(chosen)}</td>{"".join(cells)}</tr>')
     if not rows:
         return ""
     names = [("操作", "Operation"), ("张数", "Images"), ("检出率", "Detected"), ("平均像素 F1", "Mean pixel F1")]
-    names += [("方式说对", "Operation told right")] if tells else []
+    names += [("操作判断正确率", "Operation told right")] if tells else []
     head = "".join(f'<th scope="col">{bilingual(zh, en)}</th>' for zh, en in names)
     return (
         '<div class="scroll ops"><table class="metrics">'

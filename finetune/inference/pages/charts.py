@@ -70,7 +70,9 @@ def training_charts(history: Sequence[Mapping[str, Any]]) -> str:
         evaluated = Series("验证", "eval", "c2", curves.get(f"eval_{key}", []), has_markers=True)
         figures.append(line_chart(_name(key), [line for line in (train, evaluated) if line.points]))
     rest = [key for key in curves if key.removeprefix("eval_") not in losses]
-    once = sorted(key for key in rest if key.startswith("eval_") and len(curves[key]) == 1)
+    once = sorted(key for key in rest if key.startswith("eval_"))
+    if len({step for key in once for step, _ in curves[key]}) > 1:
+        once = []
     if once:  # a single evaluation, at the end of the schedule, is no curve
         figures.append(_values_figure({key: curves[key][0] for key in once}))
         rest = [key for key in rest if key not in once]

@@ -235,7 +235,7 @@ def test_further_edits_are_in_mask_and_evidence_and_stay_in_training(tmp_path: P
         image = more["images"][0]
         assert (on[image] == off[image]) == (not further)  # authentic pictures and those without a second place
         assert more["provenance"] == less["provenance"]
-        assert len(more["evidence"][0].split("。")) == 1 + len(further)
+        assert len(more["evidence"][0].split("。另外，")) == 1 + len(further)
         if further:
             several += 1
             first, both = (Image.open(tmp_path / name / more["masks"][0]) for name in ("off", "on"))
@@ -255,6 +255,10 @@ def test_further_edits_change_nothing_outside_the_mask() -> None:
             assert sample.edited_mask is not None
             assert not ((sample.host != sample.edited).any(axis=2) & ~sample.edited_mask).any()
             counts.add(len(sample.edits))
+            assert len(sample.edits) == 1 or sample.edited_mask.mean() <= 0.45
+            for place, edit in enumerate(sample.edits):
+                for later in sample.edits[place + 1 :]:
+                    assert (edit.canvas_mask & later.canvas_mask).sum() <= 0.3 * edit.canvas_mask.sum()
     assert counts <= {1, 2, 3}
     assert {2, 3} <= counts
     with pytest.raises(ConfigError, match="further_edits"):

@@ -283,6 +283,8 @@ def test_what_was_evaluated_once_is_a_table_and_no_curve() -> None:
     again = training_charts([*history, {"step": 4, "eval_auroc": 0.8, "eval_loss": 1.2}])
     assert again.count("<svg") == 2
     assert "<table" not in again
+    rare = training_charts([*history, {"step": 4, "eval_f1": 0.5}])  # two evaluations, of other quantities
+    assert rare.count("<svg") == 3
 
 
 def test_operations_as_told_are_shown_where_a_model_tells_them() -> None:
