@@ -138,7 +138,7 @@ def load_bundle(
     check_folder(base_path)
     if adapter and read_config(base_path) is None:  # a plain base lacks rows for the tokens the adapter brings
         new_ids = processor.tokenizer.convert_tokens_to_ids(list(tokens.all))
-    settings_of_model = _model_settings(saved, heads, processor, tokens)
+    settings_of_model = _model_settings(source, saved, heads, processor, tokens)
     settings_of_model["region_features"] = config.region_features or (saved is not None and saved.region_features)
     settings_of_model["has_language"] = config.language != "skip" and (saved is None or saved.has_language)
     if build_base is not None:
@@ -199,7 +199,7 @@ def _write_weights(
 
 
 def _model_settings(
-    saved: QwenForensicsConfig | None, heads: HeadsConfig | None, processor: Any, tokens: SpecialTokens
+    source: str, saved: QwenForensicsConfig | None, heads: HeadsConfig | None, processor: Any, tokens: SpecialTokens
 ) -> dict[str, Any]:
     ids = processor.tokenizer.convert_tokens_to_ids
     settings: dict[str, Any] = {
@@ -210,18 +210,18 @@ def _model_settings(
     }
     if heads is not None:
         if saved is not None and saved.heads_config.enabled and heads.enabled:
-            _check_operations(saved.heads_config.operations, heads.operations)
+            _check_operations(source, saved.heads_config.operations, heads.operations)
         settings["heads"] = to_dict(heads)
     elif saved is not None:
         settings["heads"] = saved.heads
     return settings
 
 
-def _check_operations(then: Sequence[str], now: Sequence[str]) -> None:
+def _check_operations(source: str, then: Sequence[str], now: Sequence[str]) -> None:
     """Shapes do not tell one list of operations from another of its length, and the head's rows go by place."""
     if list(then) != list(now):
         raise ModelLoadError(
-            f"these heads were trained with heads.operations {list(then)}, the configuration asks for {list(now)}; "
+            f"{source}: its heads have heads.operations {list(then)}, the configuration asks for {list(now)}; "
             "write the list as it was, or train new heads from the base model"
         )
 

@@ -277,7 +277,7 @@ def test_other_weights_missing(full_dir: Path, copy_of: Any) -> None:
 def test_heads_that_do_not_fit_the_folder(full_dir: Path) -> None:
     config = ModelConfig(path=str(full_dir))
     with pytest.raises(ModelLoadError, match=r"no place for|cannot be loaded"):
-        load_bundle(config, heads=HeadsConfig(**SMALL))  # no residual stream
+        load_bundle(config, heads=HeadsConfig(**SMALL, operations=RICH["operations"]))  # no residual stream
     with pytest.raises(ModelLoadError, match=r"cannot be loaded"):
         load_bundle(config, heads=HeadsConfig(**{**SMALL, **RICH, "hidden_size": 64}))
 

@@ -67,7 +67,8 @@ def finished(
         output_dir=str(out),
         model={"path": str(tiny_dir)},
         data={split: [str(synth_dir / f"{split}.jsonl")] for split in ("train", "eval")},
-        loss={"bce": 0.3, "contrast_image": 0.1, "evidence": 0.2, "sparsity": 0.1},
+        heads={"operations": ["splice", "copy_move", "erase", "remove", "retouch"]},
+        loss={"bce": 0.3, "contrast_image": 0.1, "evidence": 0.2, "sparsity": 0.1, "operation": 0.4},
         train={"max_steps": 6, "eval_steps": 3, "batch_size": 4, "report_to": ["tensorboard"]},
     )
     printed = io.StringIO()
@@ -96,7 +97,7 @@ def test_every_term_is_logged_and_in_the_event_files(finished: Finished) -> None
 def test_logged_terms_add_up_to_the_loss(finished: Finished) -> None:
     """Balanced batches of four: every step has every term."""
     weights = {"bce": 0.3, "contrast_image": 0.1, "contrast_region": 0.1, "boundary": 0.2}
-    weights |= {"evidence": 0.2, "sparsity": 0.1}
+    weights |= {"evidence": 0.2, "sparsity": 0.1, "operation": 0.4}
     for entry in finished.history:
         if "loss" in entry and "eval_loss" not in entry:
             total = sum(weights.get(term, 1.0) * entry[f"loss_{term}"] for term in TERMS)

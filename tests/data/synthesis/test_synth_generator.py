@@ -247,7 +247,7 @@ def test_further_edits_are_in_mask_and_evidence_and_stay_in_training(tmp_path: P
 
 
 def test_further_edits_change_nothing_outside_the_mask() -> None:
-    config, photos = SynthConfig(num_val=0, num_train=40, num_eval=0, seed=3, further_edits=1.0), find_photos()
+    config, photos = SynthConfig(num_val=0, num_train=24, num_eval=0, seed=3, further_edits=1.0), find_photos()
     counts = set()
     for task in plan_tasks(config, "train"):
         if task.operation is not None:
