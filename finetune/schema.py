@@ -6,6 +6,7 @@ half-integers; sizes are (height, width). No torch here.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -147,12 +148,10 @@ class Prediction:
         """
         if not self.operations:
             return ""
-        families: dict[str, float] = {}
+        families: defaultdict[str, float] = defaultdict(float)
         for name, share in self.operations.items():
-            families[operation_family(name)] = families.get(operation_family(name), 0.0) + share
-        likeliest = max(families, key=families.__getitem__)
-        kinds = {name: share for name, share in self.operations.items() if operation_family(name) == likeliest}
-        return max(kinds, key=kinds.__getitem__)
+            families[operation_family(name)] += share
+        return max(self.operations.items(), key=lambda entry: (families[operation_family(entry[0])], entry[1]))[0]
 
     @property
     def own_score(self) -> float:

@@ -50,24 +50,23 @@ def _text_targets(batch: Mapping[str, Any]) -> Tensor:
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:
-    """Label of each row of `cls_logits`, (N,); -100 where the batch has none."""
-    index, labels = batch.get("cls_image_index"), batch.get("cls_labels")
-    if index is None:
-        return torch.zeros(0, dtype=torch.long)
-    return torch.full_like(index, IGNORE_INDEX) if labels is None else labels[index.to(labels.device)]
+    """Label of each row of `cls_logits`, (N,)."""
+    return _looked_up(batch, "cls_image_index", "cls_labels")
 
 
 def _map_labels(batch: Mapping[str, Any]) -> Tensor:
-    """Label of the image of each map of `mask_logits`, (M,); -100 where the batch has none."""
-    index, labels = batch.get("mask_image_index"), batch.get("cls_labels")
-    if index is None:
-        return torch.zeros(0, dtype=torch.long)
-    return torch.full_like(index, IGNORE_INDEX) if labels is None else labels[index.to(labels.device)]
+    """Label of the image of each map of `mask_logits`, (M,)."""
+    return _looked_up(batch, "mask_image_index", "cls_labels")
 
 
 def _operations(batch: Mapping[str, Any]) -> Tensor:
-    """Operation of the image of each map of `operation_logits`, (M,); -100 where the batch has none."""
-    index, labels = batch.get("mask_image_index"), batch.get("operation_labels")
+    """Operation of the image of each map of `operation_logits`, (M,)."""
+    return _looked_up(batch, "mask_image_index", "operation_labels")
+
+
+def _looked_up(batch: Mapping[str, Any], index_key: str, labels_key: str) -> Tensor:
+    """Labels (images,) at an index (M,) -> (M,); -100 where the batch has no labels, empty where it has no index."""
+    index, labels = batch.get(index_key), batch.get(labels_key)
     if index is None:
         return torch.zeros(0, dtype=torch.long)
     return torch.full_like(index, IGNORE_INDEX) if labels is None else labels[index.to(labels.device)]

@@ -248,7 +248,7 @@ def region_contrast(
         if not is_mixed(target):
             continue
         assert target is not None
-        tampered_share = F.adaptive_avg_pool2d((target.to(grid.device) != 0).float()[None], grid.shape[-2:]).flatten()
+        tampered_share = _tampered_share(target, grid).flatten()
         cells = full_precision(grid).flatten(1).T  # (h w, C)
         authentic = _evenly(torch.nonzero(tampered_share == 0).flatten(), max_anchors)
         tampered = _evenly(torch.nonzero(tampered_share > 0.5).flatten(), max_anchors)
@@ -292,7 +292,7 @@ def operation_loss(
             continue
         if label >= len(logits):
             raise ValueError(f"operation label {label}, but the head tells {len(logits) - 1} operations apart")
-        share = F.adaptive_avg_pool2d((target.to(logits.device) != 0).float()[None], logits.shape[-2:])  # (1, h, w)
+        share = _tampered_share(target, logits)  # (1, h, w)
         cells = (share >= share.max().clamp(min=1e-6, max=0.5)).long() * label  # (1, h, w)
         losses = F.cross_entropy(full_precision(logits)[None], cells, reduction="none")
         total = total + torch.where(cells == 0, authentic_weight * losses, losses).mean()
@@ -323,6 +323,11 @@ def image_contrast(features: Tensor, labels: Tensor, temperature: float = 0.1) -
         vectors = full_precision(features)
         total = total + _info_nce(vectors[labels == 0], vectors[labels == 1], temperature).sum()
     return total, count
+
+
+def _tampered_share(target: Tensor, grid: Tensor) -> Tensor:
+    """Mask (H, W) -> (1, h, w): tampered share of each cell of a grid (..., h, w), on its device."""
+    return F.adaptive_avg_pool2d((target.to(grid.device) != 0).float()[None], grid.shape[-2:])
 
 
 def _info_nce(anchors: Tensor, negatives: Tensor, temperature: float) -> Tensor:

@@ -7,7 +7,7 @@ ids and pixels `vocabulary`'s; their functions that other layers use have their 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,9 @@ def load_bundle(
     check_folder(base_path)
     if adapter and read_config(base_path) is None:  # a plain base lacks rows for the tokens the adapter brings
         new_ids = processor.tokenizer.convert_tokens_to_ids(list(tokens.all))
-    settings_of_model = _model_settings(source, saved, heads, processor, tokens)
+    if saved is not None and saved.heads_config.enabled and heads is not None and heads.enabled:
+        check_same_heads(source, {"operations": (saved.heads_config.operations, heads.operations)})
+    settings_of_model = _model_settings(saved, heads, processor, tokens)
     settings_of_model["region_features"] = config.region_features or (saved is not None and saved.region_features)
     settings_of_model["has_language"] = config.language != "skip" and (saved is None or saved.has_language)
     if build_base is not None:
@@ -199,7 +201,7 @@ def _write_weights(
 
 
 def _model_settings(
-    source: str, saved: QwenForensicsConfig | None, heads: HeadsConfig | None, processor: Any, tokens: SpecialTokens
+    saved: QwenForensicsConfig | None, heads: HeadsConfig | None, processor: Any, tokens: SpecialTokens
 ) -> dict[str, Any]:
     ids = processor.tokenizer.convert_tokens_to_ids
     settings: dict[str, Any] = {
@@ -209,21 +211,27 @@ def _model_settings(
         "image_std": list(processor.image_processor.image_std),
     }
     if heads is not None:
-        if saved is not None and saved.heads_config.enabled and heads.enabled:
-            _check_operations(source, saved.heads_config.operations, heads.operations)
         settings["heads"] = to_dict(heads)
     elif saved is not None:
         settings["heads"] = saved.heads
     return settings
 
 
-def _check_operations(source: str, then: Sequence[str], now: Sequence[str]) -> None:
-    """Shapes do not tell one list of operations from another of its length, and the head's rows go by place."""
-    if list(then) != list(now):
-        raise ModelLoadError(
-            f"{source}: its heads have heads.operations {list(then)}, the configuration asks for {list(now)}; "
-            "write the list as it was, or train new heads from the base model"
-        )
+def check_same_heads(folder: str | Path, same: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuse settings that trained heads cannot change and the shapes of their weights need not tell.
+
+    Args:
+        folder: where the heads are. same: name of a setting in `heads` -> (as saved, as asked for).
+
+    Raises:
+        ModelLoadError: two of them differ.
+    """
+    for name, (found, wanted) in same.items():
+        if found != wanted:
+            raise ModelLoadError(
+                f"{folder}: its heads have heads.{name} {found}, the configuration asks for {wanted}; set "
+                f"heads.{name} as it was, or start from another folder"
+            )
 
 
 def is_plain(path: str) -> bool:

@@ -22,6 +22,7 @@ from finetune.models.loading import (
     ADAPTER_CONFIG,
     Bundle,
     base_model_path,
+    check_same_heads,
     load_adapter,
     load_model,
     load_processor,
@@ -301,12 +302,7 @@ def _check_same(stored: StoredHeads, then: HeadsConfig, now: HeadsConfig, depth:
             same["operations"] = (then.operations, now.operations)
     if then.noise_residual.enabled or then.mask != "none":
         same["noise_residual"] = (_as_built(then.noise_residual), _as_built(now.noise_residual))
-    for name, (found, wanted) in same.items():
-        if found != wanted:
-            raise ModelLoadError(
-                f"{stored.folder}: its heads have heads.{name} {found}, the configuration asks for {wanted}; set "
-                f"heads.{name} as it was, or start from another folder"
-            )
+    check_same_heads(stored.folder, same)
 
 
 def _check_base(place: str, base: str) -> None:

@@ -226,16 +226,22 @@ def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, Fore
             found.append(checked_dataset(own, what, bundle.processor, bundle.tokens, data, kind, region_features=looks))
             found[-1].heads_read_text = config.heads.source != "vision"
             found[-1].operations = config.heads.operations
+    _warn_of_operations(config, bundle, records)
+    return found[0], found[1] if held is not None else None
+
+
+def _warn_of_operations(config: RunConfig, bundle: Bundle, records: list[Record]) -> None:
+    """Say where `heads.operations` would learn nothing: names that label no image, or no loss on new ones."""
     names = config.heads.operations
-    unused = unused_operations(records, names) if config.loss.operation else None
-    if unused:
-        logger.warning("%s", unused)
-    if names and config.heads.mask != "none" and bundle.has_new_heads and not config.loss.operation:
+    if config.loss.operation:
+        unused = unused_operations(records, names)
+        if unused:
+            logger.warning("%s", unused)
+    elif names and config.heads.mask != "none" and bundle.has_new_heads:
         logger.warning(
             "heads.operations names %s, but loss.operation is 0: nothing trains that head, and what it says of an "
             "image would be chance; set loss.operation (1.5 in the quick start), or remove the names", ", ".join(names),
         )  # fmt: skip
-    return found[0], found[1] if held is not None else None
 
 
 def _about_few_regions(

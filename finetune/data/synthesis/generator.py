@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -152,62 +152,56 @@ def _make_one(task: SampleTask) -> Entry:
 def write_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet, root: Path) -> Entry:
     """Make one image, write its files under `root`; returns its jsonl record (paths relative to `root`) and hashes."""
     sample = make_sample(task, config, photos)
+    mask, findings = sample.mask, [_finding(edit, sample) for edit in sample.edits]
     rng = np.random.default_rng([config.seed, SPLITS.index(task.split), task.index, 1])
     language = config.language if config.language != "both" else LANGUAGES[int(rng.integers(2))]
     exif, camera = photo_exif(sample.photo.path)
     container = sample.provenance["container"]
     height, width = sample.image.shape[:2]
     image_path = f"{task.split}/images/{task.index:06d}{IMAGE_FORMATS[container['format']]}"
-    mask_path = f"{task.split}/masks/{task.index:06d}.png" if sample.mask is not None else f"{height}x{width}"
+    mask_path = f"{task.split}/masks/{task.index:06d}.png" if mask is not None else f"{height}x{width}"
     files = {image_path: encode_image(sample.image, container, exif if config.metadata == "carry" else b"")}
-    if sample.mask is not None:
-        files[mask_path] = encode_png(sample.mask.astype(np.uint8) * 255)
+    if mask is not None:
+        files[mask_path] = encode_png(mask.astype(np.uint8) * 255)
     for name, data in files.items():
         write_whole(root / name, data)
     provenance = {
         **sample.provenance,
-        **_findings(sample),
+        **_told(findings),
         "language": language,
         **({"exif": camera} if camera else {}),
     }
-    facts = (provenance, *_further(provenance))
-    said = [evidence_text(one, language, rng, config.evidence_detail) for one in facts]
+    said = [evidence_text(one, language, rng, config.evidence_detail) for one in findings or [provenance]]
     record = {
         "id": task.id,
         "group": sample.photo.group,
         "images": [image_path],
         "labels": [int(task.operation is not None)],
         "masks": [mask_path],
-        "polygons": [[] if sample.mask is None else answer_polygons(sample.mask, config.max_points)],
+        "polygons": [[] if mask is None else answer_polygons(mask, config.max_points)],
         "evidence": [SENTENCES[language].join(said)],
         "provenance": provenance,
     }
     return {"record": record, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
 
 
-def _findings(sample: Sample) -> dict[str, Any]:
-    """`region` and `difficulty` of a tampered image, from which every answer is worded, and those of its further edits;
-    nothing of an authentic one."""
-    found = [_finding(edit, sample) for edit in sample.edits]
-    if not found:
-        return {}
-    further = [{**edit.operation, **facts} for edit, facts in zip(sample.edits[1:], found[1:], strict=True)]
-    return {**found[0], **({FURTHER: further} if further else {})}
-
-
 def _finding(edit: AppliedEdit, sample: Sample) -> dict[str, Any]:
+    """`operation`, `region` and `difficulty` of one edit, from which every answer is worded."""
     region = describe_region(edit.mask)
     if place := source_place(edit.canvas_mask, edit.operation, sample.host.shape[:2]):
         region["source_place"] = place
-    return {"region": region, "difficulty": difficulty(edit.operation, sample.provenance["degradations"])}
+    hardness = difficulty(edit.operation, sample.provenance["degradations"])
+    return {"operation": edit.operation, "region": region, "difficulty": hardness}
 
 
-def _further(provenance: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each further edit the facts that its sentence is made of, placed as those of the first one are."""
-    return [
-        {"operation": operation, "region": operation["region"], "difficulty": operation["difficulty"]}
-        for operation in provenance.get(FURTHER, [])
+def _told(findings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The findings as a provenance holds them: the first one's as they are, each further one as its operation."""
+    if not findings:
+        return {}
+    further = [
+        {**found["operation"], "region": found["region"], "difficulty": found["difficulty"]} for found in findings[1:]
     ]
+    return {**findings[0], **({FURTHER: further} if further else {})}
 
 
 def _content(config: SynthConfig, photos: PhotoSet) -> dict[str, Any]:

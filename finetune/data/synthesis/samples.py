@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.edit_operations import FURTHER
 from finetune.data.synthesis.camera import develop
 from finetune.data.synthesis.config import SynthConfig
 from finetune.data.synthesis.degradations import apply_plan, canvas_size, draw_plan
@@ -189,8 +188,6 @@ def make_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet) -> Samp
                 continue
             result = more
             edits.append(AppliedEdit({"name": name, **more.parameters}, more.finished_mask, more.mask))
-        if len(edits) > 1:
-            provenance[FURTHER] = [edit.operation for edit in edits[1:]]
     return Sample(result.finished, photo, provenance, host, result.image, tuple(edits))
 
 

@@ -70,11 +70,10 @@ def training_charts(history: Sequence[Mapping[str, Any]]) -> str:
         evaluated = Series("验证", "eval", "c2", curves.get(f"eval_{key}", []), has_markers=True)
         figures.append(line_chart(_name(key), [line for line in (train, evaluated) if line.points]))
     rest = [key for key in curves if key.removeprefix("eval_") not in losses]
-    once = sorted(key for key in rest if key.startswith("eval_"))
-    if len({step for key in once for step, _ in curves[key]}) > 1:
-        once = []
-    if once:  # a single evaluation, at the end of the schedule, is no curve
-        figures.append(_values_figure({key: curves[key][0] for key in once}))
+    evaluated_at = {step for key in rest if key.startswith("eval_") for step, _ in curves[key]}
+    if len(evaluated_at) == 1:  # a single evaluation, at the end of the schedule, is no curve
+        once = sorted(key for key in rest if key.startswith("eval_"))
+        figures.append(_values_figure(int(evaluated_at.pop()), {key: curves[key][0][1] for key in once}))
         rest = [key for key in rest if key not in once]
     for key in sorted(rest, key=lambda key: (not key.startswith("eval_"), key)):
         is_eval = key.startswith("eval_")
@@ -84,13 +83,12 @@ def training_charts(history: Sequence[Mapping[str, Any]]) -> str:
     return "".join(figures)
 
 
-def _values_figure(values: Mapping[str, tuple[float, float]]) -> str:
-    """A <figure> with a table of what was evaluated once: per quantity (step, value)."""
+def _values_figure(step: int, values: Mapping[str, float]) -> str:
+    """A <figure> with a table of what was evaluated once, at this step."""
     rows = "".join(
         f'<tr><th scope="row">{bilingual(*_name(key))}</th><td>{format_number(value)}</td></tr>'
-        for key, (_, value) in values.items()
+        for key, value in values.items()
     )
-    step = int(max(step for step, _ in values.values()))
     title = bilingual(f"验证，只在第 {step} 步评测一次", f"Validation, evaluated once, at step {step}")
     return (
         f'<figure class="chart"><figcaption><b>{title}</b></figcaption><table class="metrics">{rows}</table></figure>'
