@@ -6,7 +6,9 @@ Nothing is decoded here. The division is by group, so that no picture is on both
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +25,7 @@ T = TypeVar("T")
 
 
 def read_sources(sources: Sequence[SourceConfig], what: str) -> list[Record]:
-    """Records of every source in order; a weight w repeats a source's records w times (the fraction by even stride).
+    """Records of every source in order; a weight w repeats a source's records w times (the fraction by `spread`).
 
     Raises:
         ConfigError: no source. DataFormatError: see the readers.
@@ -56,21 +58,22 @@ def _read_each(sources: Sequence[SourceConfig], what: str) -> list[list[Record]]
         own = read_records(source.path, source.format, source.root, source.options)
         if source.weight <= 0:
             raise ConfigError(f"data.{what}: weight of {source.path} is {source.weight}; expected a number above 0")
-        count = max(1, round(len(own) * source.weight))
-        is_part = source.weight < 1
-        records.append([own[i * len(own) // count] for i in range(count)] if is_part else _repeat(own, count))
+        wholes, rest = divmod(max(1, round(len(own) * source.weight)), max(1, len(own)))
+        records.append([*own * wholes, *spread(own, rest)])
     return records
 
 
 def spread(records: Sequence[T], count: int) -> list[T]:
-    """`count` records (or their numbers) at even distances, so that an ordered file keeps its mixture."""
+    """`count` records (or their numbers) in their order: one drawn from each of as many equal stretches.
+
+    So an ordered file keeps its mixture, and so does one in which originals and tampered versions alternate, where
+    equal distances would find one class alone. The same numbers give the same choice, in every process.
+    """
     if count >= len(records):
         return list(records)
-    return [records[i * len(records) // count] for i in range(count)]
-
-
-def _repeat(records: list[Record], count: int) -> list[Record]:
-    return [records[i % len(records)] for i in range(count)]
+    draw = random.Random(0)
+    edges = [i * len(records) // max(1, count) for i in range(count + 1)]
+    return [records[draw.randrange(low, high)] for low, high in itertools.pairwise(edges)]
 
 
 def hold_back(

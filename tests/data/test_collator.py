@@ -19,11 +19,9 @@ from finetune.data.dataset import (
     ForensicDataset,
     load_dataset,
     processed_size,
-    read_sources,
-    spread,
 )
 from finetune.data.readers import read_records
-from finetune.errors import ConfigError, DataFormatError
+from finetune.errors import DataFormatError
 from finetune.models.loading import add_forensic_tokens, load_processor
 from finetune.schema import ImageInput, ImageTarget, Record, Turn
 from finetune.special_tokens import SpecialTokens
@@ -344,23 +342,7 @@ def test_load_dataset_names_every_unusable_record(processor: Any, photo_records:
     assert [record.id for record in evaluated.records] == ["tampered_224x196", "tampered_150x211", "unmasked_140x84"]
 
 
-@pytest.mark.parametrize(("weight", "count"), [(1.0, 7), (2.0, 14), (1.5, 10), (0.5, 4), (0.01, 1)])
-def test_weights_of_sources(photo_records: Path, weight: float, count: int) -> None:
-    records = read_sources([SourceConfig(str(photo_records), weight=weight)], "train")
-    assert len(records) == count
-    assert len({record.id for record in records}) == min(count, 7)
-
-
-def test_sources_that_cannot_work(photo_records: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.train is empty"):
-        read_sources([], "train")
-    with pytest.raises(ConfigError, match=r"weight of .* is 0"):
-        read_sources([SourceConfig(str(photo_records), weight=0.0)], "train")
-
-
 def test_small_helpers(processor: Any) -> None:
     assert processed_size((150, 211), processor.image_processor) == (140, 224)
     assert processed_size((28, 28), processor.image_processor) == (56, 56)  # at least min_pixels
     assert scale_polygons([((10.0, 20.0), (211.0, 150.0))], (150, 211), (75, 422)) == (((20.0, 10.0), (422.0, 75.0)),)
-    assert spread([1, 2, 3, 4, 5, 6], 3) == [1, 3, 5]  # type: ignore[list-item]
-    assert spread([1, 2], 5) == [1, 2]  # type: ignore[list-item]
