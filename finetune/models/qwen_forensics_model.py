@@ -161,11 +161,11 @@ class QwenForensicsForConditionalGeneration(VisionHeadRunner, Qwen2_5_VLForCondi
                 image = self._add_stream(seen.vision, seen.stream, image_grid_thw)
                 mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": image}
                 pixel_values = None
+        if has_text and pixel_values is not None and image_grid_thw is not None:  # no head asks: still without a graph
+            image = self._encode_images(pixel_values, image_grid_thw, keeps_blocks=False)
+            mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": image}
+            pixel_values = None
         if self.config.region_features and region_boxes is not None and region_index is not None:
-            if pixel_values is not None and image_grid_thw is not None:
-                image = self._encode_images(pixel_values, image_grid_thw, keeps_blocks=False)
-                mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": image}
-                pixel_values = None
             seen_images = (mm_encoder_outputs or {}).get("image")
             if seen_images is not None and input_ids is not None:  # else a later step of generation
                 embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds

@@ -164,6 +164,19 @@ def test_frozen_tower_builds_no_graph(tied: Path, photo_records: Path) -> None:
     assert bundle.base._encode_images(*arguments).pooler_output[0].requires_grad
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_frozen_tower_runs_once_under_checkpointing(tied: Path, photo_records: Path, enabled: bool) -> None:
+    """With heads and without: recomputed in the backward pass it would run twice, and backward for nothing."""
+    bundle = set_trainable(load(tied, enabled=enabled), ["lm_lora"], LORA)
+    bundle.model.enable_input_require_grads()
+    bundle.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    needs_graph: list[bool] = []
+    for block in bundle.base.model.visual.blocks:
+        block.register_forward_hook(lambda _m, _i, output: needs_graph.append(output.requires_grad))
+    step(bundle, photo_records)
+    assert needs_graph == [False] * len(bundle.base.model.visual.blocks)
+
+
 @pytest.mark.parametrize(
     ("groups", "lora", "message"),
     [
