@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -18,7 +19,9 @@ from torch.utils.data import Dataset
 from finetune.config import DataConfig, SourceConfig
 from finetune.data.answer_polygons import MIN_POINTS, MIN_TOKENS, PolygonBudget, PolygonFrame
 from finetune.data.chat import (
+    Layout,
     Segment,
+    Template,
     conversation,
     encode,
     load_template,
@@ -124,8 +127,6 @@ class ForensicDataset(Dataset):
         self.operations: Sequence[str] = ()  # the heads.operations of the run, in their order
         self.draw_seed = 0  # of what a draw by a numbered sampler changes
         self.region_masking: RegionMasking | None = None  # hides regions of the records a numbered sampler draws
-        self._may_leak: bool | None = None
-        _warn_of_leaks(self.records, tokens)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -219,21 +220,37 @@ class ForensicDataset(Dataset):
             processed_hw=processed,
         )
 
+    @cached_property
+    def leaking(self) -> list[str]:
+        """Ids of the records in which a forensic token stands after answer text, inserted tokens included, so that
+        teacher forcing gives the heads' targets away; [] where the heads see the vision tower alone."""
+        if not self.heads_read_text:
+            return []
+        rendered = next((record for record in self.records if not record.turns), None)  # one template for them all
+        others_leak = rendered is not None and leaks(rendered, self.template, self.tokens, self.config.layout)
+        return [
+            record.id
+            for record in self.records
+            if (leaks(record, self.template, self.tokens, self.config.layout) if record.turns else others_leak)
+        ]
+
     @property
     def heads_may_read_answers(self) -> bool:
-        """Whether any record has a forensic token after answer text, so that teacher forcing would leak the target."""
-        if not self.heads_read_text:
-            return False
-        if self._may_leak is None:
-            rendered = next((record for record in self.records if not record.turns), None)  # one template for them all
-            records = [*([rendered] if rendered else []), *(record for record in self.records if record.turns)]
-            self._may_leak = self.config.layout == "text_first" or any(self._leaks(record) for record in records)
-        return self._may_leak
+        """Whether any record leaks its answer to the heads."""
+        return bool(self.leaking)
 
-    def _leaks(self, record: Record) -> bool:
-        """Whether text precedes a token in the conversation as it is trained on, inserted tokens included."""
-        turns = conversation(record, self.template, self.tokens, self.config.layout)
-        return leaking_tokens(replace(record, turns=turns), self.tokens)
+    def warn_of_leaks(self) -> None:
+        """Log which records leak their answer to the heads; nothing where none does."""
+        if self.leaking:
+            logger.warning(
+                "in record '%s'%s a forensic token stands after text that gives its target away%s: the heads will "
+                "learn to read the answer, not the image; %s",
+                self.leaking[0],
+                f" and {len(self.leaking) - 1} others" if len(self.leaking) > 1 else "",
+                " (data.layout: text_first)" if self.config.layout == "text_first" else "",
+                "put the tokens first" if self.config.layout == "text_first" else
+                "put the tokens first, and ask about every image before the first answer",
+            )  # fmt: skip
 
     def without_answers_at(self, indices: Sequence[int]) -> list[Sample]:
         """Records as a question followed by the forensic tokens only, for scoring heads without a leak."""
@@ -415,6 +432,12 @@ def load_dataset(
     return checked_dataset(read_sources(sources, what), what, processor, tokens, config)
 
 
+def leaks(record: Record, template: Template, tokens: SpecialTokens, layout: Layout) -> bool:
+    """Whether a forensic token stands after answer text in the conversation as it is trained on, inserted tokens
+    included."""
+    return leaking_tokens(replace(record, turns=conversation(record, template, tokens, layout)), tokens)
+
+
 def pair_of(record: Record) -> str | None:
     """What an authentic picture and its tampered twin have in common (`provenance.pair` of generated sets), or None."""
     pair = record.provenance.get("pair")
@@ -447,15 +470,3 @@ def checked_dataset(
         problems = [Problem("error", error.record or "", str(error)) for error in errors]
         raise InvalidDataError(f"{len(errors)} of {len(records)} records of data.{what} cannot be used", problems)
     return dataset
-
-
-def _warn_of_leaks(records: Sequence[Record], tokens: SpecialTokens) -> None:
-    leaking = [record.id for record in records if leaking_tokens(record, tokens)]
-    if leaking:
-        logger.warning(
-            "in record '%s'%s a forensic token stands after text that gives its target away: the heads will learn "
-            "to read the "
-            "answer, not the image; put the tokens first",
-            leaking[0],
-            f" and {len(leaking) - 1} others" if len(leaking) > 1 else "",
-        )

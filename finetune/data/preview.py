@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -17,10 +17,10 @@ from PIL import Image
 
 from finetune.config import DataConfig
 from finetune.data.answer_polygons import PolygonFrame
-from finetune.data.chat import IMAGE_PAD, Segment, conversation, encode
-from finetune.data.dataset import ForensicDataset, Sample, num_image_tokens
+from finetune.data.chat import IMAGE_PAD, Segment, encode
+from finetune.data.dataset import ForensicDataset, Sample, leaks, num_image_tokens
 from finetune.data.image_size import set_short_side
-from finetune.data.validation import Problem, check_records, leaking_tokens
+from finetune.data.validation import Problem, check_records
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Record
 from finetune.special_tokens import IGNORE_INDEX, SpecialTokens
@@ -286,8 +286,7 @@ def _rendering_problems(
     if has_labels and not any(piece.kind == "forensic" for piece in pieces):
         message = f"record '{record.id}' has labels but no forensic token, so the heads learn nothing from it"
         found.append(Problem("warning", record.id, message))
-    turns = conversation(record, dataset.template, dataset.tokens, dataset.config.layout)
-    if leaking_tokens(replace(record, turns=turns), dataset.tokens):
+    if leaks(record, dataset.template, dataset.tokens, dataset.config.layout):
         message = f"record '{record.id}': a forensic token stands after text that gives its target away"
         found.append(Problem("warning", record.id, message))
     return found

@@ -11,12 +11,13 @@ import sys
 from tqdm import tqdm
 
 from finetune.config import RunConfig, SourceConfig, load_config
-from finetune.data.dataset import ForensicDataset
+from finetune.data.chat import Layout, load_template
+from finetune.data.dataset import ForensicDataset, leaks
 from finetune.data.image_size import set_short_side
 from finetune.data.pictures import PictureDataset
 from finetune.data.readers.options import options_from
 from finetune.data.regions.limit import fitted_records
-from finetune.data.validation import Problem, check_file, leaking_tokens
+from finetune.data.validation import Problem, check_file
 from finetune.errors import ConfigError, ForensicsError
 from finetune.models.loading import load_processor
 from finetune.schema import Record
@@ -93,7 +94,9 @@ def check_config(config: RunConfig) -> list[Problem]:
             problems.append(_error("data.train is empty"))
         for source in sources:
             try:
-                records, found = check_data_file(source, tokens, has_text=not config.reads_pictures_only)
+                records, found = check_data_file(
+                    source, tokens, has_text=not config.reads_pictures_only, layout=config.data.layout
+                )
             except ForensicsError as error:
                 problems.append(_error(str(error)))
                 continue
@@ -114,12 +117,13 @@ def check_config(config: RunConfig) -> list[Problem]:
 
 
 def check_data_file(
-    source: SourceConfig, tokens: SpecialTokens, has_text: bool = True
+    source: SourceConfig, tokens: SpecialTokens, has_text: bool = True, layout: Layout = "tokens_first"
 ) -> tuple[list[Record], list[Problem]]:
     """The records of a file that can be read, and every problem of the file, its images, masks and tokens' places.
 
     Args:
         has_text: False for a run on pictures alone, which looks at no conversation.
+        layout: where tokens are put that a conversation lacks.
     """
     records, problems = check_file(
         source.path,
@@ -130,7 +134,12 @@ def check_data_file(
         has_text=has_text,
         progress=lambda items: tqdm(items, unit="record", disable=None),
     )
-    leaking = [record.id for record in records if has_text and leaking_tokens(record, tokens)]
+    template = load_template("zh")  # not asked: only conversations of a record's own are looked into
+    leaking = [
+        record.id
+        for record in records
+        if has_text and (leaks(record, template, tokens, layout) if record.turns else layout == "text_first")
+    ]
     if leaking:
         more = f" and {len(leaking) - 1} more" if len(leaking) > 1 else ""
         message = f"record '{leaking[0]}'{more}: a forensic token stands after text that gives its target away"

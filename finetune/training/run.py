@@ -226,6 +226,8 @@ def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, Fore
             found.append(checked_dataset(own, what, bundle.processor, bundle.tokens, data, kind, region_features=looks))
             found[-1].heads_read_text = config.heads.source != "vision"
             found[-1].operations = config.heads.operations
+            if bundle.base.has_heads:
+                found[-1].warn_of_leaks()
     _warn_of_operations(config, bundle, records)
     return found[0], found[1] if held is not None else None
 

@@ -18,10 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.config import ModelConfig, RunConfig, load_config
+from finetune.config import ModelConfig, RunConfig, SourceConfig, load_config
 from finetune.errors import ModelLoadError, TrainingDivergedError
 from finetune.losses.criterion import TERMS
 from finetune.models.loading import load_bundle
+from finetune.special_tokens import SpecialTokens
+from finetune.training.doctor import check_data_file
 from finetune.training.evaluation import EvaluationState, forward
 from finetune.training.run import build_trainer, train
 from finetune.training.trainer import ForensicTrainer
@@ -342,11 +344,43 @@ def test_a_calibration_knows_which_images_belong_together(
     assert {"house", "twins"} <= set(expected)
 
 
-def test_text_first_layout_is_scored_without_answers(make_config: Make) -> None:
+def test_text_first_layout_is_scored_without_answers(make_config: Make, caplog: pytest.LogCaptureFixture) -> None:
     for layout, leaks in (("text_first", True), ("tokens_first", False)):
+        caplog.clear()
         trainer = build(make_config(layout, data={"layout": layout}))
         assert trainer.eval_dataset.heads_may_read_answers is leaks
         assert 0 <= trainer.evaluate()["eval_auroc"] <= 1
+        warnings = [message for message in caplog.messages if "gives its target away" in message]
+        assert len(warnings) == 2 * leaks  # of training data and of evaluation data
+        assert all("(data.layout: text_first)" in message for message in warnings)
+
+
+def test_tokens_put_after_an_answer_about_an_earlier_image_are_warned_about(
+    make_config: Make, photo_records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tokens of all images stand together after the last one, and so behind what was said of the first."""
+    pictures = [str(photo_records.parent / "a.png"), str(photo_records.parent / "b.png")]
+    says = [("user", "<image>?"), ("assistant", "It is fake."), ("user", "<image>?"), ("assistant", "Real.")]
+    records = [
+        {"id": "late", "images": pictures, "labels": [1, 0], "messages": [{"role": r, "content": c} for r, c in says]},
+        {"id": "fine", "images": pictures[:1], "labels": [1],
+         "messages": [{"role": r, "content": c} for r, c in says[:2]]},
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    trainer = build(make_config(data={"eval": [str(tmp_path / "a.jsonl")]}))
+    assert trainer.eval_dataset.leaking == ["late"]
+    (warning,) = [message for message in caplog.messages if "gives its target away" in message]
+    assert "in record 'late' a forensic token" in warning
+    assert "ask about every image before the first answer" in warning
+    _, problems = check_data_file(SourceConfig(str(tmp_path / "a.jsonl")), SpecialTokens())
+    assert [problem.record for problem in problems if "gives its target away" in problem.message] == ["late"]
+    _, problems = check_data_file(SourceConfig(str(tmp_path / "a.jsonl")), SpecialTokens(), layout="text_first")
+    assert any("record 'late' and 1 more" in problem.message for problem in problems)
+
+
+def test_without_heads_nothing_leaks(make_config: Make, caplog: pytest.LogCaptureFixture) -> None:
+    build(make_config(data={"layout": "text_first"}, heads={"enabled": False}))
+    assert not any("gives its target away" in message for message in caplog.messages)
 
 
 def test_records_of_one_name_are_scored_as_themselves(
