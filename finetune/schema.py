@@ -104,6 +104,9 @@ def is_kind_of(name: str, operation: str) -> bool:
     return name == operation or name.startswith(f"{operation}.")
 
 
+VerdictSource = Literal["head", "text", "nothing"]
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What the model says about one image; made without any target.
@@ -111,8 +114,8 @@ class Prediction:
     Args:
         id: the record's id (`id#k` for the k-th of several images).
         image_path: path the image was read from, "" for embedded bytes.
-        label: verdict, 0 real or 1 tampered: `score` against the threshold.
-        score: probability in [0, 1] that the image is tampered.
+        label: verdict, 0 real or 1 tampered: `score` against the threshold; 0 where there is none.
+        score: probability in [0, 1] that the image is tampered; 0.5 where there is no verdict.
         mask_scores: (H, W) float32 in [0, 1] at the image's own size, or None when no mask head ran.
         polygons: regions of `mask_scores` above the mask threshold.
         text: generated answer without forensic tokens, "" when no text was asked for.
@@ -123,6 +126,8 @@ class Prediction:
         raw_score: the head's own probability where `score` was calibrated, else None.
         operations: how it was tampered, if it was: share of each of the model's `heads.operations`, 1 in all; None
             without such a head.
+        verdict_from: what `label` and `score` come from: the cls head; without one the word written in `text` (a score
+            of 0 or 1); or nothing, where that cannot be read either.
     """
 
     id: str
@@ -138,6 +143,7 @@ class Prediction:
     text_polygons: tuple[Polygon, ...] | None = None
     raw_score: float | None = None
     operations: dict[str, float] | None = None
+    verdict_from: VerdictSource = "head"
 
     @property
     def operation(self) -> str:

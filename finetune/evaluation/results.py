@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from finetune.data.masks import rasterize_polygons
 from finetune.metrics.bootstrap import Interval, bootstrap_auroc, bootstrap_mean
 from finetune.metrics.classification import image_metrics
 from finetune.metrics.localization import authentic_metrics, pixel_metrics
@@ -46,11 +47,14 @@ class EvaluationResults:
     scores: list[float] = field(default_factory=list)
     raw_scores: list[float | None] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
+    judged: list[bool] = field(default_factory=list)
     pixels: list[dict[str, float | None]] = field(default_factory=list)
     authentic: list[dict[str, Any]] = field(default_factory=list)
     text_labels: list[int | None] = field(default_factory=list)
-    head_labels: list[int] = field(default_factory=list)
+    head_labels: list[int | None] = field(default_factory=list)
     true_labels: list[int | None] = field(default_factory=list)
+    written_ious: list[float] = field(default_factory=list)
+    distinct_texts: set[str] = field(default_factory=set)
     origins: list[Origin] = field(default_factory=list)
     told_operations: list[str] = field(default_factory=list)
     pixel_origins: list[Origin] = field(default_factory=list)
@@ -63,12 +67,17 @@ class EvaluationResults:
             self.scores.append(prediction.score)
             self.raw_scores.append(prediction.raw_score)
             self.labels.append(label)
+            self.judged.append(prediction.verdict_from != "nothing")
             self.origins.append(origin)
             self.told_operations.append(prediction.operation)
         if self.with_text:
             self.text_labels.append(prediction.text_label)
-            self.head_labels.append(prediction.label)
+            self.head_labels.append(prediction.label if prediction.verdict_from == "head" else None)
             self.true_labels.append(label)
+            self.distinct_texts.add(prediction.text)
+            if mask is not None and mask.any():
+                written = rasterize_polygons(prediction.text_polygons or (), mask.shape).astype(np.float32)
+                self.written_ious.append(pixel_metrics(written, mask)["iou"] or 0.0)
         return self.add_mask(prediction.mask_scores, mask, origin)
 
     def add_mask(
@@ -95,9 +104,8 @@ class EvaluationResults:
         `intervals` holds 95 % percentile bootstrap intervals over images as [low, high]; `intervals_over_groups` draws
         whole groups (photographs, scenes), and is there where at least two groups have more than one image each.
         """
-        image = image_metrics(np.array(self.scores), np.array(self.labels), threshold) if self.labels else {}
         return {
-            "image": dict(image),
+            "image": self.image(threshold),
             "image_uncalibrated": self.uncalibrated(threshold),
             "localization": self.localization(),
             "authentic": self.false_alarms(),
@@ -106,6 +114,15 @@ class EvaluationResults:
             "intervals": self.intervals(),
             "intervals_over_groups": self.intervals(over_groups=True) if self._has_groups() else {},
         }
+
+    def image(self, threshold: float) -> dict[str, Any]:
+        """Image metrics of the verdicts; `n_without_verdict` where some image has none, see `image_metrics`."""
+        if not self.labels:
+            return {}
+        found: dict[str, Any] = dict(image_metrics(self.scores, self.labels, threshold, self.judged))
+        if not all(self.judged):
+            found["n_without_verdict"] = self.judged.count(False)
+        return found
 
     def uncalibrated(self, threshold: float) -> dict[str, Any]:
         """Image metrics of the heads' own scores; {} where scores were not calibrated."""
@@ -134,7 +151,8 @@ class EvaluationResults:
         return {} if self.with_masks else {"absent": NO_MASK_HEAD}
 
     def operations(self) -> dict[str, dict[str, Any]]:
-        """Of each tampering operation that is known: `n`, image AUROC against all authentic images, pixel F1 at 0.5.
+        """Of each tampering operation that is known: `n`, image AUROC against all authentic images, pixel F1 at
+        `mask_threshold`.
 
         With `heads.operations` also `recognized`: the share whose likeliest operation is this one; kinds of one
         operation (`retouch.grain`) count as it, and every tampered image counts, found or not.
@@ -186,7 +204,11 @@ class EvaluationResults:
     def _text(self) -> dict[str, Any]:
         if not self.text_labels:
             return {"parse_rate": None, "label_agreement": None}
-        return dict(verdict_metrics(self.text_labels, self.head_labels, self.true_labels))
+        return {
+            **verdict_metrics(self.text_labels, self.head_labels, self.true_labels),
+            "polygon_iou": _mean(self.written_ious),
+            "n_distinct": len(self.distinct_texts),
+        }
 
 
 def _group_names(origins: Sequence[Origin]) -> list[str]:

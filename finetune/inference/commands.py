@@ -137,11 +137,14 @@ def describe(prediction: Prediction, mask_threshold: float) -> str:
         if prediction.mask_scores is None
         else f"  area {100 * float((prediction.mask_scores >= mask_threshold).mean()):.1f} %"
     )
+    score = f"score {prediction.score:.3f}"
     verdict = "tampered" if prediction.label else "real    "
+    if prediction.verdict_from == "nothing":
+        verdict, score = "no verdict", "(no cls head, and the answer cannot be read)"
     own = "" if prediction.raw_score is None else f" (uncalibrated {prediction.raw_score:.3f})"
     told = prediction.operation if prediction.label == 1 else ""
     how = f"  {told}?" if told else ""
-    line = f"{verdict}  score {prediction.score:.3f}{own}{area}{how}  {prediction.image_path}"
+    line = f"{verdict}  {score}{own}{area}{how}  {prediction.image_path}"
     return f"{line}\n    {prediction.text}" if prediction.text else line
 
 

@@ -59,13 +59,14 @@ class PredictionWriter:
 
 
 def as_line(prediction: Prediction, mask_path: str | None) -> dict[str, Any]:
-    """The JSON object of one prediction."""
-    line = {
+    """The JSON object of one prediction; verdict and score are null where there is none."""
+    is_judged = prediction.verdict_from != "nothing"
+    line: dict[str, Any] = {
         "id": prediction.id,
         "image_path": prediction.image_path,
-        "label": prediction.label,
-        "score": round(prediction.score, 6),
-        "raw_score": round(prediction.own_score, 6),
+        "label": prediction.label if is_judged else None,
+        "score": round(prediction.score, 6) if is_judged else None,
+        "raw_score": round(prediction.own_score, 6) if is_judged else None,
         "mask_path": mask_path,
         "polygons": _points(prediction.polygons),
         "text": prediction.text,

@@ -28,7 +28,7 @@ from finetune.data.masks import polygons_from_mask
 from finetune.inference.answers import read_answers
 from finetune.inference.queries import Query, batched
 from finetune.models.loading import Bundle
-from finetune.schema import Polygon, Prediction
+from finetune.schema import Polygon, Prediction, VerdictSource
 
 
 @dataclass
@@ -311,13 +311,15 @@ class Predictor:
             for k, picture in enumerate(pictures):
                 score, mask = heads.scores[first + k], heads.masks[first + k]
                 answer = answers[k] if answers is not None else None
+                verdict_from: VerdictSource = "head"
                 if score is None:  # no cls head: the written verdict is all there is
-                    score = float(answer.label) if answer is not None else 0.5
+                    verdict_from = "nothing" if answer is None else "text"
+                    score = 0.5 if answer is None else float(answer.label)
                 results.append(
                     Prediction(
                         id=query.id if len(pictures) == 1 else f"{query.id}#{k + 1}",
                         image_path=query.images[k].path or "",
-                        label=int(score >= self.generation.score_threshold),
+                        label=int(verdict_from != "nothing" and score >= self.generation.score_threshold),
                         score=score,
                         mask_scores=mask,
                         polygons=self._polygons(mask),
@@ -328,6 +330,7 @@ class Predictor:
                         text_polygons=None if answer is None else answer.polygons,
                         raw_score=heads.raw[first + k],
                         operations=heads.operations[first + k],
+                        verdict_from=verdict_from,
                     )
                 )
             first += len(pictures)

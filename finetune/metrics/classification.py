@@ -13,13 +13,18 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from finetune.metrics.calibration import ece
 
 
-def image_metrics(scores: ArrayLike, labels: ArrayLike, threshold: float = 0.5) -> dict[str, float | int | None]:
+def image_metrics(
+    scores: ArrayLike, labels: ArrayLike, threshold: float = 0.5, judged: ArrayLike | None = None
+) -> dict[str, float | int | None]:
     """Detection metrics over images; label 1 (tampered) is the positive class.
 
     Args:
         scores: (N,) float in [0, 1].
         labels: (N,) in {0, 1}; leave unlabelled images out.
         threshold: an image is called tampered when score >= threshold.
+        judged: (N,) bool, False for an image without a verdict (an answer that cannot be read): of whichever class it
+            is, it counts as called wrongly, and takes no part in `ece`. Its score, 0.5, says nothing to `auroc`. None:
+            all of them have one.
 
     Returns:
         `auroc` (ties count half), `average_precision`, `balanced_accuracy` (mean of the two recalls): None when a
@@ -30,7 +35,9 @@ def image_metrics(scores: ArrayLike, labels: ArrayLike, threshold: float = 0.5) 
         ValueError: for shapes that differ, a score outside [0, 1] or NaN, a label other than 0 and 1.
     """
     values, truth = check_scores(scores, labels)
-    is_fake, called_fake = truth == 1, values >= threshold
+    answered = np.ones(len(truth), dtype=bool) if judged is None else np.asarray(judged, dtype=bool)
+    is_fake = truth == 1
+    called_fake = np.where(answered, values >= threshold, ~is_fake)
     n_fake, n_real = int(is_fake.sum()), int((~is_fake).sum())
     hits, false_alarms = int((is_fake & called_fake).sum()), int((~is_fake & called_fake).sum())
     recall_fake = hits / n_fake if n_fake else None
@@ -42,7 +49,7 @@ def image_metrics(scores: ArrayLike, labels: ArrayLike, threshold: float = 0.5) 
         "balanced_accuracy": None if recall_fake is None or recall_real is None else (recall_fake + recall_real) / 2,
         "accuracy": (hits + n_real - false_alarms) / len(truth) if len(truth) else None,
         "f1": 2 * hits / (n_fake + hits + false_alarms) if n_fake else None,
-        "ece": ece(values, truth),
+        "ece": ece(values[answered], truth[answered]),
         "n_real": n_real,
         "n_fake": n_fake,
         "recall_real": recall_real,

@@ -122,6 +122,34 @@ def test_text_agreement_is_with_the_head_and_accuracy_with_the_truth() -> None:
     assert text["label_accuracy"] == pytest.approx(1 / 3)
 
 
+def test_without_a_cls_head_the_text_agrees_with_nobody_and_unread_answers_are_wrong() -> None:
+    results = EvaluationResults()
+    for source, label, truth in (("text", 1, 1), ("text", 0, 0), ("nothing", 0, 1), ("nothing", 0, 0)):
+        score = 0.5 if source == "nothing" else float(label)
+        written = prediction(score, None, None if source == "nothing" else label)
+        results.add(replace(written, label=label, verdict_from=source), truth, None)  # type: ignore[arg-type]
+    metrics = results.metrics(0.5)
+    assert (metrics["image"]["recall_real"], metrics["image"]["recall_fake"]) == (0.5, 0.5)
+    assert metrics["image"]["n_without_verdict"] == 2
+    assert metrics["text"]["label_agreement"] is None
+    assert metrics["text"]["label_accuracy"] == 1.0
+    assert "n_without_verdict" not in EvaluationResults(labels=[1], scores=[0.5], judged=[True]).image(0.5)
+
+
+def test_written_regions_are_compared_with_the_mask() -> None:
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:4] = 255
+    box = ((0.0, 0.0), (8.0, 0.0), (8.0, 2.0), (0.0, 2.0))  # half of it
+    results = EvaluationResults()
+    for text, polygons in (("a", (box,)), ("b", (box, tuple((x, y + 2) for x, y in box))), ("b", ()), ("", None)):
+        said = replace(prediction(0.9, None, 1), text=text, text_polygons=polygons)
+        results.add(said, 1, mask)
+    results.add(prediction(0.1, None, 0), 0, np.zeros((8, 8), np.uint8))  # an authentic image has no region to find
+    text = results.metrics(0.5)["text"]
+    assert text["polygon_iou"] == pytest.approx((0.5 + 1.0 + 0 + 0) / 4)
+    assert text["n_distinct"] == 4  # a, b, nothing and the last one's
+
+
 def test_an_empty_answer_counts_as_unreadable() -> None:
     results = EvaluationResults()
     results.add(prediction(0.9, None, 1), 1, None)

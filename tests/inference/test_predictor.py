@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from finetune.config import GenerationConfig, HeadsConfig, ModelConfig
 from finetune.data.chat import load_template, question_turns
@@ -18,8 +19,8 @@ from finetune.data.readers import read_records
 from finetune.errors import DataFormatError
 from finetune.inference.answers import canonical, read_answers
 from finetune.inference.commands import describe
-from finetune.inference.output import PredictionWriter
-from finetune.inference.predictor import Predictor, operation_shares
+from finetune.inference.output import PredictionWriter, as_line
+from finetune.inference.predictor import Predictor, _HeadResult, operation_shares
 from finetune.inference.queries import Query, queries_of, query_for_image
 from finetune.models.loading import load_bundle
 from finetune.schema import ImageInput, Prediction
@@ -205,6 +206,33 @@ def test_writer_gives_the_documented_line_and_unique_files(tmp_path: Path) -> No
 
     written = np.asarray(Image.open(tmp_path / lines[1]["mask_path"]))
     np.testing.assert_array_equal(written, np.round(scores * 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict_from", "label", "score"),
+    [
+        ('{"result": "fake", "mask": [[1, 20, 20], [1, 1, 20]], "evidence": "x"}', "text", 1, 1.0),
+        ('{"result": "real", "mask": [], "evidence": "x"}', "text", 0, 0.0),
+        ('{"result": "fake", "mask": [[1, 20', "nothing", 0, 0.5),
+        ("", "nothing", 0, 0.5),
+    ],
+)
+def test_without_a_cls_head_the_answer_is_the_verdict(
+    bundle: Any, photo_records: Path, text: str, verdict_from: str, label: int, score: float
+) -> None:
+    """A text that cannot be read is no verdict, least of all that of the tampered class."""
+    predictor = Predictor(bundle)
+    query = queries(predictor, photo_records)[0]
+    pictures = [Image.new("RGB", (196, 224))]
+    ((found,),) = predictor._predictions([query], [pictures], _HeadResult.empty(1), [text])
+    assert (found.verdict_from, found.label, found.score) == (verdict_from, label, score)
+    line = as_line(found, None)
+    assert (line["label"], line["score"]) == ((None, None) if verdict_from == "nothing" else (label, score))
+    assert ("no verdict" in describe(found, 0.5)) is (verdict_from == "nothing")
+    ((headed,),) = predictor._predictions(
+        [query], [pictures], dataclasses.replace(_HeadResult.empty(1), scores=[0.75]), [text]
+    )
+    assert (headed.verdict_from, headed.label, headed.score) == ("head", 1, 0.75)
 
 
 def test_predicting_leaves_gradients_and_weights_alone(bundle: Any, photo_records: Path) -> None:

@@ -40,6 +40,20 @@ def test_image_metrics_by_hand() -> None:
     assert got["f1"] == pytest.approx(0.8)
 
 
+def test_images_without_a_verdict_are_called_wrongly() -> None:
+    labels, judged = [1, 1, 0, 0, 1, 0], [True, False, True, False, True, True]
+    scores = [0.9, 0.5, 0.2, 0.5, 0.8, 0.6]
+    got = image_metrics(scores, labels, judged=judged)
+    assert (got["recall_fake"], got["recall_real"], got["accuracy"]) == pytest.approx((2 / 3, 1 / 3, 0.5))
+    assert got["auroc"] == sk.roc_auc_score(labels, scores)
+    kept = [number for number, answered in enumerate(judged) if answered]
+    assert got["ece"] == ece([scores[k] for k in kept], [labels[k] for k in kept])
+    for threshold in (0.0, 0.3, 0.7, 1.0):  # nothing is gained by where the threshold lies
+        alone = image_metrics([0.5] * 4, [1, 1, 0, 0], threshold, judged=[False] * 4)
+        assert (alone["recall_fake"], alone["recall_real"], alone["f1"], alone["ece"]) == (0, 0, 0, None)
+    assert image_metrics(scores, labels, judged=[True] * 6) == image_metrics(scores, labels)
+
+
 def test_a_missing_class_gives_none_not_nan() -> None:
     real = image_metrics([0.2, 0.7], [0, 0])
     assert [real[k] for k in ("auroc", "average_precision", "balanced_accuracy", "f1", "recall_fake")] == [None] * 5

@@ -41,7 +41,7 @@ class ReportSample:
         true_mask: (H, W) bool or 0/1, or None where it is unknown.
         mask_scores: (H, W) in [0, 1], or None when no mask head ran.
         label_true: 0 real, 1 tampered, None unknown.
-        label_pred: the verdict, 0 or 1.
+        label_pred: the verdict, 0 or 1; None where there is none.
         score: probability that the image is tampered, in [0, 1].
         f1: pixel F1 at the threshold, None on authentic images.
         text: generated answer.
@@ -55,7 +55,7 @@ class ReportSample:
     true_mask: NDArray[np.generic] | None = field(repr=False)
     mask_scores: NDArray[np.generic] | None = field(repr=False)
     label_true: int | None
-    label_pred: int
+    label_pred: int | None
     score: float
     f1: float | None = None
     text: str = ""
@@ -65,8 +65,8 @@ class ReportSample:
 
     @property
     def outcome(self) -> Outcome:
-        """Verdict against truth: tp, tn, fp, fn, or unknown."""
-        if self.label_true is None:
+        """Verdict against truth: tp, tn, fp, fn, or unknown where one of them is."""
+        if self.label_true is None or self.label_pred is None:
             return "unknown"
         if self.label_true == 1:
             return "tp" if self.label_pred == 1 else "fn"

@@ -50,6 +50,7 @@ ROWS: tuple[MetricRow, ...] = (
     MetricRow("image", "recall_fake", "篡改图召回", "Recall, tampered", "up"),
     MetricRow("image", "n_real", "真实图数量", "Authentic images", "count"),
     MetricRow("image", "n_fake", "篡改图数量", "Tampered images", "count"),
+    MetricRow("image", "n_without_verdict", "无判定图像", "Images without a verdict", "count"),
     MetricRow("localization", "f1", "像素 F1", "Pixel F1", "up"),
     MetricRow("localization", "iou", "IoU", "IoU", "up"),
     MetricRow("localization", "dice", "Dice", "Dice", "up"),
@@ -62,6 +63,8 @@ ROWS: tuple[MetricRow, ...] = (
     MetricRow("text", "parse_rate", "JSON 可解析率", "Parse rate", "up"),
     MetricRow("text", "label_agreement", "文本与判定一致率", "Text agrees with verdict", "up"),
     MetricRow("text", "label_accuracy", "文本结论准确率", "Text agrees with truth", "up"),
+    MetricRow("text", "polygon_iou", "文字区域 IoU", "IoU of written regions", "up"),
+    MetricRow("text", "n_distinct", "不同的回答", "Different answers", "count"),
     MetricRow("text", "n", "回答数量", "Answers", "count"),
     MetricRow("text", "n_parsed", "可解析数量", "Answers parsed", "count"),
 )
