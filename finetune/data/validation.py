@@ -119,14 +119,19 @@ def check_records(
 
 
 def validate_for_training(
-    records: Sequence[Record], tokens: SpecialTokens, *, check_pixels: bool = True, has_text: bool = True
+    records: Sequence[Record],
+    tokens: SpecialTokens,
+    *,
+    check_pixels: bool = True,
+    has_text: bool = True,
+    progress: Callable[[Sequence[Record]], Iterable[Record]] | None = None,
 ) -> list[Problem]:
     """`check_records`, raising on errors; the warnings are returned for the caller to print.
 
     Raises:
         InvalidDataError: lists the first 20 errors, one line each.
     """
-    problems = check_records(records, tokens, check_pixels=check_pixels, has_text=has_text)
+    problems = check_records(records, tokens, check_pixels=check_pixels, has_text=has_text, progress=progress)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         num_bad = len({problem.record for problem in errors})

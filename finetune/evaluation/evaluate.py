@@ -11,7 +11,7 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +123,26 @@ def refuse_unusable(records: Sequence[Record], predictor: Predictor) -> None:
     Raises:
         DataFormatError: no label at all, or a list of what cannot be used.
     """
-    if all(target.label is None for record in records for target in record.targets):
+    labels = {target.label for record in records for target in record.targets} - {None}
+    if not labels:
         raise DataFormatError(
             "no image has a label, so there is nothing to evaluate",
             expected="labels 0 (real) or 1 (tampered)",
             fix="use forensics predict for unlabelled images",
         )
     has_text = not predictor.bundle.base.reads_tower
-    validate_for_training(records, predictor.bundle.tokens, check_pixels=False, has_text=has_text)
+    validate_for_training(records, predictor.bundle.tokens, has_text=has_text, progress=_checked)
+    if len(labels) == 1:
+        only = "tampered" if 1 in labels else "authentic"
+        print(
+            f"warning: every labelled image is {only}, so what needs both classes (AUROC ...) stays empty",
+            file=sys.stderr,
+        )
+
+
+def _checked(records: Sequence[Record]) -> Iterable[Record]:
+    """A bar while images and masks are decoded to see whether they can be."""
+    return tqdm(records, desc="checking", unit="record", disable=None, leave=False)
 
 
 def run_facts(predictor: Predictor, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -232,3 +233,32 @@ def test_unlabelled_data_cannot_be_evaluated(
     error = capsys.readouterr().err
     assert "nothing to evaluate" in error
     assert "Traceback" not in error
+
+
+def test_what_cannot_be_read_is_named_before_the_first_prediction(
+    saved_model: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last image is cut off and one mask has another size; nothing is predicted, nothing written."""
+    root = tmp_path / "damaged"
+    shutil.copytree(manifest.parent.parent, root)
+    whole = (root / "image" / "5.png").read_bytes()
+    (root / "image" / "5.png").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(np.full((9, 9), 255, np.uint8)).save(root / "mask" / "3.png")
+    arguments = ["--model", str(saved_model), "--data", str(root / "list" / "eval.json"), "--data-root", str(root)]
+    assert main(["evaluate", *arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "2 problems in 2 of 6 records" in error
+    assert "5.png" in error
+    assert "9x9" in error
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
+
+
+def test_one_class_alone_is_said(
+    saved_model: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [entry for entry in json.loads(manifest.read_text()) if entry["label"] == 0]
+    (tmp_path / "real.json").write_text(json.dumps(entries))
+    arguments = ["--model", str(saved_model), "--data", str(tmp_path / "real.json"), "--out", str(tmp_path / "out")]
+    where = ["--data-root", str(manifest.parent.parent), "--no-text", "--no-baselines"]
+    assert main(["evaluate", *arguments, *where]) == 0
+    assert "every labelled image is authentic" in capsys.readouterr().err

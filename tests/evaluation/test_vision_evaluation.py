@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,8 @@ def test_the_language_model_is_not_loaded(
     assert not hasattr(seen[0].bundle.base.model, "language_model")
     printed = capsys.readouterr().out
     assert "visual.blocks.2.attn.qkv" in printed  # loaded LoRA modules are printed by name
-    assert "2 of 2 tampered images have an empty heat map: no pixel reaches heatmap_threshold=0.999" in printed
+    empty = r"([1-4]) of \1 tampered images have an empty heat map: no pixel reaches heatmap_threshold=0\.999"
+    assert re.search(empty, printed)
     assert (tmp_path / "out" / "metrics.csv").is_file()
     notes = [row["note"] for row in table(tmp_path / "out" / "predictions.csv") if row["label_pred"] == "1"]
     assert all("heatmap_threshold=0.999" in note for note in notes)
