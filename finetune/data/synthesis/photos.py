@@ -108,7 +108,8 @@ def find_photos(
     Args:
         photos_dir: folder searched recursively, or None for the packaged photographs.
         held_out_fraction: share of a user's photographs for `eval`, at least one and not all. The choice follows the
-            hash of each file's content, not names or order. The packaged ones have a fixed assignment.
+            hash of each file's content, not names or order; files that show the same picture stay on one side. The
+            packaged ones have a fixed assignment.
         workers: processes that decode a user's photographs to check them; 0 means one per core.
         progress: show a bar on stderr where there are many.
         train_photos_dir: folder of further photographs, for training alone: what is held out stays as it is. One that
@@ -133,19 +134,31 @@ def _split_photos(root: Path, held_out_fraction: float, workers: int, progress: 
             f"photos folder {str(root)!r} holds {len(found)} usable photographs, need at least 2 (one to train on, one"
             f" held out); {_refused(rejected)}"
         )
-    held_out = min(len(found) - 1, max(1, round(held_out_fraction * len(found))))
-    eval_digests = set(sorted(photo.sha256 for photo in found)[:held_out])
-    photos = tuple(replace(photo, split="eval") if photo.sha256 in eval_digests else photo for photo in found)
+    for numbers in _index_of(found, workers).alike():  # the same picture saved twice: one scene
+        for number in numbers:
+            found[number] = replace(found[number], group=found[numbers[0]].group)
+    first_digest: dict[str, str] = {}
+    for photo in found:
+        first_digest[photo.group] = min(photo.sha256, first_digest.get(photo.group, photo.sha256))
+    if len(first_digest) < 2:
+        raise ForensicsError(
+            f"photos folder {str(root)!r} holds one picture {len(found)} times, need at least 2 that differ (one to "
+            f"train on, one held out); {_refused(rejected)}"
+        )
+    wanted = max(1, round(held_out_fraction * len(found)))
+    held_out: list[Photo] = []
+    for group in sorted(first_digest, key=lambda name: first_digest[name])[:-1]:
+        if len(held_out) < wanted:
+            held_out += [photo for photo in found if photo.group == group]
+    groups = {photo.group for photo in held_out}
+    photos = tuple(replace(photo, split="eval") if photo.group in groups else photo for photo in found)
     return PhotoSet(photos, tuple(rejected))
 
 
 def _add_photos(known: PhotoSet, root: Path, workers: int, progress: bool) -> PhotoSet:
     """`known` and the photographs of a folder to train on, without those that are there already, on either side."""
     found, rejected = _photos_below(root, "--train-photos", workers, progress)
-    index, everything = ImageIndex(), (*known.photos, *found)
-    paths = [photo.path for photo in everything]
-    for photo, looks in zip(everything, ordered_map(_looks, paths, _processes(workers, len(paths))), strict=True):
-        index.add(photo.name, photo.split, "", looks)
+    index = _index_of([*known.photos, *found], workers)
     same_as: dict[int, str] = {}
     for numbers in index.alike():
         there = [number for number in numbers if number < len(known.photos)]
@@ -162,6 +175,14 @@ def _add_photos(known: PhotoSet, root: Path, workers: int, progress: bool) -> Ph
     if len(photos) == len(known.photos):
         raise ForensicsError(f"photos folder {str(root)!r} holds no photograph to add; {_refused(rejected)}")
     return PhotoSet(tuple(photos), (*known.rejected, *rejected))
+
+
+def _index_of(photos: Sequence[Photo], workers: int) -> ImageIndex:
+    """What the photographs look like, numbered in their order."""
+    index, paths = ImageIndex(), [photo.path for photo in photos]
+    for photo, looks in zip(photos, ordered_map(_looks, paths, _processes(workers, len(paths))), strict=True):
+        index.add(photo.name, photo.split, "", looks)
+    return index
 
 
 def _refused(rejected: Sequence[dict[str, str]]) -> str:

@@ -41,6 +41,28 @@ def test_user_photos_split_by_content_not_by_name_or_order(tmp_path: Path) -> No
     assert len(held_out[0]) == 2
 
 
+def test_the_same_picture_saved_again_stays_on_one_side(tmp_path: Path) -> None:
+    """Each is there as a PNG and, smaller, as a JPEG: no held-out one is trained on in its other form."""
+    for seed in range(6):
+        photo = Image.open(save_texture(tmp_path / f"{seed}.png", seed, (240, 320)))
+        photo.resize((photo.width * 9 // 10, photo.height * 9 // 10)).save(tmp_path / f"{seed}_small.jpg", quality=85)
+    photos = find_photos(tmp_path, held_out_fraction=0.5)
+    assert len(photos.photos) == 12
+    assert {photo.group for photo in photos.photos} == {f"{seed}.png" for seed in range(6)}
+    sides = {split: {photo.group for photo in photos.of(split)} for split in ("train", "eval")}
+    assert not sides["train"] & sides["eval"]
+    assert len(photos.of("eval")) == 6
+    for fraction in (0.01, 0.99):
+        found = find_photos(tmp_path, held_out_fraction=fraction)
+        assert 2 <= len(found.of("eval")) <= 10
+
+
+def test_one_picture_saved_twice_is_not_enough(tmp_path: Path) -> None:
+    Image.open(save_texture(tmp_path / "a.png", 0)).save(tmp_path / "b.jpg", quality=90)
+    with pytest.raises(ForensicsError, match="holds one picture 2 times, need at least 2 that differ"):
+        find_photos(tmp_path)
+
+
 def test_bad_files_are_reported_by_name_and_duplicates_dropped(tmp_path: Path) -> None:
     good = save_texture(tmp_path / "a.png", 0)
     save_texture(tmp_path / "b.jpg", 1)
