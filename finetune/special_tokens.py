@@ -10,6 +10,8 @@ import re
 from collections.abc import Container
 from dataclasses import dataclass
 
+from finetune.errors import ConfigError
+
 IMAGE_PLACEHOLDER = "<image>"
 """Stands anywhere in a message's text for the next image of the record."""
 
@@ -17,7 +19,13 @@ IGNORE_INDEX = -100
 """Label of a position, image or pixel that supervises nothing (PyTorch's convention)."""
 
 _FORENSIC_TOKEN = re.compile(r"<cls>|<cls_\d+>|<mask_\d+>")
-_SHORTHAND = re.compile(r"<(cls|mask)_1>\s*(?:-|–|—|~|～|至|到|\.\.\.|…)\s*<\1_(\d{1,4})>")  # 4 digits: a bound on size
+_SHORTHAND = re.compile(  # 4 digits: a bound on size
+    r"<(cls|mask)_1>\s*(?:-|–|—|－|~|～|〜|至|到|\.\.\.|…)\s*<\1_(\d{1,4})>"
+)
+_NEAR_MISS = re.compile(
+    r"[<＜‹〈《]\s*(?:cls|mask)(?:[\s_＿.–—－-]+\w{0,6}|\d*)(?:[\s.~～…–—－-]+\d+)?\s*[>＞›〉》]", re.IGNORECASE
+)
+"""`<CLS>`, `< cls >`, `＜cls＞`, `<mask1>`, `<mask-1>`, `<mask>`, `<mask_1..32>`: one of ours was meant."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,9 @@ class SpecialTokens:
 
     def __post_init__(self) -> None:
         if self.num_cls < 1 or self.num_mask < 1:
-            raise ValueError(f"need at least one cls and one mask token, found {self.num_cls} and {self.num_mask}")
+            raise ConfigError(
+                f"tokens.num_cls is {self.num_cls} and tokens.num_mask {self.num_mask}; expected at least 1 of each"
+            )
 
     @classmethod
     def in_vocabulary(cls, vocabulary: Container[str]) -> SpecialTokens | None:
@@ -84,6 +94,12 @@ class SpecialTokens:
         """Forensic-looking tokens of `text` that this vocabulary does not hold, in order of first appearance."""
         known = set(self.all)
         return list(dict.fromkeys(token for token in _FORENSIC_TOKEN.findall(text) if token not in known))
+
+    @staticmethod
+    def misspelt(text: str) -> list[str]:
+        """What nearly is a forensic token, in order of first appearance: a model would read it as plain text."""
+        found = [match.group() for match in _NEAR_MISS.finditer(text)]
+        return list(dict.fromkeys(token for token in found if not _FORENSIC_TOKEN.fullmatch(token)))
 
     def strip(self, text: str) -> str:
         """`text` without any forensic token."""

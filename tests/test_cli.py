@@ -198,6 +198,15 @@ def test_doctor_finds_all_problems_at_once(tmp_path: Path, capsys: pytest.Captur
     assert "fix:" in "".join(errors)
 
 
+@pytest.mark.parametrize("verb", ["doctor", "train"])
+@pytest.mark.parametrize("setting", ["tokens.num_mask=0", "tokens.num_cls=0"])
+def test_a_vocabulary_without_tokens_is_one_line(verb: str, setting: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--config", "configs/train/quickstart.yaml", setting]) in (1, 2)
+    captured = capsys.readouterr()
+    assert setting.split("=")[0] in captured.out + captured.err
+    assert "Traceback" not in captured.err
+
+
 def test_doctor_on_an_empty_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")

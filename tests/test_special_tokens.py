@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from finetune.errors import ConfigError
 from finetune.special_tokens import SpecialTokens
 
 TOKENS = SpecialTokens(num_cls=1, num_mask=4)
@@ -26,7 +27,7 @@ def test_a_vocabulary_shows_its_tokens(tokens: SpecialTokens) -> None:
 
 @pytest.mark.parametrize(("num_cls", "num_mask"), [(0, 1), (1, 0), (-1, 4)])
 def test_a_run_is_never_empty(num_cls: int, num_mask: int) -> None:
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ConfigError, match="expected at least 1 of each"):
         SpecialTokens(num_cls, num_mask)
 
 

@@ -41,7 +41,8 @@ from finetune.data.regions.shuffling import shuffled
 from finetune.data.regions.text import expand_regions
 from finetune.data.sources import read_sources, spread
 from finetune.data.splits import GroupBy
-from finetune.data.validation import InvalidDataError, Problem, leaking_tokens, validate_for_training
+from finetune.data.token_checks import leaking_tokens
+from finetune.data.validation import InvalidDataError, Problem, validate_for_training
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Polygon, Record, Turn
 from finetune.special_tokens import IGNORE_INDEX, SpecialTokens

@@ -15,12 +15,12 @@ from finetune.data.containers import backing_file
 from finetune.data.images import load_image
 from finetune.data.masks import load_mask
 from finetune.data.readers import scan_records
+from finetune.data.token_checks import record_error, token_errors, token_warning
 from finetune.errors import DataFormatError
 from finetune.schema import Record
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 
 _CHAT_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
-_ABSURD_TOKEN = re.compile(r"<(?:cls|mask)_\d{5,}>")
 _MAX_LISTED = 20
 
 
@@ -105,6 +105,8 @@ def check_records(
         about_text = _conversation_errors(record, tokens) if has_text else _picture_errors(record)
         errors = [*about_text, *_file_errors(record, check_pixels)]
         problems += [Problem("error", record.id, str(error)) for error in errors]
+        if has_text and (warning := token_warning(record, tokens)):
+            problems.append(Problem("warning", record.id, warning))
     labels = {target.label for record in records for target in record.targets} - {None}
     if len(labels) == 1:
         only = labels.pop()
@@ -139,41 +141,11 @@ def validate_for_training(
     return problems
 
 
-def leaking_tokens(record: Record, tokens: SpecialTokens) -> bool:
-    """Whether a forensic token stands after assistant text, which a causal model has then read at the token.
-
-    Text before the token counts wherever an earlier assistant turn or the same one holds it; whitespace, `<image>` and
-    other forensic tokens do not count.
-    """
-    has_text = False
-    for turn in record.turns:
-        if turn.role != "assistant":
-            continue
-        end = 0
-        content = _expand(turn.content, tokens)
-        for match in tokens.find(content):
-            has_text = has_text or bool(content[end : match.start()].replace(IMAGE_PLACEHOLDER, "").strip())
-            if has_text:
-                return True
-            end = match.end()
-        has_text = has_text or bool(content[end:].replace(IMAGE_PLACEHOLDER, "").strip())
-    return False
-
-
-def _error(record: Record, problem: str, **details: str) -> DataFormatError:
-    return DataFormatError(problem, record=record.id, source=record.source or None, **details)
-
-
-def _expand(text: str, tokens: SpecialTokens) -> str:
-    """The shorthand written out, unless a slip of the keyboard asks for billions (`<mask_1> - <mask_999999999>`)."""
-    return text if _ABSURD_TOKEN.search(text) else tokens.expand(text)
-
-
 def _conversation_errors(record: Record, tokens: SpecialTokens) -> Iterable[DataFormatError]:
     if not record.turns:
         unlabelled = [index for index, target in enumerate(record.targets) if target.label is None]
         if unlabelled:
-            yield _error(
+            yield record_error(
                 record,
                 f"image {unlabelled[0]} has no label and the record no conversation",
                 field="labels",
@@ -182,7 +154,7 @@ def _conversation_errors(record: Record, tokens: SpecialTokens) -> Iterable[Data
         return
     num_placeholders = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in record.turns)
     if num_placeholders != len(record.images):
-        yield _error(
+        yield record_error(
             record,
             f"{num_placeholders} {IMAGE_PLACEHOLDER} placeholders but {len(record.images)} images",
             field="images",
@@ -191,14 +163,14 @@ def _conversation_errors(record: Record, tokens: SpecialTokens) -> Iterable[Data
             else f"write {IMAGE_PLACEHOLDER} in the conversation where each image stands",
         )
     if all(turn.role != "assistant" for turn in record.turns):
-        yield _error(record, "conversation without an assistant turn", fix="add the answer to learn from")
+        yield record_error(record, "conversation without an assistant turn", fix="add the answer to learn from")
     for index, turn in enumerate(record.turns):
         if turn.role == "assistant" and not turn.content.strip():
-            yield _error(
+            yield record_error(
                 record, "assistant turn is empty", field=f"turn {index}", fix="write the answer or remove the turn"
             )
         if turn.role != "assistant" and (matches := tokens.find(turn.content)):
-            yield _error(
+            yield record_error(
                 record,
                 f"forensic token in a {turn.role} turn",
                 field=f"turn {index}",
@@ -206,88 +178,30 @@ def _conversation_errors(record: Record, tokens: SpecialTokens) -> Iterable[Data
                 fix="forensic tokens belong in the assistant's answer",
             )
         if match := _CHAT_TOKEN.search(turn.content):
-            yield _error(
+            yield record_error(
                 record,
                 "control token of the chat format in a text",
                 field=f"turn {index}",
                 found=match.group(),
                 fix=f"remove it; an image is written {IMAGE_PLACEHOLDER}",
             )
-    yield from _token_errors(record, tokens, len(record.images) or num_placeholders)
+    yield from token_errors(record, tokens, len(record.images) or num_placeholders)
 
 
 def _picture_errors(record: Record) -> Iterable[DataFormatError]:
     """What a run without text cannot use: a record without an image, an image of which nothing is known."""
     if not record.images:
-        yield _error(record, "no image, and this run reads images alone", fix="remove the record, or train with text")
+        yield record_error(
+            record, "no image, and this run reads images alone", fix="remove the record, or train with text"
+        )
     unknown = [index for index, target in enumerate(record.targets) if target.label is None and not target.has_mask]
     if unknown:
-        yield _error(
+        yield record_error(
             record,
             f"image {unknown[0]} has neither label nor mask",
             field="labels",
             fix="add the label (0 real, 1 tampered) or a mask, or remove the record",
         )
-
-
-def _token_errors(record: Record, tokens: SpecialTokens, num_images: int) -> Iterable[DataFormatError]:
-    """Unknown tokens, or runs that are not whole: over all assistant turns 0 or `num_images` runs of each kind."""
-    answers = [_expand(turn.content, tokens) for turn in record.turns if turn.role == "assistant"]
-    unknown = list(dict.fromkeys(token for answer in answers for token in tokens.unknown(answer)))
-    found = [match.group() for answer in answers for match in tokens.find(answer)]
-    for kind, run in (("cls", tokens.cls), ("mask", tokens.mask)):
-        bad = [token for token in unknown if token.startswith(f"<{kind}")]
-        if bad:
-            yield _error(
-                record,
-                f"unknown {kind} token",
-                found=" ".join(bad[:3]) + (" ..." if len(bad) > 3 else ""),
-                expected=_spelled(run),
-                fix=_unknown_token_fix(kind, bad, len(run)),
-            )
-            continue
-        sequence = [token for token in found if token.startswith(f"<{kind}")]
-        if not sequence or sequence == list(run) * num_images:
-            continue
-        expected_count = num_images * len(run)
-        expected = f"none, or {_spelled(run)} once for each of the {num_images} images ({expected_count} tokens)"
-        if len(sequence) != expected_count:
-            yield _error(
-                record,
-                f"{len(sequence)} {kind} tokens for {num_images} images",
-                found=_spelled(sequence),
-                expected=expected,
-                fix=f"write the whole run, or set tokens.num_{kind}",
-            )
-        else:
-            at = next(k for k, token in enumerate(sequence) if token != run[k % len(run)])
-            yield _error(
-                record,
-                f"{kind} tokens out of order at number {at + 1}",
-                found=sequence[at],
-                expected=f"{run[at % len(run)]}; in all {expected}",
-                fix="write each run in unbroken order",
-            )
-
-
-def _spelled(run: Sequence[str]) -> str:
-    return "".join(run) if len(run) <= 3 else f"{run[0]}{run[1]}...{run[-1]}"
-
-
-def _unknown_token_fix(kind: str, bad: list[str], num_known: int) -> str:
-    """Which key of the configuration, or which spelling, makes the tokens known."""
-    numbers = [token.rstrip(">").rpartition("_")[2] for token in bad if "_" in token]
-    is_odd = [n for n in numbers if not n.isascii() or n.startswith("0") or len(n) > 4]
-    if is_odd:
-        return f"number the tokens <{kind}_1>, <{kind}_2>, ... without leading zeros"
-    if not numbers:
-        return f"write <cls_1> - <cls_{num_known}>, or set tokens.num_cls: 1"
-    largest = max(map(int, numbers))
-    if kind == "cls" and largest == 1:
-        return "write <cls>, the spelling of a single token"
-    return f"set tokens.num_{kind}: {largest}, or write " + (
-        "<cls>" if num_known == 1 else f"<{kind}_1> - <{kind}_{num_known}>"
-    )
 
 
 def _file_errors(record: Record, check_pixels: bool) -> Iterable[DataFormatError]:
@@ -303,7 +217,7 @@ def _file_errors(record: Record, check_pixels: bool) -> Iterable[DataFormatError
             continue
         for kind, path in (("image", image.path), ("mask", target.mask_path)):
             if path is not None and not os.path.isfile(backing_file(path)):
-                yield _error(
+                yield record_error(
                     record,
                     f"{kind} file not found",
                     field=f"{kind}s",

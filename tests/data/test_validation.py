@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from finetune.data.readers import read_records
+from finetune.data.token_checks import leaking_tokens
 from finetune.data.validation import (
     InvalidDataError,
     check_file,
     check_records,
-    leaking_tokens,
     validate_for_training,
 )
 from finetune.errors import DataFormatError
@@ -217,3 +217,53 @@ def test_empty_files_and_single_classes(photo: str, tmp_path: Path) -> None:
 def test_tokens_that_have_read_the_answer(photo: str, answers: list[str], leaks: bool) -> None:
     turns = [turn for answer in answers for turn in (Turn("user", "<image>?"), Turn("assistant", answer))]
     assert leaking_tokens(Record("r", (), (), tuple(turns)), TOKENS) is leaks
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["＜cls＞", "<CLS>", "< cls >", "<mask1>", "<mask_x>", "<mask-1>", "‹mask＿1›", "<mask>", "<mask_1..32>",
+     "<Mask_3>", "〈cls〉", "<cls_>", "<mask 7>"],
+)  # fmt: skip
+def test_a_misspelt_token_is_no_plain_text(photo: str, written: str) -> None:
+    (problem,) = messages([record(photo, written + " fake")])
+    assert "misspelt forensic token" in problem
+    assert written in problem
+    assert "<cls> and <mask_1>" in problem
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["<class>", "<masked>", "a < clsx > b", "mask_1", "<cls", "1 < mask and mask > 0", "<masks>", "</mask_area>"],
+)
+def test_other_words_are_left_alone(photo: str, written: str) -> None:
+    assert messages([record(photo, RUN + written)]) == []
+
+
+def test_tokens_before_their_image_are_refused(photo: str) -> None:
+    """A state that has not seen the image can say nothing of it."""
+
+    def problems(*turns: tuple[str, str], num_images: int = 1) -> list[str]:
+        images = (ImageInput(path=photo),) * num_images
+        said = tuple(Turn(role, text) for role, text in turns)  # type: ignore[arg-type]
+        return messages([Record("r", images, (ImageTarget(),) * num_images, said)])
+
+    early = problems(("user", "look"), ("assistant", RUN), ("user", "<image>"), ("assistant", "fake"))
+    assert len(early) == 2  # of cls and of mask
+    assert "the cls tokens of image 1 stand before it" in early[0]
+    second = problems(
+        ("user", "<image>?"), ("assistant", RUN * 2), ("user", "<image>?"), ("assistant", "x"), num_images=2
+    )
+    assert "the cls tokens of image 2 stand before it" in second[0]
+    each = (("user", "<image>?"), ("assistant", RUN), ("user", "<image>?"), ("assistant", RUN))
+    assert problems(*each, num_images=2) == []
+    assert problems(("user", "<image><image>?"), ("assistant", RUN + RUN), num_images=2) == []
+
+
+def test_tokens_of_one_kind_alone_are_warned_about(photo: str) -> None:
+    mask = str(Path(photo).parent / "m.png")
+    found = check_records([record(photo, "<cls>fake", label=1, mask_path=mask), record(photo, RUN, label=0)], TOKENS)
+    assert [problem.severity for problem in found] == ["warning"]
+    assert "has a mask but no mask token" in found[0].message
+    found = check_records([record(photo, "<mask_1> - <mask_4>", label=1), record(photo, RUN, label=0)], TOKENS)
+    assert [problem.severity for problem in found] == ["warning"]
+    assert "has a label but no cls token" in found[0].message

@@ -15,7 +15,8 @@ from finetune.data.audit.features import container_features, content_features
 from finetune.data.fingerprints import Fingerprint, fingerprint
 from finetune.data.images import load_image
 from finetune.data.masks import load_mask
-from finetune.data.validation import check_records, leaking_tokens
+from finetune.data.token_checks import leaking_tokens
+from finetune.data.validation import check_records
 from finetune.errors import DataFormatError
 from finetune.schema import ImageInput, ImageTarget, Record
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens

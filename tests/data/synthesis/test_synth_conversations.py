@@ -23,7 +23,8 @@ from finetune.data.synthesis.conversation_phrases import PHRASES, STEPS, TYPES
 from finetune.data.synthesis.conversations import RECORD_KINDS, is_kept_by_resizing
 from finetune.data.synthesis.degradations import DEGRADATIONS
 from finetune.data.synthesis.operations import OPERATIONS
-from finetune.data.validation import check_records, leaking_tokens
+from finetune.data.token_checks import leaking_tokens
+from finetune.data.validation import check_records
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 
 KINDS = {"multi_image": 0.5, "multi_turn": 1.0, "conclusion_only": 0.5, "comparison": 1.0, "paraphrase": 1.0}
