@@ -31,7 +31,7 @@ from finetune.data.chat import (
 )
 from finetune.data.edit_operations import operation_labels
 from finetune.data.image_cache import ImageCache
-from finetune.data.image_size import short_side_size
+from finetune.data.image_size import short_side_size, too_narrow
 from finetune.data.images import image_size_hw
 from finetune.data.masks import load_mask, resize_mask
 from finetune.data.region_masking import Draw, RegionMasking, mask_regions
@@ -406,14 +406,7 @@ def processed_sizes(
     try:
         return [processed_size(size, image_processor) for size in sizes]
     except ValueError as error:  # smart_resize refuses aspect ratios of 200 and more
-        raise DataFormatError(
-            "image cannot be resized for the model",
-            record=record_id,
-            source=source,
-            found=", ".join(f"{width}x{height}" for height, width in sizes),
-            expected="width and height within a factor of 200",
-            fix="crop the image, or remove the record",
-        ) from error
+        raise too_narrow(sizes, record_id, source) from error
 
 
 def num_image_tokens(processed_hw: tuple[int, int], image_processor: Any) -> int:

@@ -51,11 +51,30 @@ def image_size_hw(image: ImageInput, record_id: str | None = None, source: str |
     """(H, W) as `load_image` would return it, read from the header alone.
 
     Raises:
-        DataFormatError: missing, empty, oversized or not an image; a truncated body is not noticed.
+        DataFormatError: missing, empty, oversized or not an image; a truncated body is not noticed (`seems_cut_off`).
     """
     with _open(image, record_id, source, "images") as opened:
         width, height = opened.size
         return (width, height) if orientation(opened) in _SIDEWAYS else (height, width)
+
+
+def seems_cut_off(path: str | os.PathLike[str]) -> bool:
+    """Whether a JPEG, PNG or WebP file lacks its end, judged by a few bytes; decoding alone is proof.
+
+    A file may be whole all the same (a JPEG with something behind its end), and damaged elsewhere.
+    """
+    with open(path, "rb") as file:
+        head = file.read(12)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 32))
+        tail = file.read()
+    if head.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" not in tail
+    if head.startswith(b"\x89PNG"):
+        return b"IEND" not in tail
+    if head.startswith(b"RIFF") and head.endswith(b"WEBP"):
+        return int.from_bytes(head[4:8], "little") + 8 > size
+    return False
 
 
 def is_sideways(image: ImageInput, record_id: str | None = None, source: str | None = None) -> bool:

@@ -78,6 +78,23 @@ def load_mask(
     return mask
 
 
+def check_mask_size(
+    target: ImageTarget, size_hw: tuple[int, int], record_id: str | None = None, source: str | None = None
+) -> None:
+    """What `load_mask` would say of the size of a pixel target or the frame of its polygons; reads a header at most.
+
+    Raises:
+        DataFormatError: as `load_mask`.
+    """
+    if target.mask_path:
+        _mask_file_size(target.mask_path, size_hw, record_id, source)
+    elif target.polygons is not None:
+        _check_polygon_frame(target.polygons, size_hw, record_id, source)
+    elif target.mask_size_hw:
+        height, width = target.mask_size_hw
+        _check_size((height, width), size_hw, f"{height}x{width}", record_id, source)
+
+
 def binarize_mask(image: Image.Image) -> np.ndarray:
     """A mask picture of any mode to (H, W) uint8 of 0/1; `image.format` tells whether it was compressed with loss.
 
@@ -203,22 +220,11 @@ def _read_mask_file(
     target: ImageTarget, size_hw: tuple[int, int], record_id: str | None, source: str | None
 ) -> np.ndarray:
     path = target.mask_path or ""
+    _mask_file_size(path, size_hw, record_id, source)
     try:
-        found_hw = image_size_hw(ImageInput(path=path))
-        _check_size(found_hw, size_hw, path, record_id, source)
         return binarize_mask(decode(ImageInput(path=path), field="mask_path"))
     except DataFormatError as error:
-        if error.record is not None:
-            raise
-        problem = error.problem.replace("image file", "mask file").replace("image path", "mask path")
-        raise DataFormatError(
-            problem.replace("image is", "mask is"),
-            record=record_id,
-            source=source,
-            field="mask_path",
-            found=path,
-            fix=error.fix,
-        ) from error
+        raise _about_mask(error, path, record_id, source) from error
     except ValueError as error:
         raise DataFormatError(
             f"mask holds neither 0/1 nor 0/255 ({error})",
@@ -230,13 +236,38 @@ def _read_mask_file(
         ) from error
 
 
+def _mask_file_size(path: str, size_hw: tuple[int, int], record_id: str | None, source: str | None) -> None:
+    """Refuse a mask file whose header cannot be read or tells another size than the image's."""
+    try:
+        found_hw = image_size_hw(ImageInput(path=path))
+    except DataFormatError as error:
+        raise _about_mask(error, path, record_id, source) from error
+    _check_size(found_hw, size_hw, path, record_id, source)
+
+
+def _about_mask(error: DataFormatError, path: str, record_id: str | None, source: str | None) -> DataFormatError:
+    """What was said of an image file, said of a mask file."""
+    problem = error.problem.replace("image file", "mask file").replace("image path", "mask path")
+    return DataFormatError(
+        problem.replace("image is", "mask is"),
+        record=record_id,
+        source=source,
+        field="mask_path",
+        found=path,
+        fix=error.fix,
+    )
+
+
 def _check_size(
     found_hw: tuple[int, int], size_hw: tuple[int, int], found: str, record_id: str | None, source: str | None
 ) -> None:
     if found_hw == size_hw:
         return
     if found_hw == size_hw[::-1]:
-        fix = "turn the mask: the image is used upright, as its EXIF orientation says (HxW is height x width)"
+        fix = (
+            "height and width are swapped: write HxW as height x width, turn the mask of an image that is upright by "
+            "its EXIF orientation, or check that the mask belongs to this image"
+        )
     else:
         fix = "resize the mask with nearest-neighbour, or check that it belongs to this image"
     raise DataFormatError(
@@ -252,8 +283,20 @@ def _check_size(
 def _check_polygon_frame(
     polygons: Sequence[Polygon], size_hw: tuple[int, int], record_id: str | None, source: str | None
 ) -> None:
-    """A point more than one pixel outside means another frame (a resized image, 0..1000 coordinates)."""
+    """A point more than one pixel outside means another frame (a resized image, 0..1000 coordinates), and so do points
+    that all lie in 0..1 (shares of the image's sides)."""
     height, width = size_hw
+    values = [value for polygon in polygons for point in polygon for value in point]
+    if values and min(height, width) > 4 and all(0 <= value <= 1 for value in values):
+        raise DataFormatError(
+            "polygons lie in 0..1",
+            record=record_id,
+            source=source,
+            field="polygons",
+            found=polygons[0][0],
+            expected=f"pixels: x in 0..{width}, y in 0..{height}",
+            fix="multiply x by the width and y by the height of the upright original image",
+        )
     for polygon in polygons:
         for x, y in polygon:
             if not (-1 <= x <= width + 1 and -1 <= y <= height + 1):

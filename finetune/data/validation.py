@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.data.containers import backing_file
-from finetune.data.images import load_image
-from finetune.data.masks import load_mask
+from finetune.data.image_size import MAX_ASPECT, too_narrow
+from finetune.data.images import image_size_hw, load_image, seems_cut_off
+from finetune.data.masks import check_mask_size, load_mask
 from finetune.data.readers import scan_records
 from finetune.data.token_checks import record_error, token_errors, token_warning
 from finetune.errors import DataFormatError
-from finetune.schema import Record
+from finetune.schema import ImageInput, ImageTarget, Record
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 
 _CHAT_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
@@ -102,7 +103,7 @@ def check_records(
         return [Problem("error", "", str(error))]
     problems: list[Problem] = []
     for record in progress(records) if progress else records:
-        about_text = _conversation_errors(record, tokens) if has_text else _picture_errors(record)
+        about_text = conversation_errors(record, tokens) if has_text else _picture_errors(record)
         errors = [*about_text, *_file_errors(record, check_pixels)]
         problems += [Problem("error", record.id, str(error)) for error in errors]
         if has_text and (warning := token_warning(record, tokens)):
@@ -141,7 +142,8 @@ def validate_for_training(
     return problems
 
 
-def _conversation_errors(record: Record, tokens: SpecialTokens) -> Iterable[DataFormatError]:
+def conversation_errors(record: Record, tokens: SpecialTokens) -> Iterable[DataFormatError]:
+    """What is wrong with a record's text: placeholders, roles, empty answers, control tokens, forensic tokens."""
     if not record.turns:
         unlabelled = [index for index, target in enumerate(record.targets) if target.label is None]
         if unlabelled:
@@ -205,18 +207,21 @@ def _picture_errors(record: Record) -> Iterable[DataFormatError]:
 
 
 def _file_errors(record: Record, check_pixels: bool) -> Iterable[DataFormatError]:
-    """Images and masks that are missing, damaged, or do not fit each other."""
+    """Images and masks that are missing, damaged, or do not fit each other.
+
+    Without `check_pixels` headers are read, and only files that seem cut off are decoded: what is found here would
+    otherwise end a run when the record is drawn.
+    """
     for image, target in zip(record.images, record.targets, strict=True):
-        try:
-            if check_pixels:
-                width, height = load_image(image, record.id, record.source or None).size
-                load_mask(target, (height, width), record.id, record.source or None)
-                continue
-        except DataFormatError as error:
-            yield error
+        if check_pixels:
+            yield from _pixel_errors(record, image, target)
             continue
+        missing, is_cut_off = False, False
         for kind, path in (("image", image.path), ("mask", target.mask_path)):
-            if path is not None and not os.path.isfile(backing_file(path)):
+            if path is None:
+                continue
+            if not os.path.isfile(backing_file(path)):
+                missing = True
                 yield record_error(
                     record,
                     f"{kind} file not found",
@@ -224,3 +229,30 @@ def _file_errors(record: Record, check_pixels: bool) -> Iterable[DataFormatError
                     found=path,
                     fix="check the path and the data root",
                 )
+            else:
+                is_cut_off = is_cut_off or (backing_file(path) == path and seems_cut_off(path))
+        if is_cut_off and not missing:
+            yield from _pixel_errors(record, image, target)
+        elif not missing:
+            yield from _header_errors(record, image, target)
+
+
+def _header_errors(record: Record, image: ImageInput, target: ImageTarget) -> Iterable[DataFormatError]:
+    """What the headers of an image and its mask bring to light: the first error."""
+    try:
+        check_mask_size(
+            target, image_size_hw(image, record.id, record.source or None), record.id, record.source or None
+        )
+    except DataFormatError as error:
+        yield error
+
+
+def _pixel_errors(record: Record, image: ImageInput, target: ImageTarget) -> Iterable[DataFormatError]:
+    """What decoding an image and its mask brings to light: the first error."""
+    try:
+        width, height = load_image(image, record.id, record.source or None).size
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise too_narrow([(height, width)], record.id, record.source or None)
+        load_mask(target, (height, width), record.id, record.source or None)
+    except DataFormatError as error:
+        yield error

@@ -21,6 +21,7 @@ from finetune.data.dataset import (
     processed_size,
 )
 from finetune.data.readers import read_records
+from finetune.data.sources import read_sources, spread
 from finetune.errors import DataFormatError
 from finetune.models.loading import add_forensic_tokens, load_processor
 from finetune.schema import ImageInput, ImageTarget, Record, Turn
@@ -204,8 +205,9 @@ def test_tokens_after_a_verdict_are_warned_of(
     turns = (Turn("user", "<image>"), Turn("assistant", f"fake{TOKENS.run}"))
     leaky = [dataclasses.replace(records["tampered_224x196"], id=f"leak{i}", turns=turns) for i in range(3)]
     dataset = ForensicDataset([records["pair"], *leaky], processor, TOKENS, DataConfig())
-    assert "record 'leak0' and 2 others a forensic token stands after text" in caplog.text
     assert dataset.heads_may_read_answers
+    dataset.warn_of_leaks()
+    assert "record 'leak0' and 2 others a forensic token stands after text" in caplog.text
 
 
 def test_without_answers_keeps_images_and_targets(make: Any, processor: Any) -> None:
@@ -339,7 +341,10 @@ def test_load_dataset_names_every_unusable_record(processor: Any, photo_records:
     assert "of 7 records of data.train cannot be used" in lines[0]
     assert len(lines) - 1 == int(lines[0].split()[0]) > 1
     evaluated = load_dataset(source, "eval", processor, TOKENS, DataConfig(max_eval_samples=3))
-    assert [record.id for record in evaluated.records] == ["tampered_224x196", "tampered_150x211", "unmasked_140x84"]
+    assert [record.id for record in evaluated.records] == [
+        record.id for record in spread(read_sources(source, "eval"), 3)
+    ]
+    assert len(evaluated) == 3
 
 
 def test_small_helpers(processor: Any) -> None:

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.data.masks import binarize_mask, load_mask, polygons_from_mask, rasterize_polygons, resize_mask
+from finetune.data.masks import (
+    binarize_mask,
+    check_mask_size,
+    load_mask,
+    polygons_from_mask,
+    rasterize_polygons,
+    resize_mask,
+)
 from finetune.errors import DataFormatError
 from finetune.schema import ImageTarget
 
@@ -95,7 +102,8 @@ def test_contradictions_are_named(tmp_path: Path) -> None:
         (ImageTarget(1, empty), "label 1 .tampered. with an empty mask"),
         (ImageTarget(1, polygons=()), "label 1 .tampered. with an empty mask"),
         (ImageTarget(1, mask_size_hw=(60, 80)), "label 1 .tampered. with an empty mask"),
-        (ImageTarget(1, polygons=(((0.1, 0.1), (0.4, 0.1), (0.4, 0.4)),)), "label 1 .tampered. with an empty mask"),
+        (ImageTarget(1, polygons=(((2.1, 2.1), (2.4, 2.1), (2.4, 2.4)),)), "label 1 .tampered. with an empty mask"),
+        (ImageTarget(1, polygons=(((0.1, 0.1), (0.9, 0.1), (1.0, 0.9)),)), r"polygons lie in 0..1.*multiply x by"),
         (
             ImageTarget(1, polygons=(((0.0, 0.0), (999.0, 0.0), (999.0, 50.0)),)),
             r"polygon leaves.*x in 0\.\.80, y in 0\.\.60",
@@ -110,6 +118,12 @@ def test_contradictions_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataFormatError, match=r"record 'r' \(t:1\): .*" + expected) as caught:
             load_mask(target, (60, 80), "r", "t:1")
         assert "fix: " in str(caught.value)
+        if any(what in expected for what in ("image is 60x80", "polygon", "not found", "not an image")):  # by headers
+            with pytest.raises(DataFormatError) as seen:
+                check_mask_size(target, (60, 80), "r", "t:1")
+            assert str(seen.value) == str(caught.value)
+        else:
+            check_mask_size(target, (60, 80), "r", "t:1")
 
 
 def test_truncated_mask_names_the_record(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from finetune.data.audit.features import container_features, content_features
@@ -16,7 +16,7 @@ from finetune.data.fingerprints import Fingerprint, fingerprint
 from finetune.data.images import load_image
 from finetune.data.masks import load_mask
 from finetune.data.token_checks import leaking_tokens
-from finetune.data.validation import check_records
+from finetune.data.validation import conversation_errors
 from finetune.errors import DataFormatError
 from finetune.schema import ImageInput, ImageTarget, Record
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
@@ -131,15 +131,8 @@ class Examiner:
         )
 
     def _conversation(self, record: Record) -> Iterator[str]:
-        """The errors of `check_records` that are not about files, which are opened here."""
-        without_files = replace(
-            record,
-            images=tuple(ImageInput(data=b"-") for _ in record.images),
-            targets=tuple(replace(target, mask_path=None) for target in record.targets),
-        )
-        for problem in check_records([without_files], self.tokens, check_pixels=False):
-            if problem.severity == "error":
-                yield problem.message
+        """What is wrong with the text and its tokens; files are opened elsewhere."""
+        yield from map(str, conversation_errors(record, self.tokens))
 
 
 def question_text(record: Record) -> str:
