@@ -171,3 +171,22 @@ def test_a_file_that_is_no_settings_object(tmp_path: Path, text: str, words: lis
         assert word in str(error.value)
     with pytest.raises(ConfigError, match=r"gone\.json does not exist"):
         load_vision_config(tmp_path / "gone.json", [], VisionEvalConfig)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "folder", "file"),
+    [
+        ([], "runs/a", "runs/a/metrics.csv"),
+        (["inference_output=runs/b"], "runs/b", None),
+        (["inference_output=runs/b", "metrics_csv=runs/m.csv"], "runs/b", "runs/m.csv"),
+        (["heatmap_threshold=0.4"], "runs/a", "runs/a/metrics.csv"),
+    ],
+)
+def test_the_table_goes_with_the_folder_it_lies_in(
+    tmp_path: Path, overrides: list[str], folder: str, file: str | None
+) -> None:
+    tree = {**EVAL_KEYS, "inference_output": "runs/a", "metrics_csv": "runs/a/metrics.csv"}
+    config = load_vision_config(write(tmp_path, tree), overrides, VisionEvalConfig)
+    assert (config.inference_output, config.metrics_csv) == (folder, file)
+    apart = {**tree, "metrics_csv": "tables/m.csv"}
+    assert load_vision_config(write(tmp_path, apart), overrides, VisionEvalConfig).metrics_csv is not None

@@ -101,21 +101,32 @@ C = TypeVar("C", bound=VisionModelSettings)
 def load_vision_config(path: str | Path, overrides: Sequence[str], schema: type[C]) -> C:
     """Read a JSON (or YAML) file and apply `key.sub=value` overrides.
 
-    `{"visual_lora": {"path": ...}}` and `{"visual_lora.path": ...}` mean the same.
+    `{"visual_lora": {"path": ...}}` and `{"visual_lora.path": ...}` mean the same. Where an override names another
+    `inference_output`, a `metrics_csv` that lies in the file's own goes with it.
 
     Raises:
         ConfigError: the file is missing or no JSON, a key is unknown (with the nearest known one), a value is of
             another type or out of its range, a needed key is missing.
     """
     tree = _nested(_read(Path(path)), str(path))
+    written = {key: tree.get(key) for key in ("inference_output", "metrics_csv")}
     for override in ("", *overrides):
         if override:
             apply_override(tree, override, schema)
         if tree.get("visual_lora", 0) is None:  # no section: the LoRA that lies beside the heads
             del tree["visual_lora"]
+    if _lies_in(written["metrics_csv"], written["inference_output"]) and (
+        tree["metrics_csv"] == written["metrics_csv"] and tree["inference_output"] != written["inference_output"]
+    ):
+        del tree["metrics_csv"]  # it goes with the folder it lay in, instead of over the other run's
     config = build(schema, tree, where=str(path))
     _check(config, str(path))
     return config
+
+
+def _lies_in(file: Any, folder: Any) -> bool:
+    """Whether a configured file lies in a configured folder."""
+    return isinstance(file, str) and isinstance(folder, str) and Path(file).parent == Path(folder)
 
 
 def check_output(config: VisionInferenceConfig) -> None:

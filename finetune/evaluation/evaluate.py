@@ -15,8 +15,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from finetune.config import SourceConfig
 from finetune.data.chat import question_turns
 from finetune.data.dataset import read_sources, spread
@@ -33,6 +31,7 @@ from finetune.inference.output import PredictionWriter
 from finetune.inference.pages.report import ReportSample, format_table, render_report
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import queries_of
+from finetune.progress import progress_bar
 from finetune.schema import Prediction, Record
 from finetune.training.reproducibility import commit, file_hash, versions
 
@@ -87,7 +86,7 @@ def run_model(
     )
     with PredictionWriter(arguments.out) as writer:
         for record, predictions in zip(
-            records, tqdm(answers, total=len(records), unit="record", disable=None, file=sys.stdout), strict=True
+            records, progress_bar(answers, total=len(records), unit="record", file=sys.stdout), strict=True
         ):
             for index, prediction in enumerate(predictions):
                 writer.write(prediction)
@@ -142,7 +141,7 @@ def refuse_unusable(records: Sequence[Record], predictor: Predictor) -> None:
 
 def _checked(records: Sequence[Record]) -> Iterable[Record]:
     """A bar while images and masks are decoded to see whether they can be."""
-    return tqdm(records, desc="checking", unit="record", disable=None, leave=False)
+    return progress_bar(records, total=len(records), desc="checking", unit="record", leave=False)
 
 
 def run_facts(predictor: Predictor, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from finetune.data.images import load_image
 from finetune.data.reports.settings import ReportSettings, load_reports_config
 from finetune.data.reports.table import canonical_level
@@ -29,6 +27,7 @@ from finetune.inference.predictor import Predictor
 from finetune.inference.reports.page import ReportCard, reports_page
 from finetune.inference.reports.writing import WrittenReport, report_queries, write_reports
 from finetune.metrics.reports import field_metrics, level_metrics
+from finetune.progress import progress_bar
 from finetune.training.reproducibility import commit, versions
 
 
@@ -52,7 +51,7 @@ def infer_command(arguments: argparse.Namespace) -> int:
         )
     start = time.monotonic()
     answers = write_reports(predictor, template, queries)
-    written = list(tqdm(answers, total=len(queries), unit="image", disable=None, file=sys.stderr))
+    written = list(progress_bar(answers, total=len(queries), unit="image"))
     metrics = compare(written, settings, template.fields) if arguments.compare_gt else None
     run = {
         "model": arguments.model,

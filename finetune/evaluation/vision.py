@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from finetune.config import SourceConfig, to_dict
 from finetune.config.vision_runs import VisionEvalConfig, load_vision_config
@@ -51,6 +50,7 @@ from finetune.inference.pages.thresholds import thresholds_html
 from finetune.inference.predictor import Predictor
 from finetune.inference.run_folder import open_run
 from finetune.metrics.thresholds import PixelTable, image_table
+from finetune.progress import progress_bar
 from finetune.schema import Prediction, Record
 
 KIND = "vision evaluation"
@@ -135,7 +135,7 @@ def run_model(
     results = EvaluationResults(config.heatmap_threshold, with_text=False, with_masks=predictor.has_mask_head)
     pixels = PixelTable()
     judged: list[Judged] = []
-    progress = tqdm(total=len(records), unit="record", disable=None, file=sys.stdout)
+    progress = progress_bar(total=len(records), unit="record", file=sys.stdout)
     with PredictionWriter(outputs.folder, outputs.predictions) as writer, progress:
         for record, _, predictions in predict_records(predictor, records, config.batch_size, config.num_workers):
             for index, prediction in enumerate(predictions):

@@ -21,6 +21,7 @@ from finetune.inference.predictor import Predictor
 from finetune.inference.queries import query_for_image
 from finetune.inference.visualization import overlay_mask
 from finetune.models.loading import load_bundle
+from finetune.progress import progress_bar
 from finetune.schema import ImageInput, Prediction
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
@@ -115,7 +116,7 @@ def predict_files(arguments: argparse.Namespace) -> int:
     predictor = load_predictor(arguments)
     queries = [query_for_image(path, predictor.template) for path in files]
     results = predictor.predict(queries, with_text=not arguments.no_text)
-    progress = tqdm(results, total=len(files), unit="image", disable=None if len(files) > 1 else True)
+    progress = progress_bar(results, total=len(files), unit="image", disable=len(files) <= 1)
     if arguments.out is None:
         for (prediction,) in progress:
             tqdm.write(describe(prediction, predictor.generation.mask_threshold))

@@ -1,7 +1,7 @@
 """One output folder belongs to one run: what made it stands in its `run.json`, and another run does not write into it.
 
-The same run may go on where it stopped; anything else needs `--overwrite`, which removes what the earlier run wrote and
-leaves every other file alone. Nothing is loaded here.
+The same run may go on where it stopped; another one of its kind needs `--overwrite`, which removes what the earlier run
+wrote and leaves every other file alone. What no such run wrote is never removed. Nothing is loaded here.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ def open_run(
     Args:
         kind: what the run is, in words.
         identity: everything that its results depend on, as JSON; the first difference is named.
-        own: names in the folder that such a run writes; they are removed with `overwrite`.
+        own: names in the folder that such a run writes; those of an earlier run are removed with `overwrite`.
         can_continue: whether a run of the same identity may go on; otherwise it is refused like another one.
 
     Raises:
-        ConfigError: the folder is another run's, or holds files of no run, and `overwrite` is not given.
+        ConfigError: the folder is another run's, or holds files of no run, and `overwrite` is not given; or, whatever
+            is given, the folder is of another kind of run or something in it would be replaced that no run wrote.
     """
     new = json.loads(json.dumps({"kind": kind, **identity}, ensure_ascii=False))  # as it will be read back
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a folder for the output")
     file = folder / RUN_FILE
     if file.is_file():
-        old = _read(file)
+        old = _read(file) if not overwrite else _read_any(file)
+        if overwrite and old.get("kind", new["kind"]) != new["kind"]:
+            raise ConfigError(f"{folder} {_difference(old, new)}, which is not replaced; give another folder")
         if not overwrite:
             if old == new and can_continue:
                 return True
@@ -50,8 +53,12 @@ def open_run(
             f"{folder} holds files that are of no {kind}, e.g. {min(found)}; give another folder, or add --overwrite "
             "to write beside them"
         )
+    elif in_the_way := [name for name in own if (folder / name).exists()]:
+        raise ConfigError(
+            f"{folder / in_the_way[0]} is of no {kind}, and this run would replace it; give another folder, or move it"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    if overwrite:
+    if file.is_file():
         remove(folder, [*own, RUN_FILE])
     write_atomically(file, [json.dumps(new, indent=1, ensure_ascii=False).encode()])
     return False
@@ -96,6 +103,14 @@ def _hash(file: Path) -> str:
             stream.seek(k * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
             digest.update(stream.read(_SAMPLE_BYTES))
     return f"sample:{digest.hexdigest()}"
+
+
+def _read_any(file: Path) -> dict[str, Any]:
+    """`_read`, and nothing where the file is damaged: it is about to be replaced."""
+    try:
+        return _read(file)
+    except ConfigError:
+        return {}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -8,8 +8,6 @@ import platform
 import shutil
 import sys
 
-from tqdm import tqdm
-
 from finetune.config import RunConfig, SourceConfig, load_config
 from finetune.data.chat import Layout, load_template
 from finetune.data.dataset import ForensicDataset, leaks
@@ -20,6 +18,7 @@ from finetune.data.regions.limit import fitted_records
 from finetune.data.validation import Problem, check_file
 from finetune.errors import ConfigError, ForensicsError
 from finetune.models.loading import load_processor
+from finetune.progress import progress_bar
 from finetune.schema import Record
 from finetune.special_tokens import SpecialTokens
 from finetune.training.checks import run_problems
@@ -132,7 +131,7 @@ def check_data_file(
         root=source.root,
         options=source.options,
         has_text=has_text,
-        progress=lambda items: tqdm(items, unit="record", disable=None),
+        progress=lambda items: progress_bar(items, total=len(items), unit="record"),
     )
     template = load_template("zh")  # not asked: only conversations of a record's own are looked into
     leaking = [

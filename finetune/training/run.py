@@ -116,7 +116,7 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
     check_run(config)
     args = training_arguments(config)  # first: it starts the distributed backend that model loading may need
     is_main = args.process_index == 0
-    logging.getLogger("finetune").setLevel(logging.INFO if is_main else logging.ERROR)
+    _show_messages(logging.INFO if is_main else logging.ERROR)
     if _is_small(config.model.path) or not is_main:
         transformers_logging.disable_progress_bar()  # a bar for ten milliseconds of reading is only noise
     set_seed(config.seed)  # new LoRA matrices are drawn before the Trainer seeds anything
@@ -195,6 +195,14 @@ def _retention(config: RunConfig, bundle: Bundle) -> TextRetention | None:
     if not moves or not config.train.text_retention:
         return None
     return TextRetention(bundle, config.output_dir, config.model.path)
+
+
+def _show_messages(level: int) -> None:
+    """What the package reports, from this level on; to standard error where nobody has decided where messages go."""
+    package = logging.getLogger("finetune")
+    package.setLevel(level)
+    if not package.hasHandlers():
+        package.addHandler(logging.StreamHandler())
 
 
 def _model_config(config: RunConfig) -> ModelConfig:

@@ -15,8 +15,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from finetune.data.images import load_image
 from finetune.data.sources import spread
 from finetune.data.storage.atomic import write_atomically
@@ -45,6 +43,7 @@ from finetune.inference.regions.page import SWEEP_COLUMNS, regions_page
 from finetune.inference.regions.predictor import ReadRegions, RegionPredictor, explain_regions, score_regions
 from finetune.inference.run_folder import folder_identity, open_run
 from finetune.markup import format_number
+from finetune.progress import progress_bar
 from finetune.training.reproducibility import commit, file_hash, versions
 
 KIND = "evaluation of candidate regions"
@@ -160,11 +159,11 @@ def _explained(
     what: str,
 ) -> list[ReadRegions]:
     answers = explain_regions(predictor, scored, threshold.value, arguments.max_regions)
-    return list(tqdm(answers, what, total=len(scored), unit="image", disable=None, file=sys.stderr))
+    return list(progress_bar(answers, desc=what, total=len(scored), unit="image"))
 
 
 def _shown(found: Iterable[ReadRegions], data: RegionSet, what: str) -> list[ReadRegions]:
-    return list(tqdm(found, what, total=len(data.records), unit="image", disable=None, file=sys.stderr))
+    return list(progress_bar(found, desc=what, total=len(data.records), unit="image"))
 
 
 def _run_facts(predictor: RegionPredictor, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:

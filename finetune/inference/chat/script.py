@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from finetune.data.chat import Template, load_template, prompt, template_of
 from finetune.data.images import image_size_hw
 from finetune.data.readers import read_records
@@ -29,6 +27,7 @@ from finetune.inference.chat.page import write_chat_report
 from finetune.inference.chat.summary import summarize, summary_text
 from finetune.inference.queries import Query
 from finetune.inference.visualization import save_mask_png
+from finetune.progress import progress_bar
 from finetune.schema import Record, Turn
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 
@@ -170,7 +169,7 @@ def run_script(models: Contestants, dialogues: Sequence[Dialogue], out: Path) ->
     """Ask one model after the other, writing all answers so far after each; yields the name of each that is done."""
     for name in models.names:
         speaker = models.speaker(name)
-        with tqdm(total=len(dialogues), desc=name, unit="dialogue", disable=None) as progress:
+        with progress_bar(total=len(dialogues), desc=name, unit="dialogue") as progress:
             for start in range(0, len(dialogues), models.generation.batch_size):
                 chunk = dialogues[start : start + models.generation.batch_size]
                 ask_batch(speaker, name, chunk, masks_dir(out), start)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from finetune.config import SourceConfig
 from finetune.config.vision_runs import VisionInferenceConfig, load_vision_config
@@ -35,6 +34,7 @@ from finetune.inference.evidence.predicting import predict_records
 from finetune.inference.evidence.prompts import SYSTEM_PROMPTS, choose_prompt, fill_prompt, literal_prompt
 from finetune.inference.evidence.wording import Language, find_regions, place_word
 from finetune.inference.predictor import Predictor
+from finetune.progress import progress_bar
 from finetune.schema import ImageInput, ImageTarget, Prediction, Record, Turn
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 
@@ -55,7 +55,7 @@ def annotate_command(arguments: argparse.Namespace) -> int:
     predictor, _ = open_vision_predictor(config)
     out.parent.mkdir(parents=True, exist_ok=True)
     made = annotated(records, predictor, config, out, arguments.without_evidence, keep_targets=arguments.keep_targets)
-    progress = tqdm(made, total=len(records), unit="record", disable=None)
+    progress = progress_bar(made, total=len(records), unit="record")
     write_atomically(out, (f"{json_text(record_to_json(r, out.parent), r)}\n".encode() for r in progress))
     print(f"wrote {len(records)} records to {out}; train them with configs/train/explain_3b.yaml or explain_tiny.yaml")
     return 0

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from finetune.config import GenerationConfig, to_dict
 from finetune.config.vision_runs import VisionInferenceConfig, check_output, load_vision_config
@@ -30,6 +29,7 @@ from finetune.inference.evidence.prefetch import prefetch
 from finetune.inference.evidence.wording import boxes_text, gather_evidence, regions_text, verdict_word
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import Query, batched
+from finetune.progress import progress_bar
 from finetune.schema import ImageInput, Prediction
 
 _NO_INFLUENCE = (
@@ -63,7 +63,7 @@ def infer_command(arguments: argparse.Namespace) -> int:
         todo = output.pending({name: file_stamp(path) for name, path in images.items()})
         if output.is_resumed:
             print(f"{len(images) - len(todo)} of {len(images)} images are done already; going on with {len(todo)}")
-        with output, tqdm(total=len(images), initial=len(images) - len(todo), unit="image", disable=None) as progress:
+        with output, progress_bar(total=len(images), initial=len(images) - len(todo), unit="image") as progress:
             for row in inspect({name: images[name] for name in todo}, predictor, with_text, config, output):
                 output.write(row)
                 progress.update()

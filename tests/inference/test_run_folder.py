@@ -1,0 +1,79 @@
+"""An output folder belongs to one run: what another kind of run, or nobody, wrote there is never removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.errors import ConfigError
+from finetune.inference.run_folder import RUN_FILE, open_run
+
+OWN = ("results.jsonl", "heatmaps")
+
+
+def take(folder: Path, kind: str = "inference", overwrite: bool = False, **identity: Any) -> bool:
+    return open_run(folder, kind, identity, own=OWN, overwrite=overwrite, can_continue=True)
+
+
+def fill(folder: Path) -> None:
+    (folder / "heatmaps").mkdir(parents=True)
+    (folder / "heatmaps" / "0.png").write_bytes(b"of somebody")
+    (folder / "results.jsonl").write_text("{}\n")
+    (folder / "notes.txt").write_text("mine")
+
+
+def test_the_same_run_goes_on_and_another_needs_overwrite(tmp_path: Path) -> None:
+    assert take(tmp_path / "a", seed=1) is False
+    (tmp_path / "a" / "results.jsonl").write_text("{}\n")
+    assert take(tmp_path / "a", seed=1) is True
+    with pytest.raises(ConfigError, match="seed was 1, now it is 2; add --overwrite"):
+        take(tmp_path / "a", seed=2)
+    assert (tmp_path / "a" / "results.jsonl").exists()
+    assert take(tmp_path / "a", seed=2, overwrite=True) is False
+    assert not (tmp_path / "a" / "results.jsonl").exists()
+
+
+def test_overwrite_replaces_what_the_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+    take(tmp_path)
+    fill(tmp_path)
+    take(tmp_path, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", RUN_FILE]
+
+
+def test_what_no_run_wrote_is_kept_whatever_is_asked(tmp_path: Path) -> None:
+    """The snapshots of a training stage have a folder of the same name."""
+    fill(tmp_path)
+    with pytest.raises(ConfigError, match="add --overwrite to write beside them"):
+        take(tmp_path)
+    with pytest.raises(ConfigError, match=r"results\.jsonl is of no inference, and this run would replace it"):
+        take(tmp_path, overwrite=True)
+    (tmp_path / "results.jsonl").unlink()
+    with pytest.raises(ConfigError, match="heatmaps is of no inference"):
+        take(tmp_path, overwrite=True)
+    assert (tmp_path / "heatmaps" / "0.png").read_bytes() == b"of somebody"
+    assert not (tmp_path / RUN_FILE).exists()
+
+
+def test_files_that_are_not_in_the_way_stay_beside_the_run(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert take(tmp_path, overwrite=True) is False
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_another_kind_of_run_is_not_replaced(tmp_path: Path) -> None:
+    take(tmp_path, kind="evaluation")
+    fill(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"output of another kind of run \(evaluation\)"):
+            take(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "results.jsonl").exists()
+
+
+def test_a_damaged_note_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    take(tmp_path)
+    (tmp_path / RUN_FILE).write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        take(tmp_path)
+    assert take(tmp_path, overwrite=True) is False
