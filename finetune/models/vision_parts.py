@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from finetune.errors import ModelLoadError
 from finetune.models.configuration import QwenForensicsConfig
@@ -69,6 +70,19 @@ def tower_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def _for_plain_models(folder: Path) -> None:
+    """Have a LoRA folder name Qwen2.5-VL itself as what it belongs on, so that `peft.AutoPeftModel` opens it without
+    this package; PEFT's empty model card goes."""
+    file = folder / "adapter_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["auto_mapping"] = {
+        "base_model_class": Qwen2_5_VLForConditionalGeneration.__name__,
+        "parent_library": Qwen2_5_VLForConditionalGeneration.__module__,
+    }
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / "README.md").unlink(missing_ok=True)
+
+
 def parts_section(folder: str | Path) -> dict[str, Any] | None:
     """The section `vision` of a folder's forensics.json; None where it is no folder of vision parts.
 
@@ -103,6 +117,7 @@ def write_parts(
     has_lora = base is not model
     if has_lora:
         model.save_pretrained(folder / LORA_DIR, state_dict=state, save_embedding_layers=False)
+        _for_plain_models(folder / LORA_DIR)
     elif (folder / LORA_DIR).is_dir():
         shutil.rmtree(folder / LORA_DIR)  # of an earlier save: it is not part of this model
     blocks = [block % base.config.vision_config.depth for block in base.heads_config.vision_layers]

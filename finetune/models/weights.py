@@ -153,10 +153,14 @@ def load_adapter(model: QwenForensicsForConditionalGeneration, path: str | Path,
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below, in one line
             wrapped = PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except SafetensorError as error:
         raise ModelLoadError(
-            f"{path}: the adapter does not fit this base model ({first_line(error)}); "
-            "load it on the model it was trained on"
+            f"{path}: adapter_model.safetensors cannot be read ({first_line(error)}); copy it again"
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]  # torch puts which weight it is on a line of its own
+        raise ModelLoadError(
+            f"{path}: the adapter does not fit this base model ({reason}); load it on the model it was trained on"
         ) from error
     expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     if found != expected:

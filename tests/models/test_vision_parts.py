@@ -135,7 +135,7 @@ def test_heads_and_lora_are_loadable_one_by_one(
 
 def test_plain_peft_puts_the_lora_on_a_plain_model(stage_c: Path, tiny_dir: Path, pixels: torch.Tensor) -> None:
     """No class of ours: the tower with LoRA gives the features that our heads read."""
-    from peft import PeftModel
+    from peft import AutoPeftModel, PeftModel
 
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_dir, dtype=torch.float32)
     wrapped = PeftModel.from_pretrained(plain, stage_c / "vision_lora").eval()
@@ -143,8 +143,13 @@ def test_plain_peft_puts_the_lora_on_a_plain_model(stage_c: Path, tiny_dir: Path
         theirs = wrapped.get_base_model().model.get_image_features(pixels, GRID, return_dict=True).last_hidden_state
         base = opened(tiny_dir, STAGE_B).base.model.get_image_features(pixels, GRID, return_dict=True).last_hidden_state
         ours = opened(stage_c).base.model.get_image_features(pixels, GRID, return_dict=True).last_hidden_state
+        found = AutoPeftModel.from_pretrained(stage_c / "vision_lora").eval()  # the class, too, is read from the folder
+        alone = found.get_base_model().model.get_image_features(pixels, GRID, return_dict=True).last_hidden_state
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
+    assert type(found.get_base_model()) is Qwen2_5_VLForConditionalGeneration
+    torch.testing.assert_close(alone, ours, rtol=0, atol=1e-6)
     assert not torch.allclose(base, ours, atol=1e-3)
+    assert not (stage_c / "vision_lora" / "README.md").exists()
 
 
 def test_the_next_stage_starts_from_the_verdicts_of_the_one_before(
