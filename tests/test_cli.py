@@ -153,6 +153,23 @@ def test_an_untrained_model_gives_no_verdict(
     assert "no trained heads" in capsys.readouterr().err
 
 
+def test_every_unreadable_image_of_a_folder_is_named_first(
+    saved_model: Path, photo_records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (photo_records.parent / "a.png").read_bytes()
+    (tmp_path / "dir.png").mkdir()
+    (tmp_path / "a.png").write_bytes(whole)
+    (tmp_path / "cut.png").write_bytes(whole[:300])
+    (tmp_path / "text.jpg").write_text("no picture")
+    arguments = ["predict", str(tmp_path), "--model", str(saved_model), "--no-text", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "2 of 3 images cannot be read" in error
+    assert "cut.png" in error
+    assert "text.jpg" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_device_that_is_not_there_is_named(
     saved_model: Path, photo_records: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -165,7 +165,7 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("output_dir: caf\xe9".encode("latin-1"))
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is not UTF-8"):
         load_config(tmp_path / "latin.yaml")
 
 
@@ -211,3 +211,24 @@ def test_tuples_and_mappings_are_filled_item_by_item() -> None:
         build(Ranges, {"sizes_hw": [[224]]})
     with pytest.raises(ConfigError, match=r"'sizes_hw' is 224; expected a list$"):
         build(Ranges, {"sizes_hw": 224})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: 1\ntrain: {max_steps: 2}\nseed: 3\n",
+        "train:\n  max_steps: 2\n  max_steps: 3\n",
+        "model: {path: a, path: b}\n",
+    ],
+)
+def test_a_key_written_twice_is_named(tmp_path: Path, text: str) -> None:
+    """PyYAML would take the last one in silence."""
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"the key '(seed|max_steps|path)' stands there twice; keep one.*line"):
+        load_config(str(tmp_path / "c.yaml"))
+
+
+def test_a_configuration_of_another_encoding_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes("# 训练\nseed: 1\n".encode("gbk"))
+    with pytest.raises(ConfigError, match=r"is not UTF-8.*save it as UTF-8"):
+        load_config(str(tmp_path / "c.yaml"))

@@ -146,6 +146,23 @@ def _says(tree: Any, parts: Sequence[str]) -> bool:
     return True
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader that refuses a key written twice, of which it would take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose own keys differ; keys that `<<` brings in may be replaced."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key_node.value}' stands there twice; keep one", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping of a YAML file, what it extends merged in; `seen` are the files that led here.
 
@@ -158,10 +175,12 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise ConfigError(f"config file {path} does not exist; see configs/train/ for ready ones") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8 ({_one_line(error)}); save it as UTF-8") from error
+    except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {_one_line(error)}") from error
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from error
     if tree is None:

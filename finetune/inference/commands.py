@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from finetune.config import GenerationConfig, ModelConfig
 from finetune.data.chat import load_template
 from finetune.data.images import load_image
+from finetune.data.validation import InvalidDataError, Problem
 from finetune.errors import ConfigError, DataFormatError, ModelLoadError
 from finetune.inference.calibrating import calibration_of
 from finetune.inference.output import PredictionWriter
@@ -98,7 +100,7 @@ def find_images(paths: list[str]) -> list[str]:
     for text in paths:
         path = Path(text)
         if path.is_dir():
-            found += sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            found += sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         elif path.is_file():
             found.append(text)
         else:
@@ -110,9 +112,32 @@ def find_images(paths: list[str]) -> list[str]:
     return found
 
 
+def _refuse_unreadable(files: Sequence[str]) -> None:
+    """Every image that cannot be opened, before the first is judged.
+
+    Raises:
+        InvalidDataError: names them.
+    """
+    problems = []
+    for file in progress_bar(
+        files, total=len(files), desc="checking", unit="image", leave=False, disable=len(files) < 2
+    ):
+        try:
+            load_image(ImageInput(path=file))
+        except DataFormatError as error:
+            problems.append(Problem("error", file, str(error)))
+    if problems:
+        raise InvalidDataError(
+            f"{len(problems)} of {len(files)} images cannot be read; remove them, or use forensics vision infer, which "
+            "goes on without them",
+            problems,
+        )
+
+
 def predict_files(arguments: argparse.Namespace) -> int:
     """Handler of `forensics predict`; exit status 0."""
     files = find_images(arguments.images)
+    _refuse_unreadable(files)
     predictor = load_predictor(arguments)
     queries = [query_for_image(path, predictor.template) for path in files]
     results = predictor.predict(queries, with_text=not arguments.no_text)

@@ -13,7 +13,8 @@ from finetune.schema import Polygon, Prediction
 
 
 class PredictionWriter:
-    """Writes one line per prediction as it comes; a context manager.
+    """Writes one line per prediction as it comes; a context manager. Pictures that an earlier file of this name lists
+    are removed first, so that none is left of images that are not predicted now.
 
     A line: `{id, image_path, label, score, raw_score, mask_path, polygons, text, parse_ok, text_polygons, size_hw}`;
     `label` is the verdict (0 real, 1 tampered), `raw_score` the score before calibration, `mask_path` is relative to
@@ -28,6 +29,7 @@ class PredictionWriter:
         self._names: set[str] = set()
 
     def __enter__(self) -> PredictionWriter:
+        self._forget_earlier()
         (self.out_dir / "masks").mkdir(parents=True, exist_ok=True)
         self._file = (self.out_dir / self.name).open("w", encoding="utf-8")
         return self
@@ -35,6 +37,14 @@ class PredictionWriter:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+
+    def _forget_earlier(self) -> None:
+        file = self.out_dir / self.name
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+            match = re.search(r'"mask_path": "masks/([\w.-]+\.png)"', line)
+            if match:
+                for folder in ("masks", "overlays"):
+                    (self.out_dir / folder / match[1]).unlink(missing_ok=True)
 
     def write(self, prediction: Prediction) -> str:
         """Write one prediction; returns the file stem its pictures use."""

@@ -290,3 +290,18 @@ def test_a_strip_is_refused_by_the_doctor_too(tmp_path: Path) -> None:
     (message,) = messages([record(str(tmp_path / "strip.png"), RUN)])
     assert "cannot be resized for the model" in message
     assert "within a factor of 200" in message
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_key_written_twice_is_named(photo: str, tmp_path: Path, suffix: str) -> None:
+    """Of two labels the last would count, and nobody would know."""
+    good = '{"id": "a", "image": "a.jpg", "label": 0}'
+    bad = '{"id": "b", "image": "a.jpg", "label": 1, "label": 0}'
+    lines = [good, bad]
+    (tmp_path / f"d{suffix}").write_text(f"[{','.join(lines)}]" if suffix == ".json" else "\n".join(lines))
+    records, problems = check_file(tmp_path / f"d{suffix}", TOKENS)
+    assert [record.id for record in records] == ["a"]
+    messages_found = [problem.message for problem in problems if problem.severity == "error"]
+    assert len(messages_found) == 1
+    assert "the key 'label' stands twice in one record" in messages_found[0]
+    assert f"d{suffix}" in messages_found[0]

@@ -235,6 +235,19 @@ def test_without_a_cls_head_the_answer_is_the_verdict(
     assert (headed.verdict_from, headed.label, headed.score) == ("head", 1, 0.75)
 
 
+def test_a_second_run_leaves_no_picture_of_the_first(tmp_path: Path) -> None:
+    first = [
+        Prediction(name, name, 1, 0.75, np.zeros((5, 7), np.float32), (), "", False, (5, 7)) for name in ("a", "b", "c")
+    ]
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "mine.png").write_bytes(b"of somebody else")
+    for predictions in (first, first[:1]):
+        with PredictionWriter(tmp_path) as writer:
+            for prediction in predictions:
+                writer.write(prediction)
+    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["a.png", "mine.png"]
+
+
 def test_predicting_leaves_gradients_and_weights_alone(bundle: Any, photo_records: Path) -> None:
     before = {name: parameter.clone() for name, parameter in bundle.base.named_parameters()}
     predictor = Predictor(bundle)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.data.readers.json_stream import TextStream, iter_list, not_utf8
+from finetune.data.readers.json_stream import KEEP_ONE, RepeatedKeyError, TextStream, iter_list, not_utf8, once
 from finetune.errors import DataFormatError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -132,7 +132,9 @@ def _decode(data: bytes, source: str) -> str:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
+    except RepeatedKeyError as error:
+        raise DataFormatError(f"damaged JSON: {error}", source=source, fix=KEEP_ONE) from error
     except json.JSONDecodeError as error:
         line = "" if ".jsonl:" in source or ".ndjson:" in source else f"line {error.lineno}, "
         is_lines = error.msg == "Extra data" and error.lineno > 1

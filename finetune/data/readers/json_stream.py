@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from finetune.errors import DataFormatError
+from finetune.errors import DataFormatError, shorten
 
 CHUNK = 1 << 16
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -87,7 +87,9 @@ class TextStream:
         """
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self.text)
+                value, end = json.JSONDecoder(object_pairs_hook=once).raw_decode(self.text)
+            except RepeatedKeyError as error:
+                raise self.damage(str(error), 0, KEEP_ONE) from error
             except json.JSONDecodeError as error:
                 # Only these may be the fault of a buffer that ends too early; anything else is damage, wherever it is.
                 rest = self.text[error.pos : error.pos + CHUNK].strip()
@@ -102,6 +104,27 @@ class TextStream:
                     self.drop(end)
                     return value
             self.grow()
+
+
+class RepeatedKeyError(ValueError):
+    """A JSON object has one key twice."""
+
+
+KEEP_ONE = "keep the one that is meant"
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys must differ: of two values the last one would count, and nobody would know.
+
+    Raises:
+        RepeatedKeyError: they do not.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKeyError(f"the key {shorten(twice)} stands twice in one record")
+    return found
 
 
 def iter_list(stream: TextStream) -> Iterator[Any]:

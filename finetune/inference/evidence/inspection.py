@@ -241,6 +241,8 @@ def _summary(rows: Sequence[dict[str, Any]], config: VisionInferenceConfig) -> i
     failed = [row for row in rows if row["error"]]
     tampered = sum(row["label"] == 1 for row in rows)
     print(f"{len(rows)} images: {tampered} tampered, {len(rows) - tampered - len(failed)} real, {len(failed)} failed")
+    if len(rows) > len(failed) and not any(row["heatmap"] for row in rows):
+        print("these heads have no heat map (stage A): verdicts only, without overlays and regions")
     empty = [row for row in rows if not row["error"] and row["heatmap"] and not row["num_regions"]]
     if flagged := sum(row["label"] == 1 for row in empty):
         print(
