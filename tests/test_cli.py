@@ -170,6 +170,14 @@ def test_every_unreadable_image_of_a_folder_is_named_first(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_folder_of_a_run_is_told_from_its_model(
+    photo_records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "best").mkdir()
+    assert main(["predict", str(photo_records.parent / "a.png"), "--model", str(tmp_path)]) == 2
+    assert f"not of a model; give {tmp_path / 'best'}" in capsys.readouterr().err
+
+
 def test_a_device_that_is_not_there_is_named(
     saved_model: Path, photo_records: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,7 +110,7 @@ def check_tokenizer(path: str, processor: Any, model: QwenForensicsForConditiona
 
 
 def check_folder(path: str) -> None:
-    """Refuse what looks like a path on this machine and is no folder.
+    """Refuse what looks like a path on this machine and is no folder, and a run's folder, whose model is in `best`.
 
     Raises:
         ModelLoadError: as said.
@@ -120,6 +120,9 @@ def check_folder(path: str) -> None:
         raise ModelLoadError(
             f"model folder '{path}' does not exist; give an existing folder or a hub name like org/model"
         )
+    is_model = any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if not is_model and (Path(path) / "best").is_dir():
+        raise ModelLoadError(f"'{path}' is the folder of a training run, not of a model; give {Path(path) / 'best'}")
 
 
 def not_found(path: str | Path, error: BaseException) -> str | None:

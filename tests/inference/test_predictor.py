@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,26 @@ def test_predicting_leaves_gradients_and_weights_alone(bundle: Any, photo_record
     for name, parameter in bundle.base.named_parameters():
         assert torch.equal(before[name], parameter), name
         assert parameter.grad is None
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
+def test_the_python_of_the_readme_runs(
+    readme: str, repo_root: Path, saved_model: Path, photo_records: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (repo_root / readme).read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = [block for block in blocks if "Predictor(" in block]
+    for name, path in (
+        ("runs/quickstart/best", saved_model),
+        ("image.jpg", photo_records.parent / "a.png"),
+        ("other.png", photo_records.parent / "b.png"),
+    ):
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', repr(str(path)))
+    exec(compile(code, readme, "exec"), {})
+    printed = capsys.readouterr().out
+    assert "a.png" in printed
+    assert "(224, 196)" in printed
+    assert "(112, 252)" in printed
 
 
 def test_query_carries_no_target_field() -> None:
