@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The vision stages A, B and C measured on held-out images of the quick start's data: the table of docs/vision.md.
-# Offline after the set-up. Nothing is chosen on the held-out file: best models are chosen on val.jsonl.
+# Offline after the set-up. No run chooses anything on the held-out file: best models are chosen on val.jsonl.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../script/lib.sh"
 
