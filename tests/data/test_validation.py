@@ -305,3 +305,29 @@ def test_a_key_written_twice_is_named(photo: str, tmp_path: Path, suffix: str) -
     assert len(messages_found) == 1
     assert "the key 'label' stands twice in one record" in messages_found[0]
     assert f"d{suffix}" in messages_found[0]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ('{"id": "a", "label": 1,}', "remove the comma after the last entry"),
+        ('{"id": "a"，"label": 1}', "ASCII character instead of the full-width ，"),
+        ('{"id"："a"}', "ASCII character instead of the full-width ："),
+        ("{'id': 'a'}", "double quotes"),
+        ('{"id": “a”}', "ASCII character instead of the full-width “"),
+        ('{"id": "a", "label": True}', "write true, false or null"),
+        ('{"id": "a", // a comment\t"label": 1}', "JSON has none"),
+        (r'{"id": "img\a.png"}', "write / instead of"),
+    ],
+)
+def test_json_written_by_hand_is_told_what_to_type(tmp_path: Path, suffix: str, text: str, fix: str) -> None:
+    (tmp_path / f"d{suffix}").write_text(f"[{text}]" if suffix == ".json" else text, encoding="utf-8")
+    _, (problem, *_) = check_file(tmp_path / f"d{suffix}", TOKENS)
+    assert "damaged JSON" in problem.message
+    assert fix in problem.message
+
+
+def test_a_windows_path_is_told_what_to_write(photo: str) -> None:
+    (message,) = messages([record("D:\\data\\a.png", RUN)])
+    assert "(write / instead of" in message

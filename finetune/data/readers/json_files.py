@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.data.readers.json_stream import KEEP_ONE, RepeatedKeyError, TextStream, iter_list, not_utf8, once
+from finetune.data.readers.json_stream import KEEP_ONE, RepeatedKeyError, TextStream, iter_list, not_utf8, once, repair
 from finetune.errors import DataFormatError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -142,7 +142,9 @@ def _parse(text: str, source: str) -> Any:
             f"damaged JSON at {line}column {error.colno}: {error.msg}",
             source=source,
             found=text[max(0, error.pos - 30) : error.pos + 30],
-            fix="name the file .jsonl, it holds one object per line" if is_lines else "repair this place",
+            fix="name the file .jsonl, it holds one object per line"
+            if is_lines
+            else repair(error.msg, text, error.pos),
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested thousands deep
         raise DataFormatError(f"damaged JSON: {str(error)[:100]}", source=source, fix="repair or remove it") from error

@@ -68,7 +68,7 @@ class TextStream:
                 return self.text[:1]
             self.grow()
 
-    def damage(self, message: str, at: int, fix: str = "repair this place") -> DataFormatError:
+    def damage(self, message: str, at: int, fix: str | None = None) -> DataFormatError:
         """A syntax error at an index of the buffer."""
         lines = self.text.count("\n", 0, at)
         column = at - self.text.rfind("\n", 0, at) if lines else self._columns_dropped + at + 1
@@ -76,7 +76,7 @@ class TextStream:
             f"damaged JSON at line {self._lines_dropped + lines + 1}, column {column}: {message}",
             source=self.source,
             found=self.text[max(0, at - 30) : at + 30],
-            fix=fix,
+            fix=fix or repair(message, self.text, at),
         )
 
     def value(self) -> Any:
@@ -104,6 +104,31 @@ class TextStream:
                     self.drop(end)
                     return value
             self.grow()
+
+
+_FULL_WIDTH = "，：；｛｝［］【】“”‘’＂、"
+
+
+def repair(message: str, text: str, at: int) -> str:
+    """What to type where JSON written by hand breaks off.
+
+    Args:
+        message: of `json.JSONDecodeError`, which stands at `text[at]`.
+    """
+    here = text[at : at + 5]
+    if "escape" in message:
+        return "write / instead of \\ in paths"
+    if here[:1] and here[0] in _FULL_WIDTH:
+        return f"type the ASCII character instead of the full-width {here[0]}"
+    if here.startswith("'"):
+        return "put texts and keys in double quotes"
+    if here.startswith(("True", "False", "None")):
+        return "write true, false or null"
+    if here.startswith(("//", "/*", "#")):
+        return "remove the comment, JSON has none"
+    if "trailing comma" in message or (here[:1] in ("]", "}") and text[:at].rstrip().endswith(",")):
+        return "remove the comma after the last entry"
+    return "repair this place"
 
 
 class RepeatedKeyError(ValueError):
