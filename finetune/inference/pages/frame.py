@@ -22,7 +22,7 @@ _FACTS: dict[str, tuple[str, str]] = {
     "commit": ("代码提交", "Commit"),
     "date": ("日期", "Date"),
     "device": ("设备", "Device"),
-    "seconds": ("用时", "Time"),
+    "seconds": ("评测用时", "Evaluated in"),
     "versions": ("版本", "Versions"),
     "trained_commit": ("训练代码提交", "Commit of the training"),
     "data_hash": ("数据哈希", "Data hash"),

@@ -12,7 +12,14 @@ from finetune.inference.pages.cards import ReportSample, cards_html, color_bar, 
 from finetune.inference.pages.charts import histogram, roc_chart, training_charts
 from finetune.inference.pages.frame import page_html, section_html
 from finetune.inference.pages.markup import as_number, bilingual
-from finetune.inference.pages.table import BASELINE_NAMES, format_table, table_html, tiles_html
+from finetune.inference.pages.table import (
+    BASELINE_NAMES,
+    format_table,
+    group_intervals_html,
+    operations_html,
+    table_html,
+    tiles_html,
+)
 
 __all__ = [
     "ReportSample",
@@ -58,11 +65,11 @@ def render_report(
     facts = {**_as_mapping(metrics.get("run")), **(run or {})}
     scored = score_sets or {"model": _scores_of(samples)}
     sections = (
-        section_html("metrics", ("结果", "Results"), tiles_html(metrics) + table_html(metrics) + _reading_note()),
+        section_html("metrics", ("结果", "Results"), _results_html(metrics)),
         section_html("scores", ("分数", "Scores"), _score_charts(scored, threshold)),
         *(section_html(*section) for section in more),
         section_html("training", ("训练过程", "Training"), f'<div class="charts">{training_charts(history)}</div>'),
-        section_html("samples", ("样本", "Samples"), _samples_html(samples, mask_threshold)),
+        section_html("samples", ("样本", "Samples"), _samples_html(samples, mask_threshold, metrics)),
     )
     links = (
         ("metrics", "结果", "Results"),
@@ -72,6 +79,11 @@ def render_report(
         ("samples", "样本", "Samples"),
     )
     return page_html(title, links, facts, "".join(sections))
+
+
+def _results_html(metrics: Mapping[str, Any]) -> str:
+    tables = tiles_html(metrics) + table_html(metrics)
+    return tables + _reading_note() + group_intervals_html(metrics) + operations_html(metrics)
 
 
 def _reading_note() -> str:
@@ -102,7 +114,7 @@ def _scores_of(samples: Sequence[ReportSample]) -> tuple[list[int], list[float]]
     return [label for label, _ in known], [score for _, score in known]
 
 
-def _samples_html(samples: Sequence[ReportSample], mask_threshold: float) -> str:
+def _samples_html(samples: Sequence[ReportSample], mask_threshold: float, metrics: Mapping[str, Any]) -> str:
     if not samples:
         return ""
     shown_at = f"{mask_threshold:g}"
@@ -113,7 +125,8 @@ def _samples_html(samples: Sequence[ReportSample], mask_threshold: float) -> str
     )
     cards = f'<div id="cards">{cards_html(samples, mask_threshold)}</div>'
     nothing = f'<p class="empty" id="none" hidden>{bilingual("没有符合条件的样本", "No sample matches")}</p>'
-    return operation_table(samples) + controls_html(samples) + legend + cards + nothing
+    by_operation = "" if metrics.get("operations") else operation_table(samples)  # of a few images, where all are known
+    return by_operation + controls_html(samples) + legend + cards + nothing
 
 
 def _as_mapping(value: Any) -> Mapping[str, Any]:

@@ -118,6 +118,44 @@ def interval_of(metrics: Mapping[str, Any], path: str) -> tuple[float, float] | 
     return None if low is None or high is None else (low, high)
 
 
+def operations_html(metrics: Mapping[str, Any]) -> str:
+    """Each tampering operation over *all* evaluated images, as `operations` of metrics.json has it; "" without any."""
+    found = {name: _mapping(row) for name, row in _mapping(metrics.get("operations")).items()}
+    if not found:
+        return ""
+    columns = [("auroc", "AUROC", "AUROC"), ("f1", "像素 F1", "Pixel F1")]
+    if any("recognized" in row for row in found.values()):
+        columns.append(("recognized", "操作判断正确率", "Operation told right"))
+    head = "".join(f'<th scope="col">{bilingual(zh, en)}</th>' for _, zh, en in columns)
+    body = "".join(
+        f'<tr><th scope="row">{esc(name)}</th><td>{esc(row.get("n", DASH))}</td>'
+        + "".join(f"<td>{format_number(as_number(row.get(key)))}</td>" for key, _, _ in columns)
+        + "</tr>"
+        for name, row in found.items()
+    )
+    first = f'<th scope="col">{bilingual("操作", "Operation")}</th><th scope="col">{bilingual("张数", "Images")}</th>'
+    return (
+        '<div class="scroll ops" style="margin-top:14px"><table class="metrics">'
+        f"<caption>{bilingual('按篡改方式（全部图像）', 'By operation (all images)')}</caption>"
+        f"<thead><tr>{first}{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def group_intervals_html(metrics: Mapping[str, Any]) -> str:
+    """What another choice of photographs might give, where groups are known; "" elsewhere."""
+    wide = {"intervals": metrics.get("intervals_over_groups")}
+    found = [
+        f"{name} {format_number(ends[0])} – {format_number(ends[1])}"
+        for name, path in (("AUROC", "image.auroc"), ("F1", "localization.f1"))
+        if (ends := interval_of(wide, path)) is not None
+    ]
+    if not found:
+        return ""
+    zh = f"上表区间按图像抽样；改为按整组（照片、场景）抽样：{'，'.join(found)}。"
+    en = f"Intervals above draw images; drawing whole groups (photographs, scenes): {', '.join(found)}."
+    return f'<p class="note">{bilingual(zh, en)}</p>'
+
+
 ABSENT: dict[str, tuple[str, str]] = {"no mask head": ("模型没有掩膜头，未评测", "no mask head, not measured")}
 """What `absent` in a group of metrics.json says, in both languages."""
 
