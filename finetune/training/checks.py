@@ -173,10 +173,14 @@ def _data_problems(config: RunConfig) -> list[str]:
 
 
 def _heads_problems(config: RunConfig) -> list[str]:
-    """What heads on the vision tower cannot do, and what a feature cache cannot hold."""
+    """Weights of losses, what heads on the vision tower cannot do, and what a feature cache cannot hold."""
     heads, loss, model = config.heads, config.loss, config.model
     is_vision = heads.enabled and heads.source == "vision"
-    problems = []
+    problems = [
+        f"loss.{name} is {getattr(loss, name)}; expected a weight from 0 on"
+        for name in TERMS
+        if not (getattr(loss, name) >= 0 and math.isfinite(getattr(loss, name)))
+    ]
     if loss.text and model.language == "skip":
         problems.append(
             f"loss.text is {loss.text} with model.language: skip, which leaves out the model that would read and write "

@@ -172,3 +172,14 @@ def test_template_without_tokens_is_refused_unless_the_heads_are_off(tmp_path: P
         check_run(config)
     config.heads.enabled = False
     assert run_problems(config) == []
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_weight_of_a_loss_is_a_number_from_zero_on(value: float) -> None:
+    config = RunConfig()
+    config.loss.dice = value
+    assert any(
+        "loss.dice is" in problem and "expected a weight from 0 on" in problem for problem in run_problems(config)
+    )
+    config.loss.dice = 0.0
+    assert not any("loss.dice" in problem for problem in run_problems(config))
