@@ -10,7 +10,7 @@ usage: bash script/reports.sh [--csv TABLE] [--images DIR] [--seconds N] [--out 
   --csv TABLE    your own table in the default columns (default: 600 drawn walls); docs/reports.md
                  自己的表格（默认列名）；不给时绘制 600 张墙面
   --images DIR   image paths of the table are relative to it (default: the table's folder) / 图像路径的根目录
-  --seconds N    stop training after N seconds (130) / 训练的秒数上限
+  --seconds N    stop training after N seconds (240) / 训练的秒数上限
   --out DIR      where everything is written (default runs/reports) / 输出目录
   --fresh        make everything in --out again; without it the stored set already there is used / 全部重做
 
@@ -18,7 +18,7 @@ Under four minutes on two CPU cores. Writes data/, best/ (the model), report/res
 TXT
 }
 
-CSV="" IMAGES="" LIMIT=130 OUT="runs/reports" FRESH=0
+CSV="" IMAGES="" LIMIT=240 OUT="runs/reports" FRESH=0
 while (($#)); do
     case "$1" in
         --csv) CSV="$(value "$@")"; shift 2 ;;
