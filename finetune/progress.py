@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any, TextIO
 
@@ -14,19 +15,36 @@ LINE_SECONDS = 30.0
 
 
 class _Lines(tqdm):
-    """tqdm that puts each report on a line of its own, so that a log file can be read; `close` ends the last one."""
+    """tqdm that writes whole lines, each when it is due and at no other time, so that a log file can be read."""
 
-    _has_written = False
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._shown_at, self._has_written = time.monotonic(), False
+        self.disable = False  # as tqdm decides
+        super().__init__(*arguments, **options)
+
+    def refresh(self, *_: Any, **__: Any) -> None:
+        """Write a line if the last one is long enough ago; `tqdm.write` asks for one after every text."""
+        if time.monotonic() - self._shown_at >= LINE_SECONDS:
+            self.display()
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Write the state as one line."""
-        self.fp.write("\n" * self._has_written + (str(self) if msg is None else msg))
+        self.fp.write(f"{str(self) if msg is None else msg}\n")
         self.fp.flush()
-        self._has_written = True
+        self._shown_at, self._has_written = time.monotonic(), True
         return True
 
     def clear(self, nolock: bool = False) -> None:
         """Nothing to wipe: what was written stays."""
+
+    def close(self) -> None:
+        """End with a line of the final state, where there were lines before."""
+        if self.disable:
+            return
+        if self._has_written:
+            self.display()
+        self.disable = True
+        self._decr_instances(self)
 
 
 def progress_bar(
@@ -42,8 +60,8 @@ def progress_bar(
     if not stream.isatty():
         options.pop("leave", None)  # what is in a log stays there
         return _Lines(
-            iterable, total=total, unit=unit, file=stream, ncols=80, delay=LINE_SECONDS, mininterval=LINE_SECONDS,
-            maxinterval=2 * LINE_SECONDS, miniters=1, **options,
+            iterable, total=total, unit=unit, file=stream, ncols=80, mininterval=min(1.0, LINE_SECONDS), miniters=1,
+            **options,
         )  # fmt: skip
     return tqdm(iterable, total=total, unit=unit, file=stream, ncols=_columns(stream), **options)
 

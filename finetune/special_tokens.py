@@ -22,10 +22,13 @@ _FORENSIC_TOKEN = re.compile(r"<cls>|<cls_\d+>|<mask_\d+>")
 _SHORTHAND = re.compile(  # 4 digits: a bound on size
     r"<(cls|mask)_1>\s*(?:-|–|—|－|~|～|〜|至|到|\.\.\.|…)\s*<\1_(\d{1,4})>"
 )
-_NEAR_MISS = re.compile(
-    r"[<＜‹〈《]\s*(?:cls|mask)(?:[\s_＿.–—－-]+\w{0,6}|\d*)(?:[\s.~～…–—－-]+\d+)?\s*[>＞›〉》]", re.IGNORECASE
+_NEAR_MISS = re.compile(  # repetitions are bounded: text may hold anything
+    r"[<＜‹〈]\s{0,3}(?:cls|(?:cls|mask)[\s_＿.–—－-]{0,3}\d{1,4}(?:[\s.~～…–—－-]{1,5}(?:(?:cls|mask)_)?\d{1,4})?)"
+    r"\s{0,3}[>＞›〉]",
+    re.IGNORECASE,
 )
-"""`<CLS>`, `< cls >`, `＜cls＞`, `<mask1>`, `<mask-1>`, `<mask>`, `<mask_1..32>`: one of ours was meant."""
+"""`<CLS>`, `< cls >`, `＜cls＞`, `<mask1>`, `<mask-1>`, `<mask_1..32>`: one of ours was meant. Not `<mask>` and
+other words without a number, which other people's texts hold."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from finetune.config import HeadsConfig, RunConfig, SourceConfig, build, config_hash, load_config, stage_runs, to_dict
+from finetune.config.loading import read_tree
 from finetune.errors import ConfigError
 
 
@@ -232,3 +233,9 @@ def test_a_configuration_of_another_encoding_is_one_line(tmp_path: Path) -> None
     (tmp_path / "c.yaml").write_bytes("# 训练\nseed: 1\n".encode("gbk"))
     with pytest.raises(ConfigError, match=r"is not UTF-8.*save it as UTF-8"):
         load_config(str(tmp_path / "c.yaml"))
+
+
+def test_keys_that_an_anchor_brings_may_be_replaced(tmp_path: Path) -> None:
+    nested = "a: {root: &root {x: 1}, base: &base {<<: *root, x: 2}}\nb: {<<: *base, y: 1}\n"
+    (tmp_path / "d.yaml").write_text(nested)
+    assert read_tree(tmp_path / "d.yaml")["b"] == {"x": 2, "y": 1}

@@ -8,6 +8,7 @@ import pty
 import time
 
 import pytest
+from tqdm import tqdm
 
 from finetune import progress
 from finetune.progress import progress_bar
@@ -29,6 +30,21 @@ def test_a_long_job_writes_lines_into_a_log(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(line.startswith("inspecting:") and "/8" in line for line in lines)
     assert "\r" not in log.getvalue()
     assert "8/8" in lines[-1]
+
+
+def test_what_is_written_between_does_not_bring_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tqdm.write` refreshes every bar after each text."""
+    log, said = io.StringIO(), io.StringIO()
+    for number in progress_bar(range(5), total=5, unit="image", file=log):
+        tqdm.write(f"picture {number}", file=said)
+    assert log.getvalue() == ""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.02)
+    for number in progress_bar(range(5), total=5, unit="image", file=log):
+        time.sleep(0.015)
+        tqdm.write(f"picture {number}", file=said)
+    assert len(said.getvalue().splitlines()) == 10
+    assert 1 <= len(log.getvalue().splitlines()) <= 6
+    assert log.getvalue().endswith("\n")
 
 
 def test_a_terminal_that_reports_no_width_still_shows_a_bar() -> None:

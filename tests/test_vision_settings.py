@@ -180,6 +180,8 @@ def test_a_file_that_is_no_settings_object(tmp_path: Path, text: str, words: lis
         (["inference_output=runs/b"], "runs/b", None),
         (["inference_output=runs/b", "metrics_csv=runs/m.csv"], "runs/b", "runs/m.csv"),
         (["heatmap_threshold=0.4"], "runs/a", "runs/a/metrics.csv"),
+        (["inference_output=runs/b", "metrics_csv=runs/a/metrics.csv"], "runs/b", "runs/a/metrics.csv"),
+        (["inference_output=runs/b/p.csv"], "runs/b/p.csv", None),
     ],
 )
 def test_the_table_goes_with_the_folder_it_lies_in(
@@ -190,3 +192,9 @@ def test_the_table_goes_with_the_folder_it_lies_in(
     assert (config.inference_output, config.metrics_csv) == (folder, file)
     apart = {**tree, "metrics_csv": "tables/m.csv"}
     assert load_vision_config(write(tmp_path, apart), overrides, VisionEvalConfig).metrics_csv is not None
+
+
+def test_the_table_goes_with_a_folder_named_by_its_predictions(tmp_path: Path) -> None:
+    tree = {**EVAL_KEYS, "inference_output": "runs/a/p.csv", "metrics_csv": "runs/a/metrics.csv"}
+    config = load_vision_config(write(tmp_path, tree), ["inference_output=runs/b/p.csv"], VisionEvalConfig)
+    assert config.metrics_csv is None

@@ -146,21 +146,21 @@ def _says(tree: Any, parts: Sequence[str]) -> bool:
     return True
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader that refuses a key written twice, of which it would take the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose own keys differ; keys that `<<` brings in may be replaced."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key_node, yaml.ScalarNode):
-                continue
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key_node.value}' stands there twice; keep one", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep=deep)
+def _repeated_key(node: yaml.Node | None, checked: set[int]) -> yaml.ScalarNode | None:
+    """The first key that a mapping of a composed document holds twice; PyYAML would take the last one in silence."""
+    if node is None or id(node) in checked:
+        return None
+    checked.add(id(node))
+    children = list(node.value) if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    return key
+                seen.add(key.value)
+            children.append(value)
+    return next((found for child in children if (found := _repeated_key(child, checked)) is not None), None)
 
 
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -180,9 +180,14 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {_one_line(error)}") from error
     try:
-        tree = yaml.load(text, Loader=_UniqueKeys)
+        twice = _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader), set())
+        tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from error
+    if twice is not None:
+        raise ConfigError(
+            f"{path}: the key '{twice.value}' stands there twice; keep one (line {twice.start_mark.line + 1})"
+        )
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):

@@ -115,18 +115,21 @@ def load_vision_config(path: str | Path, overrides: Sequence[str], schema: type[
             apply_override(tree, override, schema)
         if tree.get("visual_lora", 0) is None:  # no section: the LoRA that lies beside the heads
             del tree["visual_lora"]
-    if _lies_in(written["metrics_csv"], written["inference_output"]) and (
-        tree["metrics_csv"] == written["metrics_csv"] and tree["inference_output"] != written["inference_output"]
-    ):
+    given = {override.partition("=")[0].strip() for override in overrides}
+    is_moved = "inference_output" in given and "metrics_csv" not in given
+    if is_moved and _lies_in(written["metrics_csv"], written["inference_output"]):
         del tree["metrics_csv"]  # it goes with the folder it lay in, instead of over the other run's
     config = build(schema, tree, where=str(path))
     _check(config, str(path))
     return config
 
 
-def _lies_in(file: Any, folder: Any) -> bool:
-    """Whether a configured file lies in a configured folder."""
-    return isinstance(file, str) and isinstance(folder, str) and Path(file).parent == Path(folder)
+def _lies_in(file: Any, output: Any) -> bool:
+    """Whether a configured file lies in a configured folder, which may be named by its file of predictions."""
+    if not isinstance(file, str) or not isinstance(output, str):
+        return False
+    folder = Path(output)
+    return Path(file).parent == (folder.parent if folder.suffix.lower() in (".csv", ".jsonl") else folder)
 
 
 def check_output(config: VisionInferenceConfig) -> None:

@@ -68,11 +68,14 @@ def seems_cut_off(path: str | os.PathLike[str]) -> bool:
 
     A file may be whole all the same (a JPEG with something behind its end), and damaged elsewhere.
     """
-    with open(path, "rb") as file:
-        head = file.read(12)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 32))
-        tail = file.read()
+    try:
+        with open(path, "rb") as file:
+            head = file.read(12)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 32))
+            tail = file.read()
+    except OSError:
+        return False  # whoever opens it says why it cannot be
     if head.startswith(b"\xff\xd8"):
         return b"\xff\xd9" not in tail
     if head.startswith(b"\x89PNG"):

@@ -287,7 +287,8 @@ def _check_polygon_frame(
     that all lie in 0..1 (shares of the image's sides)."""
     height, width = size_hw
     values = [value for polygon in polygons for point in polygon for value in point]
-    if values and min(height, width) > 4 and all(0 <= value <= 1 for value in values):
+    are_shares = all(0 <= value <= 1 for value in values) and any(value != int(value) for value in values)
+    if are_shares and min(height, width) > 4:
         raise DataFormatError(
             "polygons lie in 0..1",
             record=record_id,

@@ -46,7 +46,7 @@ def token_errors(record: Record, tokens: SpecialTokens, num_images: int) -> Iter
     and runs that stand before the image they judge."""
     said = [turn.content for turn in record.turns if turn.role == "assistant"]
     misspelt = dict.fromkeys(token for content in said for token in tokens.misspelt(content))
-    if misspelt:
+    if misspelt and record.images:
         yield record_error(
             record,
             "misspelt forensic token, which the model would read as plain text",
@@ -120,16 +120,16 @@ def _early_run(record: Record, tokens: SpecialTokens, kind: str, run_length: int
     return 0
 
 
-def token_warning(record: Record, tokens: SpecialTokens) -> str | None:
-    """What a record's tokens leave out: it holds those of one kind, and a target for the other."""
+def missing_kind(record: Record, tokens: SpecialTokens) -> str:
+    """`mask` or `cls` where a record holds tokens of the other kind alone, and a mask or a label to learn; else ""."""
     found = [match.group() for turn in record.turns for match in tokens.find(turn.content)]
-    for kind, has_target, what in (
-        ("mask", any(target.has_mask for target in record.targets), "a mask"),
-        ("cls", any(target.label is not None for target in record.targets), "a label"),
+    for kind, has_target in (
+        ("mask", any(target.mask_path or target.polygons for target in record.targets if target.label != 0)),
+        ("cls", any(target.label is not None for target in record.targets)),
     ):
         if found and has_target and not any(token.startswith(f"<{kind}") for token in found):
-            return f"record '{record.id}' has {what} but no {kind} token, so the {kind} head learns nothing from it"
-    return None
+            return kind
+    return ""
 
 
 def _spelled(run: Sequence[str]) -> str:

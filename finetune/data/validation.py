@@ -16,7 +16,7 @@ from finetune.data.image_size import MAX_ASPECT, too_narrow
 from finetune.data.images import find_fix, image_size_hw, load_image, seems_cut_off
 from finetune.data.masks import check_mask_size, load_mask
 from finetune.data.readers import scan_records
-from finetune.data.token_checks import record_error, token_errors, token_warning
+from finetune.data.token_checks import missing_kind, record_error, token_errors
 from finetune.errors import DataFormatError
 from finetune.schema import ImageInput, ImageTarget, Record
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
@@ -102,12 +102,18 @@ def check_records(
         error = DataFormatError("empty data set", expected="at least one record", fix="check the path and the splits")
         return [Problem("error", "", str(error))]
     problems: list[Problem] = []
+    lacking: dict[str, list[str]] = {}
     for record in progress(records) if progress else records:
         about_text = conversation_errors(record, tokens) if has_text else _picture_errors(record)
-        errors = [*about_text, *_file_errors(record, check_pixels)]
+        errors = [*about_text, *file_errors(record, check_pixels)]
         problems += [Problem("error", record.id, str(error)) for error in errors]
-        if has_text and (warning := token_warning(record, tokens)):
-            problems.append(Problem("warning", record.id, warning))
+        if has_text and (kind := missing_kind(record, tokens)):
+            lacking.setdefault(kind, []).append(record.id)
+    for kind, names in lacking.items():
+        others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        what = {"mask": "a mask", "cls": "a label"}[kind]
+        message = f"record '{names[0]}'{others}: {what} but no {kind} token, so the {kind} head learns nothing from it"
+        problems.append(Problem("warning", names[0], message))
     labels = {target.label for record in records for target in record.targets} - {None}
     if len(labels) == 1:
         only = labels.pop()
@@ -206,7 +212,7 @@ def _picture_errors(record: Record) -> Iterable[DataFormatError]:
         )
 
 
-def _file_errors(record: Record, check_pixels: bool) -> Iterable[DataFormatError]:
+def file_errors(record: Record, check_pixels: bool) -> Iterable[DataFormatError]:
     """Images and masks that are missing, damaged, or do not fit each other.
 
     Without `check_pixels` headers are read, and only files that seem cut off are decoded: what is found here would

@@ -85,9 +85,7 @@ def run_model(
         queries_of(records, lambda record: question_turns(record, predictor.template)), with_text=with_text
     )
     with PredictionWriter(arguments.out) as writer:
-        for record, predictions in zip(
-            records, progress_bar(answers, total=len(records), unit="record", file=sys.stdout), strict=True
-        ):
+        for record, predictions in zip(records, progress_bar(answers, total=len(records), unit="record"), strict=True):
             for index, prediction in enumerate(predictions):
                 writer.write(prediction)
                 target = record.targets[index]
@@ -100,14 +98,15 @@ def run_model(
 
 def report_sample(record: Record, index: int, prediction: Prediction, mask: Any, f1: float | None) -> ReportSample:
     """The card of one image of a record; the image is read once more."""
+    is_judged = prediction.verdict_from != "nothing"
     return ReportSample(
         id=prediction.id,
         image=load_image(record.images[index], record.id, record.source),
         true_mask=mask,
         mask_scores=prediction.mask_scores,
         label_true=record.targets[index].label,
-        label_pred=None if prediction.verdict_from == "nothing" else prediction.label,
-        score=prediction.score,
+        label_pred=prediction.label if is_judged else None,
+        score=prediction.score if is_judged else None,
         f1=f1,
         text=prediction.text,
         parse_ok=prediction.parse_ok if prediction.text else None,
@@ -117,7 +116,8 @@ def report_sample(record: Record, index: int, prediction: Prediction, mask: Any,
 
 
 def refuse_unusable(records: Sequence[Record], predictor: Predictor) -> None:
-    """Every unreadable file or contradictory target at once, before the first prediction.
+    """What headers and the ends of files tell of images and masks that cannot be used, at once, before the first
+    prediction. Damage inside a file, or a mask that contradicts its label, ends the evaluation at its record.
 
     Raises:
         DataFormatError: no label at all, or a list of what cannot be used.
@@ -130,7 +130,7 @@ def refuse_unusable(records: Sequence[Record], predictor: Predictor) -> None:
             fix="use forensics predict for unlabelled images",
         )
     has_text = not predictor.bundle.base.reads_tower
-    validate_for_training(records, predictor.bundle.tokens, has_text=has_text, progress=_checked)
+    validate_for_training(records, predictor.bundle.tokens, check_pixels=False, has_text=has_text, progress=_checked)
     if len(labels) == 1:
         only = "tampered" if 1 in labels else "authentic"
         print(
@@ -140,7 +140,7 @@ def refuse_unusable(records: Sequence[Record], predictor: Predictor) -> None:
 
 
 def _checked(records: Sequence[Record]) -> Iterable[Record]:
-    """A bar while images and masks are decoded to see whether they can be."""
+    """A bar while the headers of images and masks are read."""
     return progress_bar(records, total=len(records), desc="checking", unit="record", leave=False)
 
 

@@ -110,7 +110,7 @@ class EvaluationResults:
             "localization": self.localization(),
             "authentic": self.false_alarms(),
             "text": self._text(),
-            "operations": self.operations(),
+            "operations": self.operations(threshold),
             "intervals": self.intervals(),
             "intervals_over_groups": self.intervals(over_groups=True) if self._has_groups() else {},
         }
@@ -150,9 +150,9 @@ class EvaluationResults:
         """Why a section of pixel metrics is empty, where the model is the reason."""
         return {} if self.with_masks else {"absent": NO_MASK_HEAD}
 
-    def operations(self) -> dict[str, dict[str, Any]]:
+    def operations(self, threshold: float = 0.5) -> dict[str, dict[str, Any]]:
         """Of each tampering operation that is known: `n`, image AUROC against all authentic images, pixel F1 at
-        `mask_threshold`.
+        `mask_threshold`, and `recall`, the share of its images called tampered.
 
         With `heads.operations` also `recognized`: the share whose likeliest operation is this one; kinds of one
         operation (`retouch.grain`) count as it, and every tampered image counts, found or not.
@@ -173,7 +173,14 @@ class EvaluationResults:
             ]
             both = len(set(labels.tolist())) == 2
             auroc = image_metrics(scores, labels, 0.5)["auroc"] if both else None
-            found[name] = {"n": int(labels.sum()), "auroc": auroc, "f1": _mean(pixels)}
+            called = [
+                judged and score >= threshold
+                for score, judged, label, origin in zip(
+                    self.scores, self.judged, self.labels, self.origins, strict=True
+                )
+                if label == 1 and origin.operation == name
+            ]
+            found[name] = {"n": int(labels.sum()), "auroc": auroc, "recall": _mean(called), "f1": _mean(pixels)}
             told = [
                 is_kind_of(said, name)
                 for said, label, origin in zip(self.told_operations, self.labels, self.origins, strict=True)

@@ -7,7 +7,6 @@ thresholds and the worst cases. The predictor sees images only, targets are read
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -135,7 +134,7 @@ def run_model(
     results = EvaluationResults(config.heatmap_threshold, with_text=False, with_masks=predictor.has_mask_head)
     pixels = PixelTable()
     judged: list[Judged] = []
-    progress = progress_bar(total=len(records), unit="record", file=sys.stdout)
+    progress = progress_bar(total=len(records), unit="record")
     with PredictionWriter(outputs.folder, outputs.predictions) as writer, progress:
         for record, _, predictions in predict_records(predictor, records, config.batch_size, config.num_workers):
             for index, prediction in enumerate(predictions):

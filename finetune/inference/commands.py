@@ -15,7 +15,7 @@ from tqdm import tqdm
 from finetune.config import GenerationConfig, ModelConfig
 from finetune.data.chat import load_template
 from finetune.data.images import load_image
-from finetune.data.validation import InvalidDataError, Problem
+from finetune.data.validation import InvalidDataError, Problem, file_errors
 from finetune.errors import ConfigError, DataFormatError, ModelLoadError
 from finetune.inference.calibrating import calibration_of
 from finetune.inference.output import PredictionWriter
@@ -24,7 +24,7 @@ from finetune.inference.queries import query_for_image
 from finetune.inference.visualization import overlay_mask
 from finetune.models.loading import load_bundle
 from finetune.progress import progress_bar
-from finetune.schema import ImageInput, Prediction
+from finetune.schema import ImageInput, ImageTarget, Prediction, Record
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 
@@ -113,19 +113,17 @@ def find_images(paths: list[str]) -> list[str]:
 
 
 def _refuse_unreadable(files: Sequence[str]) -> None:
-    """Every image that cannot be opened, before the first is judged.
+    """Every image whose header or end shows that it cannot be read, before the first is judged.
 
     Raises:
         InvalidDataError: names them.
     """
-    problems = []
+    problems: list[Problem] = []
     for file in progress_bar(
         files, total=len(files), desc="checking", unit="image", leave=False, disable=len(files) < 2
     ):
-        try:
-            load_image(ImageInput(path=file))
-        except DataFormatError as error:
-            problems.append(Problem("error", file, str(error)))
+        asked = Record(file, (ImageInput(path=file),), (ImageTarget(),))
+        problems += [Problem("error", file, str(error)) for error in file_errors(asked, check_pixels=False)]
     if problems:
         raise InvalidDataError(
             f"{len(problems)} of {len(files)} images cannot be read; remove them, or use forensics vision infer, which "

@@ -13,8 +13,8 @@ from finetune.schema import Polygon, Prediction
 
 
 class PredictionWriter:
-    """Writes one line per prediction as it comes; a context manager. Pictures that an earlier file of this name lists
-    are removed first, so that none is left of images that are not predicted now.
+    """Writes one line per prediction as it comes; a context manager. Where it ends well, pictures are removed that an
+    earlier file of this name lists and this one does not.
 
     A line: `{id, image_path, label, score, raw_score, mask_path, polygons, text, parse_ok, text_polygons, size_hw}`;
     `label` is the verdict (0 real, 1 tampered), `raw_score` the score before calibration, `mask_path` is relative to
@@ -27,24 +27,31 @@ class PredictionWriter:
         self.out_dir, self.name = Path(out_dir), name
         self._file: TextIO | None = None
         self._names: set[str] = set()
+        self._earlier: set[str] = set()
 
     def __enter__(self) -> PredictionWriter:
-        self._forget_earlier()
+        self._earlier = self._listed()
         (self.out_dir / "masks").mkdir(parents=True, exist_ok=True)
         self._file = (self.out_dir / self.name).open("w", encoding="utf-8")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+        if kind is None:
+            self._forget(self._earlier - {f"{stem}.png" for stem in self._names})
 
-    def _forget_earlier(self) -> None:
+    def _listed(self) -> set[str]:
+        """Names of the mask files that the file lists as an earlier run left it."""
         file = self.out_dir / self.name
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
-            match = re.search(r'"mask_path": "masks/([\w.-]+\.png)"', line)
-            if match:
-                for folder in ("masks", "overlays"):
-                    (self.out_dir / folder / match[1]).unlink(missing_ok=True)
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        return set(re.findall(r'"mask_path": "masks/([\w.-]+\.png)"', text))
+
+    def _forget(self, names: set[str]) -> None:
+        for folder in (self.out_dir / "masks", self.out_dir / "overlays"):
+            for path in () if folder.is_symlink() else (folder / name for name in sorted(names)):
+                if path.is_file():
+                    path.unlink()
 
     def write(self, prediction: Prediction) -> str:
         """Write one prediction; returns the file stem its pictures use."""

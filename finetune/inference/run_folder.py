@@ -41,9 +41,9 @@ def open_run(
         raise ConfigError(f"{folder} is a file; give a folder for the output")
     file = folder / RUN_FILE
     if file.is_file():
-        old = _read(file) if not overwrite else _read_any(file)
-        if overwrite and old.get("kind", new["kind"]) != new["kind"]:
-            raise ConfigError(f"{folder} {_difference(old, new)}, which is not replaced; give another folder")
+        old = _read(file)
+        if old.get("kind") != new["kind"]:
+            raise ConfigError(f"{folder} {_difference(old, new)}, which is never replaced; give another folder")
         if not overwrite:
             if old == new and can_continue:
                 return True
@@ -105,19 +105,11 @@ def _hash(file: Path) -> str:
     return f"sample:{digest.hexdigest()}"
 
 
-def _read_any(file: Path) -> dict[str, Any]:
-    """`_read`, and nothing where the file is damaged: it is about to be replaced."""
-    try:
-        return _read(file)
-    except ConfigError:
-        return {}
-
-
 def _read(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read; add --overwrite, or give another folder") from error
+        raise ConfigError(f"{file} cannot be read; give another folder, or remove this one") from error
     return value if isinstance(value, dict) else {}
 
 

@@ -161,7 +161,10 @@ class QwenForensicsForConditionalGeneration(VisionHeadRunner, Qwen2_5_VLForCondi
                 image = self._add_stream(seen.vision, seen.stream, image_grid_thw)
                 mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": image}
                 pixel_values = None
-        if has_text and pixel_values is not None and image_grid_thw is not None:  # no head asks: still without a graph
+        is_plain = pixel_values_videos is None and "image" not in (mm_encoder_outputs or {})
+        if (
+            has_text and is_plain and pixel_values is not None and image_grid_thw is not None
+        ):  # no head: no graph either
             image = self._encode_images(pixel_values, image_grid_thw, keeps_blocks=False)
             mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": image}
             pixel_values = None

@@ -94,7 +94,11 @@ def check_config(config: RunConfig) -> list[Problem]:
         for source in sources:
             try:
                 records, found = check_data_file(
-                    source, tokens, has_text=not config.reads_pictures_only, layout=config.data.layout
+                    source,
+                    tokens,
+                    has_text=not config.reads_pictures_only,
+                    layout=config.data.layout,
+                    heads_read_text=config.heads.enabled and config.heads.source != "vision",
                 )
             except ForensicsError as error:
                 problems.append(_error(str(error)))
@@ -116,13 +120,18 @@ def check_config(config: RunConfig) -> list[Problem]:
 
 
 def check_data_file(
-    source: SourceConfig, tokens: SpecialTokens, has_text: bool = True, layout: Layout = "tokens_first"
+    source: SourceConfig,
+    tokens: SpecialTokens,
+    has_text: bool = True,
+    layout: Layout = "tokens_first",
+    heads_read_text: bool = True,
 ) -> tuple[list[Record], list[Problem]]:
     """The records of a file that can be read, and every problem of the file, its images, masks and tokens' places.
 
     Args:
         has_text: False for a run on pictures alone, which looks at no conversation.
         layout: where tokens are put that a conversation lacks.
+        heads_read_text: False where no head stands on the tokens, so that no answer can leak into one.
     """
     records, problems = check_file(
         source.path,
@@ -137,7 +146,9 @@ def check_data_file(
     leaking = [
         record.id
         for record in records
-        if has_text and (leaks(record, template, tokens, layout) if record.turns else layout == "text_first")
+        if has_text
+        and heads_read_text
+        and (leaks(record, template, tokens, layout) if record.turns else layout == "text_first")
     ]
     if leaking:
         more = f" and {len(leaking) - 1} more" if len(leaking) > 1 else ""

@@ -203,6 +203,7 @@ def _show_messages(level: int) -> None:
     package.setLevel(level)
     if not package.hasHandlers():
         package.addHandler(logging.StreamHandler())
+        package.propagate = False  # or each message comes twice where somebody sets up logging later
 
 
 def _model_config(config: RunConfig) -> ModelConfig:

@@ -103,7 +103,7 @@ def test_contradictions_are_named(tmp_path: Path) -> None:
         (ImageTarget(1, polygons=()), "label 1 .tampered. with an empty mask"),
         (ImageTarget(1, mask_size_hw=(60, 80)), "label 1 .tampered. with an empty mask"),
         (ImageTarget(1, polygons=(((2.1, 2.1), (2.4, 2.1), (2.4, 2.4)),)), "label 1 .tampered. with an empty mask"),
-        (ImageTarget(1, polygons=(((0.1, 0.1), (0.9, 0.1), (1.0, 0.9)),)), r"polygons lie in 0..1.*multiply x by"),
+        (ImageTarget(1, polygons=(((0.1, 0.0), (0.9, 0.1), (1.0, 0.9)),)), r"polygons lie in 0..1.*multiply x by"),
         (
             ImageTarget(1, polygons=(((0.0, 0.0), (999.0, 0.0), (999.0, 50.0)),)),
             r"polygon leaves.*x in 0\.\.80, y in 0\.\.60",
@@ -203,3 +203,10 @@ def test_resize_mask_is_the_half_area_rule() -> None:
     small = resize_mask(big, (17, 23))
     assert small.dtype == np.uint8
     assert abs(small.mean() - big.mean()) < 0.02
+
+
+def test_a_corner_pixel_is_no_share() -> None:
+    corner = (((0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)),)
+    mask = load_mask(ImageTarget(1, polygons=corner), (64, 64))
+    assert mask is not None
+    assert mask.sum() == 1

@@ -222,8 +222,8 @@ def test_tokens_that_have_read_the_answer(photo: str, answers: list[str], leaks:
 
 @pytest.mark.parametrize(
     "written",
-    ["＜cls＞", "<CLS>", "< cls >", "<mask1>", "<mask_x>", "<mask-1>", "‹mask＿1›", "<mask>", "<mask_1..32>",
-     "<Mask_3>", "〈cls〉", "<cls_>", "<mask 7>"],
+    ["＜cls＞", "<CLS>", "< cls >", "<mask1>", "<mask-1>", "‹mask＿1›", "<mask_1..32>", "<Mask_3>", "〈cls〉",
+     "<mask 7>", "<mask_1 - mask_32>", "＜mask_1＞"],
 )  # fmt: skip
 def test_a_misspelt_token_is_no_plain_text(photo: str, written: str) -> None:
     (problem,) = messages([record(photo, written + " fake")])
@@ -234,10 +234,15 @@ def test_a_misspelt_token_is_no_plain_text(photo: str, written: str) -> None:
 
 @pytest.mark.parametrize(
     "written",
-    ["<class>", "<masked>", "a < clsx > b", "mask_1", "<cls", "1 < mask and mask > 0", "<masks>", "</mask_area>"],
-)
+    ["<mask>", "List<Mask>", "《Mask》", "<mask_token>", "<mask" + " " * 20_000, "<class>", "<masked>", "a < clsx > b",
+     "mask_1", "<cls", "1 < mask and mask > 0", "<masks>", "</mask_area>"],
+)  # fmt: skip
 def test_other_words_are_left_alone(photo: str, written: str) -> None:
     assert messages([record(photo, RUN + written)]) == []
+
+
+def test_a_text_without_images_may_hold_anything() -> None:
+    assert messages([Record("r", (), (), (Turn("user", "?"), Turn("assistant", "write <CLS> and <mask1>")))]) == []
 
 
 def test_tokens_before_their_image_are_refused(photo: str) -> None:
@@ -264,10 +269,13 @@ def test_tokens_of_one_kind_alone_are_warned_about(photo: str) -> None:
     mask = str(Path(photo).parent / "m.png")
     found = check_records([record(photo, "<cls>fake", label=1, mask_path=mask), record(photo, RUN, label=0)], TOKENS)
     assert [problem.severity for problem in found] == ["warning"]
-    assert "has a mask but no mask token" in found[0].message
+    assert "record 'r': a mask but no mask token" in found[0].message
+    many = [record(photo, "<cls>fake", label=1, mask_path=mask)] * 3 + [record(photo, "<cls>real", label=0)] * 3
+    (problem,) = check_records(many, TOKENS)  # one line, and not of authentic images, which need no mask
+    assert "record 'r' and 2 others" in problem.message
     found = check_records([record(photo, "<mask_1> - <mask_4>", label=1), record(photo, RUN, label=0)], TOKENS)
     assert [problem.severity for problem in found] == ["warning"]
-    assert "has a label but no cls token" in found[0].message
+    assert "a label but no cls token" in found[0].message
 
 
 def test_a_file_that_only_seems_cut_off_is_decoded_and_kept(photo: str, tmp_path: Path) -> None:
@@ -303,7 +311,7 @@ def test_a_key_written_twice_is_named(photo: str, tmp_path: Path, suffix: str) -
     assert [record.id for record in records] == ["a"]
     messages_found = [problem.message for problem in problems if problem.severity == "error"]
     assert len(messages_found) == 1
-    assert "the key 'label' stands twice in one record" in messages_found[0]
+    assert "the key 'label' stands twice in one object, with different values" in messages_found[0]
     assert f"d{suffix}" in messages_found[0]
 
 
@@ -331,3 +339,19 @@ def test_json_written_by_hand_is_told_what_to_type(tmp_path: Path, suffix: str, 
 def test_a_windows_path_is_told_what_to_write(photo: str) -> None:
     (message,) = messages([record("D:\\data\\a.png", RUN)])
     assert "(write / instead of" in message
+
+
+def test_a_key_given_twice_with_one_value_loses_nothing(photo: str, tmp_path: Path) -> None:
+    line = '{"id": "a", "image": "a.jpg", "label": 0, "provenance": {"exif": {"Make": "x", "Make": "x"}}}'
+    (tmp_path / "d.jsonl").write_text(line)
+    assert [problem.severity for problem in check_file(tmp_path / "d.jsonl", TOKENS)[1]] == ["warning"]  # one class
+
+
+def test_a_file_that_may_not_be_opened_is_one_line(photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    assert seems_cut_off(photo) is False
+    (message,) = messages([record(photo, RUN)], check_pixels=False)
+    assert "record 'r'" in message

@@ -65,6 +65,7 @@ def test_operations_are_told_apart_and_groups_are_drawn_whole() -> None:
         expected = roc_auc_score([0] * 40 + [1] * 40, scores[""] + scores[name])
         assert metrics["operations"][name]["auroc"] == pytest.approx(expected)
         assert metrics["operations"][name]["n"] == 40
+        assert metrics["operations"][name]["recall"] == np.mean(np.array(scores[name]) >= 0.5)
         assert metrics["operations"][name]["f1"] == 1.0
     assert set(metrics["operations"]) == {"splice", "erase"}
     narrow, wide = metrics["intervals"]["image.auroc"], metrics["intervals_over_groups"]["image.auroc"]

@@ -71,9 +71,12 @@ def test_another_kind_of_run_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "results.jsonl").exists()
 
 
-def test_a_damaged_note_is_replaced_only_when_asked(tmp_path: Path) -> None:
-    take(tmp_path)
-    (tmp_path / RUN_FILE).write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        take(tmp_path)
-    assert take(tmp_path, overwrite=True) is False
+@pytest.mark.parametrize("note", ["{", "[]", '{"name": "of another tool", "step": 3}'])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_note_that_is_not_ours_is_never_replaced(tmp_path: Path, note: str, overwrite: bool) -> None:
+    fill(tmp_path)
+    (tmp_path / RUN_FILE).write_text(note)
+    with pytest.raises(ConfigError, match=r"give another folder"):
+        take(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "results.jsonl").exists()
+    assert (tmp_path / RUN_FILE).read_text() == note

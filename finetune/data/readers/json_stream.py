@@ -139,16 +139,16 @@ KEEP_ONE = "keep the one that is meant"
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys must differ: of two values the last one would count, and nobody would know.
+    """A JSON object that does not give one key two values: the last one would count, and nobody would know.
 
     Raises:
-        RepeatedKeyError: they do not.
+        RepeatedKeyError: it does.
     """
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise RepeatedKeyError(f"the key {shorten(twice)} stands twice in one record")
+        for key, value in pairs:
+            if value != found[key]:
+                raise RepeatedKeyError(f"the key {shorten(key)} stands twice in one object, with different values")
     return found
 
 

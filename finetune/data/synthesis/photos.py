@@ -107,7 +107,7 @@ def find_photos(
 
     Args:
         photos_dir: folder searched recursively, or None for the packaged photographs.
-        held_out_fraction: share of a user's photographs for `eval`, at least one and not all. The choice follows the
+        held_out_fraction: share of a user's scenes for `eval`, at least one and not all. The choice follows the
             hash of each file's content, not names or order; files that show the same picture stay on one side. The
             packaged ones have a fixed assignment.
         workers: processes that decode a user's photographs to check them; 0 means one per core.
@@ -137,22 +137,23 @@ def _split_photos(root: Path, held_out_fraction: float, workers: int, progress: 
     for numbers in _index_of(found, workers).alike():  # the same picture saved twice: one scene
         for number in numbers:
             found[number] = replace(found[number], group=found[numbers[0]].group)
-    first_digest: dict[str, str] = {}
+    digests: dict[str, list[str]] = {}
     for photo in found:
-        first_digest[photo.group] = min(photo.sha256, first_digest.get(photo.group, photo.sha256))
-    if len(first_digest) < 2:
+        digests.setdefault(photo.group, []).append(photo.sha256)
+    if len(digests) < 2:
         raise ForensicsError(
             f"photos folder {str(root)!r} holds one picture {len(found)} times, need at least 2 that differ (one to "
             f"train on, one held out); {_refused(rejected)}"
         )
-    wanted = max(1, round(held_out_fraction * len(found)))
-    held_out: list[Photo] = []
-    for group in sorted(first_digest, key=lambda name: first_digest[name])[:-1]:
-        if len(held_out) < wanted:
-            held_out += [photo for photo in found if photo.group == group]
-    groups = {photo.group for photo in held_out}
-    photos = tuple(replace(photo, split="eval") if photo.group in groups else photo for photo in found)
+    held_out = min(len(digests) - 1, max(1, round(held_out_fraction * len(digests))))
+    chosen = set(sorted(digests, key=lambda group: _joint_digest(digests[group]))[:held_out])
+    photos = tuple(replace(photo, split="eval") if photo.group in chosen else photo for photo in found)
     return PhotoSet(photos, tuple(rejected))
+
+
+def _joint_digest(digests: Sequence[str]) -> str:
+    """What a scene is sorted by: its only file's digest, or one of them all, so that many files are one ticket."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
 def _add_photos(known: PhotoSet, root: Path, workers: int, progress: bool) -> PhotoSet:

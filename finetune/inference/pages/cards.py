@@ -42,7 +42,7 @@ class ReportSample:
         mask_scores: (H, W) in [0, 1], or None when no mask head ran.
         label_true: 0 real, 1 tampered, None unknown.
         label_pred: the verdict, 0 or 1; None where there is none.
-        score: probability that the image is tampered, in [0, 1].
+        score: probability that the image is tampered, in [0, 1]; None where there is no verdict.
         f1: pixel F1 at the threshold, None on authentic images.
         text: generated answer.
         parse_ok: whether `text` is the JSON asked for; None when no text was generated.
@@ -56,7 +56,7 @@ class ReportSample:
     mask_scores: NDArray[np.generic] | None = field(repr=False)
     label_true: int | None
     label_pred: int | None
-    score: float
+    score: float | None
     f1: float | None = None
     text: str = ""
     parse_ok: bool | None = None

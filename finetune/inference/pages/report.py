@@ -107,9 +107,9 @@ def _score_charts(scored: ScoreSets, threshold: float) -> str:
 
 def _scores_of(samples: Sequence[ReportSample]) -> tuple[list[int], list[float]]:
     known = [
-        (sample.label_true, float(sample.score))
+        (sample.label_true, score)
         for sample in samples
-        if sample.label_true is not None and as_number(sample.score) is not None
+        if sample.label_true is not None and (score := as_number(sample.score)) is not None
     ]
     return [label for label, _ in known], [score for _, score in known]
 

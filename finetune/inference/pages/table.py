@@ -123,7 +123,7 @@ def operations_html(metrics: Mapping[str, Any]) -> str:
     found = {name: _mapping(row) for name, row in _mapping(metrics.get("operations")).items()}
     if not found:
         return ""
-    columns = [("auroc", "AUROC", "AUROC"), ("f1", "像素 F1", "Pixel F1")]
+    columns = [("auroc", "AUROC", "AUROC"), ("recall", "检出率", "Detected"), ("f1", "像素 F1", "Pixel F1")]
     if any("recognized" in row for row in found.values()):
         columns.append(("recognized", "操作判断正确率", "Operation told right"))
     head = "".join(f'<th scope="col">{bilingual(zh, en)}</th>' for _, zh, en in columns)

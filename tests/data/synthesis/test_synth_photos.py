@@ -52,9 +52,20 @@ def test_the_same_picture_saved_again_stays_on_one_side(tmp_path: Path) -> None:
     sides = {split: {photo.group for photo in photos.of(split)} for split in ("train", "eval")}
     assert not sides["train"] & sides["eval"]
     assert len(photos.of("eval")) == 6
-    for fraction in (0.01, 0.99):
-        found = find_photos(tmp_path, held_out_fraction=fraction)
-        assert 2 <= len(found.of("eval")) <= 10
+    assert len(find_photos(tmp_path, held_out_fraction=0.01).of("eval")) == 2
+    assert len(find_photos(tmp_path, held_out_fraction=0.99).of("eval")) == 10
+
+
+def test_many_files_of_one_picture_are_one_ticket(tmp_path: Path) -> None:
+    """Twenty scenes and twenty copies of one: a tenth of the scenes is held out, not whichever has most files."""
+    for seed in range(20):
+        save_texture(tmp_path / f"{seed}.png", seed)
+    for quality in range(60, 80):
+        Image.open(tmp_path / "0.png").save(tmp_path / f"copy{quality}.jpg", quality=quality)
+    photos = find_photos(tmp_path, held_out_fraction=0.1)
+    assert len(photos.photos) == 40
+    assert len({photo.group for photo in photos.of("eval")}) == 2
+    assert len({photo.group for photo in photos.of("train")}) == 18
 
 
 def test_one_picture_saved_twice_is_not_enough(tmp_path: Path) -> None:

@@ -301,14 +301,14 @@ def test_operations_as_told_are_shown_where_a_model_tells_them() -> None:
 
 def test_operations_of_all_images_replace_those_of_the_shown_ones() -> None:
     rows = {
-        "splice": {"n": 52, "auroc": 0.91, "f1": 0.72, "recognized": 0.846},
+        "splice": {"n": 52, "auroc": 0.91, "recall": 0.8, "f1": 0.72, "recognized": 0.846},
         "<b>": {"n": 3, "auroc": None, "f1": None},
     }
     wide = {"intervals_over_groups": {"image.auroc": [0.792, 0.923], "localization.f1": [None, None]}}
     page = render_report(title="t", metrics={"operations": rows, **wide}, samples=[sample("a")])
     assert "By operation (all images)" in page
     assert "samples below" not in page
-    assert "<td>52</td><td>0.910</td><td>0.720</td><td>0.846</td>" in page
+    assert "<td>52</td><td>0.910</td><td>0.800</td><td>0.720</td><td>0.846</td>" in page
     assert "<b></th>" not in page
     assert "whole groups (photographs, scenes): AUROC 0.792 – 0.923." in page
     plain = render_report(title="t", metrics={}, samples=[sample("a")])
