@@ -45,6 +45,32 @@ def test_text_logits_are_the_base_class_s(checkpoint: Path, photo_records: Path,
     assert (output.cls_logits is None) == (heads.get("enabled") is False)
 
 
+def test_images_beside_a_video_are_left_to_the_base_class(tied: Path) -> None:
+    """transformers takes videos only where it runs the tower itself."""
+    bundle = load(tied, enabled=False)
+    config = bundle.base.config
+    torch.manual_seed(0)
+    pixels, grid = torch.randn(16, 1176), torch.tensor([[1, 4, 4]])
+    image, video = [config.image_token_id] * 4, [config.video_token_id] * 4
+    start, end = config.vision_start_token_id, config.vision_end_token_id
+    ids = torch.tensor([[5, start, *image, end, start, *video, end, 7]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == image[0]) * 1 + (ids == video[0]) * 2,
+        "pixel_values": pixels,
+        "image_grid_thw": grid,
+        "pixel_values_videos": pixels.flip(0),
+        "video_grid_thw": grid,
+        "second_per_grid_ts": torch.tensor([1.0]),
+    }
+    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(tied, dtype=torch.float32).eval()
+    with torch.no_grad():
+        base.get_input_embeddings().weight.copy_(bundle.base.get_input_embeddings().weight)
+        base.get_output_embeddings().weight.copy_(bundle.base.get_output_embeddings().weight)
+        assert torch.equal(bundle.model(**inputs).logits, base(**inputs).logits)
+
+
 def test_heads_stay_silent_without_tokens(tied: Path, photo_records: Path) -> None:
     bundle = load(tied)
     samples = without_tokens(bundle, samples_of(bundle, record_named(photo_records, *NAMES)))
