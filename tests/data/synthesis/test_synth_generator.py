@@ -381,7 +381,8 @@ def test_an_operation_that_cannot_show_gives_way_to_another_on_the_same_host(tmp
 def test_a_flat_user_photo_is_named(tmp_path: Path) -> None:
     for index in range(2):
         image = np.full((300, 300, 3), 40 * (index + 1), dtype=np.uint8)
-        image[:90, :90] = 255  # bright corner: not one flat colour, but most crops are
+        corner = image[:90, :90] if index else image[210:, 210:]
+        corner[:] = 255  # bright corner: not one flat colour, but most crops are
         Image.fromarray(image).save(tmp_path / f"flat{index}.png")
     config = SynthConfig(num_val=0,
         num_train=40, num_eval=0, photos_dir=str(tmp_path), workers=1, operations={"retouch": 1},
