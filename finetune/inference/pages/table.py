@@ -69,6 +69,9 @@ ROWS: tuple[MetricRow, ...] = (
     MetricRow("text", "n_parsed", "可解析数量", "Answers parsed", "count"),
 )
 
+ONLY_WHERE_PRESENT = frozenset({"image.n_without_verdict"})
+"""Rows of what most runs do not have: no row of dashes stands for them."""
+
 BASELINE_NAMES: dict[str, tuple[str, str]] = {
     "ela": ("误差水平 ELA", "error levels (ELA)"),
     "noise_variance": ("局部噪声", "noise variance"),
@@ -77,7 +80,7 @@ BASELINE_NAMES: dict[str, tuple[str, str]] = {
 
 def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
     """The known rows, then every other number that stands in one of the groups, under its own key."""
-    rows = list(ROWS)
+    rows = [row for row in ROWS if row.path not in ONLY_WHERE_PRESENT or as_number(value_of(metrics, row)) is not None]
     known = {row.path for row in rows}
     for group in GROUPS:
         for key, value in _mapping(metrics.get(group)).items():

@@ -15,7 +15,7 @@ from finetune.inference.pages.cards import TOTAL_IMAGE_BYTES, cards_html
 from finetune.inference.pages.charts import histogram, roc_points, thin, ticks, training_charts
 from finetune.inference.pages.markup import DASH, format_number, format_seconds
 from finetune.inference.pages.report import ReportSample, format_table, render_report
-from finetune.inference.pages.table import ROWS, display_width, metric_rows
+from finetune.inference.pages.table import ONLY_WHERE_PRESENT, ROWS, display_width, metric_rows
 
 METRICS = {
     "image": {"auroc": 0.93, "f1": 0.8, "ece": 0.07, "n_real": 120, "n_fake": 118},
@@ -206,7 +206,7 @@ def test_table_of_nothing_is_only_a_head():
 
 def test_unknown_numbers_of_a_group_get_a_row():
     rows = metric_rows({"localization": {"permuted_f1": 0.6, "note": "text"}})
-    assert len(rows) == len(ROWS) + 1
+    assert len(rows) == len(ROWS) - len(ONLY_WHERE_PRESENT) + 1
     assert "permuted_f1" in format_table({"localization": {"permuted_f1": 0.6}})
 
 
@@ -314,3 +314,9 @@ def test_operations_of_all_images_replace_those_of_the_shown_ones() -> None:
     plain = render_report(title="t", metrics={}, samples=[sample("a")])
     assert "samples below" in plain
     assert "whole groups" not in plain
+
+
+def test_images_without_a_verdict_have_a_row_only_where_there_are_some() -> None:
+    for metrics, count in (({"image": {"auroc": 0.5}}, 0), ({"image": {"auroc": 0.5, "n_without_verdict": 7}}, 1)):
+        page = render_report(title="t", metrics=metrics, samples=[])
+        assert page.count("Images without a verdict") == count
