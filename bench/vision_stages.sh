@@ -27,7 +27,7 @@ while (($#)); do
         --quickstart) QUICK="$(value "$@")"; shift 2 ;;
         --out) OUT="$(value "$@")"; shift 2 ;;
         --num-train) IMAGES="$(value "$@")"; shift 2 ;;
-        --photos | --train-photos) photos+=("$1" "$(cd "$(value "$@")" && pwd)"); shift 2 ;;
+        --photos | --train-photos) named="$(folder "$1" "$(value "$@")")"; photos+=("$1" "$named"); shift 2 ;;
         -h | --help) usage; exit 0 ;;
         *=*) extra+=("$1"); shift ;;
         *) usage >&2; fail "unknown argument '$1'" ;;

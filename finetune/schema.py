@@ -146,6 +146,11 @@ class Prediction:
     verdict_from: VerdictSource = "head"
 
     @property
+    def is_judged(self) -> bool:
+        """Whether there is a verdict at all."""
+        return self.verdict_from != "nothing"
+
+    @property
     def operation(self) -> str:
         """The likeliest way it was tampered, if it was; "" where the model cannot tell.
 

@@ -33,6 +33,13 @@ value() {
 # A path as seen from the folder the script was called in; empty stays empty.
 absolute() { if [[ -z "$1" || "$1" == /* ]]; then printf '%s' "$1"; else printf '%s/%s' "$PWD" "$1"; fi; }
 
+# folder OPTION DIR: the whole path of a folder that is there, or nothing where no DIR is given.
+folder() {
+    [[ -n "$2" ]] || return 0
+    [[ -d "$2" ]] || fail "$1: no folder '$2'"
+    (cd "$2" && pwd)
+}
+
 # Override values are YAML: quoted, any path is a string.
 yaml() { printf "'%s'" "${1//\'/\'\'}"; }
 

@@ -30,11 +30,6 @@ while (($#)); do
     esac
 done
 if [[ -n "$LIMIT" ]]; then is_seconds "$LIMIT"; fi
-folder() { # folder OPTION DIR: its whole path, or nothing where no DIR is given
-    [[ -n "$2" ]] || return 0
-    [[ -d "$2" ]] || fail "$1: no folder '$2'"
-    (cd "$2" && pwd)
-}
 PHOTOS="$(folder --photos "$PHOTOS")"
 TRAIN_PHOTOS="$(folder --train-photos "$TRAIN_PHOTOS")"
 OUT="$(absolute "$OUT")"

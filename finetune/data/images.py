@@ -58,7 +58,7 @@ def image_size_hw(image: ImageInput, record_id: str | None = None, source: str |
         return (width, height) if orientation(opened) in _SIDEWAYS else (height, width)
 
 
-def find_fix(path: str) -> str:
+def missing_file_advice(path: str) -> str:
     """What to do about a file that is not there."""
     return "check the path and the data root" + (" (write / instead of \\)" if "\\" in path else "")
 
@@ -196,7 +196,7 @@ def _open(image: ImageInput, record_id: str | None, source: str | None, field: s
         try:
             num_bytes = os.stat(image.path).st_size
         except FileNotFoundError as error:
-            raise refuse("image file not found", find_fix(image.path)) from error
+            raise refuse("image file not found", missing_file_advice(image.path)) from error
         except (OSError, ValueError) as error:
             raise refuse(f"image file cannot be opened ({error})", "check the path and its permissions") from error
         if not os.path.isfile(image.path):

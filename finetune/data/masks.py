@@ -46,20 +46,15 @@ def load_mask(
 
     if not target.has_mask:
         return None
+    check_mask_size(target, size_hw, record_id, source)
     mask = np.zeros(size_hw, np.uint8)  # (H, W)
-    field = "label"
+    field = "mask_path" if target.mask_size_hw else "label"
     if target.mask_path:
         field = "mask_path"
-        mask = _read_mask_file(target, size_hw, record_id, source)
+        mask = _read_mask_file(target.mask_path, record_id, source)
     elif target.polygons is not None:
         field = "polygons"
-        _check_polygon_frame(target.polygons, size_hw, record_id, source)
         mask = rasterize_polygons(target.polygons, size_hw)
-    elif target.mask_size_hw:
-        field = "mask_path"
-        _check_size(
-            target.mask_size_hw, size_hw, f"{target.mask_size_hw[0]}x{target.mask_size_hw[1]}", record_id, source
-        )
     num_tampered = int(mask.sum())
     if target.label == 0 and num_tampered:
         raise refuse(
@@ -87,7 +82,11 @@ def check_mask_size(
         DataFormatError: as `load_mask`.
     """
     if target.mask_path:
-        _mask_file_size(target.mask_path, size_hw, record_id, source)
+        try:
+            found_hw = image_size_hw(ImageInput(path=target.mask_path))
+        except DataFormatError as error:
+            raise _about_mask(error, target.mask_path, record_id, source) from error
+        _check_size(found_hw, size_hw, target.mask_path, record_id, source)
     elif target.polygons is not None:
         _check_polygon_frame(target.polygons, size_hw, record_id, source)
     elif target.mask_size_hw:
@@ -216,11 +215,7 @@ def resize_mask(mask: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     return (area >= 0.5 - 1e-6).astype(np.uint8)  # float32 averages of exactly one half come out a hair below
 
 
-def _read_mask_file(
-    target: ImageTarget, size_hw: tuple[int, int], record_id: str | None, source: str | None
-) -> np.ndarray:
-    path = target.mask_path or ""
-    _mask_file_size(path, size_hw, record_id, source)
+def _read_mask_file(path: str, record_id: str | None, source: str | None) -> np.ndarray:
     try:
         return binarize_mask(decode(ImageInput(path=path), field="mask_path"))
     except DataFormatError as error:
@@ -234,15 +229,6 @@ def _read_mask_file(
             found=path,
             fix="save it as PNG with 255 for tampered and 0 for the rest",
         ) from error
-
-
-def _mask_file_size(path: str, size_hw: tuple[int, int], record_id: str | None, source: str | None) -> None:
-    """Refuse a mask file whose header cannot be read or tells another size than the image's."""
-    try:
-        found_hw = image_size_hw(ImageInput(path=path))
-    except DataFormatError as error:
-        raise _about_mask(error, path, record_id, source) from error
-    _check_size(found_hw, size_hw, path, record_id, source)
 
 
 def _about_mask(error: DataFormatError, path: str, record_id: str | None, source: str | None) -> DataFormatError:

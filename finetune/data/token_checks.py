@@ -15,6 +15,11 @@ from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 _ABSURD_TOKEN = re.compile(r"<(?:cls|mask)_\d{5,}>")
 
 
+def record_error(record: Record, problem: str, **details: str) -> DataFormatError:
+    """An error that names a record and where it stands."""
+    return DataFormatError(problem, record=record.id, source=record.source or None, **details)
+
+
 def expanded(text: str, tokens: SpecialTokens) -> str:
     """The shorthand written out, unless a slip of the keyboard asks for billions (`<mask_1> - <mask_999999999>`)."""
     return text if _ABSURD_TOKEN.search(text) else tokens.expand(text)
@@ -55,9 +60,9 @@ def token_errors(record: Record, tokens: SpecialTokens, num_images: int) -> Iter
             fix="correct the spelling, or leave the tokens out: they are put in by data.layout",
         )
         return
-    answers = [expanded(content, tokens) for content in said]
-    unknown = list(dict.fromkeys(token for answer in answers for token in tokens.unknown(answer)))
-    found = [match.group() for answer in answers for match in tokens.find(answer)]
+    unknown = list(dict.fromkeys(token for content in said for token in tokens.unknown(expanded(content, tokens))))
+    order = _reading_order(record, tokens)
+    found = [what for what in order if what != IMAGE_PLACEHOLDER]
     for kind, run in (("cls", tokens.cls), ("mask", tokens.mask)):
         bad = [token for token in unknown if token.startswith(f"<{kind}")]
         if bad:
@@ -70,14 +75,19 @@ def token_errors(record: Record, tokens: SpecialTokens, num_images: int) -> Iter
             )
             continue
         sequence = [token for token in found if token.startswith(f"<{kind}")]
-        if sequence == list(run) * num_images and (early := _early_run(record, tokens, kind, len(run))):
+        is_whole = sequence == list(run) * num_images
+        if (
+            is_whole
+            and order.count(IMAGE_PLACEHOLDER) == len(record.images)
+            and (early := _early_run(order, kind, run))
+        ):
             yield record_error(
                 record,
                 f"the {kind} tokens of image {early} stand before it, where the model has not seen it",
                 expected="each run behind its <image>",
                 fix="move them into an answer that comes after the image",
             )
-        if not sequence or sequence == list(run) * num_images:
+        if not sequence or is_whole:
             continue
         expected_count = num_images * len(run)
         expected = f"none, or {_spelled(run)} once for each of the {num_images} images ({expected_count} tokens)"
@@ -100,23 +110,28 @@ def token_errors(record: Record, tokens: SpecialTokens, num_images: int) -> Iter
             )
 
 
-def _early_run(record: Record, tokens: SpecialTokens, kind: str, run_length: int) -> int:
-    """Number of the first image whose run begins before it, counted from 1; 0 where each comes after its image, or the
-    conversation does not say where the images stand."""
-    if sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in record.turns) != len(record.images):
-        return 0
-    num_images = num_tokens = 0
+def _reading_order(record: Record, tokens: SpecialTokens) -> list[str]:
+    """Images of a conversation, each as `<image>`, and forensic tokens of its answers, in the order a model reads."""
+    order: list[str] = []
     for turn in record.turns:
-        content = expanded(turn.content, tokens) if turn.role == "assistant" else turn.content
-        places = [(match.start(), match.group()) for match in tokens.find(content)]
+        is_answer = turn.role == "assistant"
+        content = expanded(turn.content, tokens) if is_answer else turn.content
+        places = [(match.start(), match.group()) for match in (tokens.find(content) if is_answer else ())]
         places += [(match.start(), IMAGE_PLACEHOLDER) for match in re.finditer(IMAGE_PLACEHOLDER, content)]
-        for _, what in sorted(places):
-            if what == IMAGE_PLACEHOLDER:
-                num_images += 1
-            elif what.startswith(f"<{kind}"):
-                if num_tokens // run_length >= num_images:
-                    return num_tokens // run_length + 1
-                num_tokens += 1
+        order += [what for _, what in sorted(places)]
+    return order
+
+
+def _early_run(order: Sequence[str], kind: str, run: Sequence[str]) -> int:
+    """Number of the first image whose run of a kind begins before it, counted from 1; 0 where each comes after."""
+    num_images = num_tokens = 0
+    for what in order:
+        if what == IMAGE_PLACEHOLDER:
+            num_images += 1
+        elif what.startswith(f"<{kind}"):
+            if num_tokens // len(run) >= num_images:
+                return num_tokens // len(run) + 1
+            num_tokens += 1
     return 0
 
 
@@ -150,7 +165,3 @@ def _unknown_token_fix(kind: str, bad: list[str], num_known: int) -> str:
     return f"set tokens.num_{kind}: {largest}, or write " + (
         "<cls>" if num_known == 1 else f"<{kind}_1> - <{kind}_{num_known}>"
     )
-
-
-def record_error(record: Record, problem: str, **details: str) -> DataFormatError:
-    return DataFormatError(problem, record=record.id, source=record.source or None, **details)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from finetune.data.containers import backing_file
 from finetune.data.image_size import MAX_ASPECT, too_narrow
-from finetune.data.images import find_fix, image_size_hw, load_image, seems_cut_off
+from finetune.data.images import image_size_hw, load_image, missing_file_advice, seems_cut_off
 from finetune.data.masks import check_mask_size, load_mask
 from finetune.data.readers import scan_records
 from finetune.data.token_checks import missing_kind, record_error, token_errors
@@ -233,7 +233,7 @@ def file_errors(record: Record, check_pixels: bool) -> Iterable[DataFormatError]
                     f"{kind} file not found",
                     field=f"{kind}s",
                     found=path,
-                    fix=find_fix(path),
+                    fix=missing_file_advice(path),
                 )
             else:
                 is_cut_off = is_cut_off or (backing_file(path) == path and seems_cut_off(path))

@@ -98,15 +98,14 @@ def run_model(
 
 def report_sample(record: Record, index: int, prediction: Prediction, mask: Any, f1: float | None) -> ReportSample:
     """The card of one image of a record; the image is read once more."""
-    is_judged = prediction.verdict_from != "nothing"
     return ReportSample(
         id=prediction.id,
         image=load_image(record.images[index], record.id, record.source),
         true_mask=mask,
         mask_scores=prediction.mask_scores,
         label_true=record.targets[index].label,
-        label_pred=prediction.label if is_judged else None,
-        score=prediction.score if is_judged else None,
+        label_pred=prediction.label if prediction.is_judged else None,
+        score=prediction.score if prediction.is_judged else None,
         f1=f1,
         text=prediction.text,
         parse_ok=prediction.parse_ok if prediction.text else None,

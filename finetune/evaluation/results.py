@@ -67,7 +67,7 @@ class EvaluationResults:
             self.scores.append(prediction.score)
             self.raw_scores.append(prediction.raw_score)
             self.labels.append(label)
-            self.judged.append(prediction.verdict_from != "nothing")
+            self.judged.append(prediction.is_judged)
             self.origins.append(origin)
             self.told_operations.append(prediction.operation)
         if self.with_text:
@@ -158,29 +158,28 @@ class EvaluationResults:
         operation (`retouch.grain`) count as it, and every tampered image counts, found or not.
         """
         names = sorted({origin.operation for origin in (*self.origins, *self.pixel_origins)} - {""})
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for name in names:
-            scored = [
-                (score, label)
-                for score, label, origin in zip(self.scores, self.labels, self.origins, strict=True)
+            chosen = [
+                (score, label, judged)
+                for score, label, judged, origin in zip(
+                    self.scores, self.labels, self.judged, self.origins, strict=True
+                )
                 if label == 0 or origin.operation == name
             ]
-            scores, labels = np.array([s for s, _ in scored]), np.array([x for _, x in scored])
+            scores, labels, judged = zip(*chosen, strict=True) if chosen else ((), (), ())
+            image = image_metrics(scores, labels, threshold, judged)
             pixels = [
                 row["f1"]
                 for row, origin in zip(self.pixels, self.pixel_origins, strict=True)
                 if origin.operation == name
             ]
-            both = len(set(labels.tolist())) == 2
-            auroc = image_metrics(scores, labels, 0.5)["auroc"] if both else None
-            called = [
-                judged and score >= threshold
-                for score, judged, label, origin in zip(
-                    self.scores, self.judged, self.labels, self.origins, strict=True
-                )
-                if label == 1 and origin.operation == name
-            ]
-            found[name] = {"n": int(labels.sum()), "auroc": auroc, "recall": _mean(called), "f1": _mean(pixels)}
+            found[name] = {
+                "n": image["n_fake"],
+                "auroc": image["auroc"],
+                "recall": image["recall_fake"],
+                "f1": _mean(pixels),
+            }
             told = [
                 is_kind_of(said, name)
                 for said, label, origin in zip(self.told_operations, self.labels, self.origins, strict=True)

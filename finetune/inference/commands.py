@@ -163,7 +163,7 @@ def describe(prediction: Prediction, mask_threshold: float) -> str:
     )
     score = f"score {prediction.score:.3f}"
     verdict = "tampered" if prediction.label else "real    "
-    if prediction.verdict_from == "nothing":
+    if not prediction.is_judged:
         verdict, score = "no verdict", "(no cls head, and the answer cannot be read)"
     own = "" if prediction.raw_score is None else f" (uncalibrated {prediction.raw_score:.3f})"
     told = prediction.operation if prediction.label == 1 else ""

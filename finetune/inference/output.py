@@ -77,7 +77,7 @@ class PredictionWriter:
 
 def as_line(prediction: Prediction, mask_path: str | None) -> dict[str, Any]:
     """The JSON object of one prediction; verdict and score are null where there is none."""
-    is_judged = prediction.verdict_from != "nothing"
+    is_judged = prediction.is_judged
     line: dict[str, Any] = {
         "id": prediction.id,
         "image_path": prediction.image_path,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finetune.inference.pages.markup import DASH, as_number, bilingual, data_uri, esc, format_number
+from finetune.inference.pages.table import by_operation
 from finetune.inference.visualization import evidence_tiles, heat_map
 from finetune.schema import is_kind_of
 
@@ -139,17 +140,12 @@ def operation_table(samples: Sequence[ReportSample]) -> str:
         cells = [_bar_cell(found), _bar_cell(mean_f1)]
         if tells:
             cells.append(_bar_cell(float(np.mean([is_kind_of(sample.told_operation, name) for sample in chosen]))))
-        rows.append(f'<tr><th scope="row">{esc(name)}</th><td>{len(chosen)}</td>{"".join(cells)}</tr>')
+        rows.append((name, len(chosen), cells))
     if not rows:
         return ""
-    names = [("操作", "Operation"), ("张数", "Images"), ("检出率", "Detected"), ("平均像素 F1", "Mean pixel F1")]
-    names += [("操作判断正确率", "Operation told right")] if tells else []
-    head = "".join(f'<th scope="col">{bilingual(zh, en)}</th>' for zh, en in names)
-    return (
-        '<div class="scroll ops"><table class="metrics">'
-        f"<caption>{bilingual('按篡改方式（下列样本）', 'By operation (samples below)')}</caption>"
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    columns = [("检出率", "Detected"), ("平均像素 F1", "Mean pixel F1")]
+    columns += [("操作判断正确率", "Operation told right")] if tells else []
+    return by_operation(("按篡改方式（下列样本）", "By operation (samples below)"), columns, rows)
 
 
 def _card(sample: ReportSample, index: int, op_index: int | None, threshold: float, budget: int) -> str:

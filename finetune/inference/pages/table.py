@@ -129,18 +129,35 @@ def operations_html(metrics: Mapping[str, Any]) -> str:
     columns = [("auroc", "AUROC", "AUROC"), ("recall", "检出率", "Detected"), ("f1", "像素 F1", "Pixel F1")]
     if any("recognized" in row for row in found.values()):
         columns.append(("recognized", "操作判断正确率", "Operation told right"))
-    head = "".join(f'<th scope="col">{bilingual(zh, en)}</th>' for _, zh, en in columns)
-    body = "".join(
-        f'<tr><th scope="row">{esc(name)}</th><td>{esc(row.get("n", DASH))}</td>'
-        + "".join(f"<td>{format_number(as_number(row.get(key)))}</td>" for key, _, _ in columns)
-        + "</tr>"
+    rows = [
+        (name, row.get("n", DASH), [f"<td>{format_number(as_number(row.get(key)))}</td>" for key, _, _ in columns])
         for name, row in found.items()
+    ]
+    names = [(zh, en) for _, zh, en in columns]
+    return by_operation(("按篡改方式（全部图像）", "By operation (all images)"), names, rows, 'style="margin-top:14px"')
+
+
+def by_operation(
+    caption: tuple[str, str],
+    columns: Sequence[tuple[str, str]],
+    rows: Sequence[tuple[str, Any, Sequence[str]]],
+    attributes: str = "",
+) -> str:
+    """The table of tampering operations.
+
+    Args:
+        caption, columns: Chinese and English.
+        rows: of each operation its name, its number of images and the HTML cells below `columns`.
+    """
+    names = [("操作", "Operation"), ("张数", "Images"), *columns]
+    head = "".join(f'<th scope="col">{bilingual(zh, en)}</th>' for zh, en in names)
+    body = "".join(
+        f'<tr><th scope="row">{esc(name)}</th><td>{esc(count)}</td>{"".join(cells)}</tr>' for name, count, cells in rows
     )
-    first = f'<th scope="col">{bilingual("操作", "Operation")}</th><th scope="col">{bilingual("张数", "Images")}</th>'
     return (
-        '<div class="scroll ops" style="margin-top:14px"><table class="metrics">'
-        f"<caption>{bilingual('按篡改方式（全部图像）', 'By operation (all images)')}</caption>"
-        f"<thead><tr>{first}{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="scroll ops"{attributes and " " + attributes}><table class="metrics">'
+        f"<caption>{bilingual(*caption)}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
