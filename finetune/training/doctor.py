@@ -7,8 +7,9 @@ import importlib.util
 import platform
 import shutil
 import sys
+from dataclasses import replace
 
-from finetune.config import RunConfig, SourceConfig, load_config
+from finetune.config import RunConfig, SourceConfig, load_config, stage_runs
 from finetune.data.chat import Layout, load_template
 from finetune.data.dataset import ForensicDataset, leaks
 from finetune.data.image_size import set_short_side
@@ -17,11 +18,13 @@ from finetune.data.readers.options import options_from
 from finetune.data.regions.limit import fitted_records
 from finetune.data.validation import Problem, check_file
 from finetune.errors import ConfigError, ForensicsError
+from finetune.models.configuration import check_heads
 from finetune.models.loading import load_processor
 from finetune.progress import progress_bar
 from finetune.schema import Record
 from finetune.special_tokens import SpecialTokens
 from finetune.training.checks import run_problems
+from finetune.training.planned_model import planned_config
 from finetune.training.reproducibility import versions
 
 
@@ -81,25 +84,22 @@ def check_config(config: RunConfig) -> list[Problem]:
     """Everything about a configuration that can be known before training: settings, model folder, data, lengths."""
     problems = [_error(problem) for problem in run_problems(config)]
     tokens = SpecialTokens(config.tokens.num_cls, config.tokens.num_mask)
+    on_tokens = config.heads.enabled and config.heads.source != "vision"
     processor = None
     try:
         processor = load_processor(config.model.path, config.data.min_pixels, config.data.max_pixels)
         set_short_side(processor.image_processor, config.data.image_short_side)
     except ForensicsError as error:
         problems.append(_error(str(error)))
+    problems += _heads_problems(config)
     for what in ("train", "eval"):
         sources = getattr(config.data, what)
         if what == "train" and not sources:
             problems.append(_error("data.train is empty"))
         for source in sources:
             try:
-                records, found = check_data_file(
-                    source,
-                    tokens,
-                    has_text=not config.reads_pictures_only,
-                    layout=config.data.layout,
-                    heads_read_text=config.heads.enabled and config.heads.source != "vision",
-                )
+                has_text = not config.reads_pictures_only
+                records, found = check_data_file(source, tokens, has_text, config.data.layout if on_tokens else None)
             except ForensicsError as error:
                 problems.append(_error(str(error)))
                 continue
@@ -119,19 +119,33 @@ def check_config(config: RunConfig) -> list[Problem]:
     return problems
 
 
+def _heads_problems(config: RunConfig) -> list[Problem]:
+    """Heads that the model cannot have, of every stage, as far as the model's shape is known here."""
+    found = []
+    for stage, run in [(f"stage '{run.name}': ", run.config) for run in stage_runs(config)] or [("", config)]:
+        try:
+            planned = planned_config(replace(run, model=replace(run.model, path=config.model.path)))
+        except ConfigError:
+            continue  # a name that says no size: known when its config.json has been fetched
+        try:
+            check_heads(planned)
+        except ConfigError as error:
+            found.append(_error(f"{stage}{error}"))
+    return found
+
+
 def check_data_file(
     source: SourceConfig,
     tokens: SpecialTokens,
     has_text: bool = True,
-    layout: Layout = "tokens_first",
-    heads_read_text: bool = True,
+    layout: Layout | None = "tokens_first",
 ) -> tuple[list[Record], list[Problem]]:
     """The records of a file that can be read, and every problem of the file, its images, masks and tokens' places.
 
     Args:
         has_text: False for a run on pictures alone, which looks at no conversation.
-        layout: where tokens are put that a conversation lacks.
-        heads_read_text: False where no head stands on the tokens, so that no answer can leak into one.
+        layout: where tokens are put that a conversation lacks; None where no head stands on tokens, so that no answer
+            can leak into one.
     """
     records, problems = check_file(
         source.path,
@@ -146,9 +160,7 @@ def check_data_file(
     leaking = [
         record.id
         for record in records
-        if has_text
-        and heads_read_text
-        and (leaks(record, template, tokens, layout) if record.turns else layout == "text_first")
+        if layout is not None and (leaks(record, template, tokens, layout) if record.turns else layout == "text_first")
     ]
     if leaking:
         more = f" and {len(leaking) - 1} more" if len(leaking) > 1 else ""

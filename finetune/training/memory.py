@@ -8,25 +8,18 @@ CPU only, not on a GPU.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import Qwen2_5_VLConfig
 
 from finetune.config import RunConfig, to_dict
 from finetune.errors import ConfigError
 from finetune.models.groups import group_of, needs_adapter
-from finetune.models.qwen_forensics_model import (
-    HEAD_MODULES,
-    QwenForensicsConfig,
-    QwenForensicsForConditionalGeneration,
-)
+from finetune.models.qwen_forensics_model import HEAD_MODULES
+from finetune.training.planned_model import meta_model
 
 GB = 1e9
 TEXT_TOKENS = 320
@@ -39,15 +32,6 @@ FRAGMENTATION = 0.08
 """Of what the allocator holds and cannot use."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: 4 bits, an 8-bit scale for every 64 and a 32-bit one for every 256 of those (double quantisation)."""
-
-VISION = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420}
-RELEASED: dict[str, dict[str, Any]] = {
-    "3b": {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
-           "intermediate_size": 11008, "vocab_size": 151936, "tie_word_embeddings": True},
-    "7b": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-           "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False},
-}  # fmt: skip
-"""Shapes of the released checkpoints, for a hub name that is not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -96,42 +80,6 @@ def parse_hardware(text: str) -> tuple[int, float]:
     if not match or int(match[1] or 1) < 1:
         raise ConfigError(f"--hardware is {text!r}; expected the number of GPUs and their memory, e.g. 2x24GB")
     return int(match[1] or 1), float(match[2]) * GB
-
-
-def meta_model(config: RunConfig) -> QwenForensicsForConditionalGeneration:
-    """The model of a configuration without weights.
-
-    Raises:
-        ConfigError: `model.path` is neither a folder with config.json nor a released 3B or 7B name.
-    """
-    place = config.model.path if Path(config.model.path).is_dir() else config.model.base or config.model.path
-    file = Path(place) / "config.json"
-    if file.is_file():
-        shape = json.loads(file.read_text(encoding="utf-8"))
-        base = Qwen2_5_VLConfig(**{key: shape[key] for key in ("text_config", "vision_config") if key in shape})
-        tied = shape.get("tie_word_embeddings", base.text_config.tie_word_embeddings)
-    else:
-        size = next((name for name in RELEASED if re.search(rf"(?<![\d.]){name}\b", place.lower())), None)
-        if size is None:
-            raise ConfigError(
-                f"model.path '{config.model.path}' is no folder with config.json, and its name says neither 3B nor 7B: "
-                "the shape of the model is not known"
-            )
-        text = RELEASED[size]
-        tied = text["tie_word_embeddings"]
-        base = Qwen2_5_VLConfig(text_config=text, vision_config={**VISION, "out_hidden_size": text["hidden_size"]})
-    first, num_cls, num_mask = base.text_config.vocab_size - 64, config.tokens.num_cls, config.tokens.num_mask
-    full = QwenForensicsConfig(
-        **{**base.to_dict(), "tie_word_embeddings": tied},
-        heads=to_dict(config.heads),
-        cls_token_ids=list(range(first, first + num_cls)),
-        mask_token_ids=list(range(first + num_cls, first + num_cls + num_mask)),
-        has_language=config.model.language == "load" or not config.reads_pictures_only,
-        region_features=config.model.region_features,
-    )
-    full.text_config.tie_word_embeddings = tied
-    with torch.device("meta"):
-        return QwenForensicsForConditionalGeneration(full)
 
 
 def estimate(config: RunConfig, layout: Layout, num_gpus: int, model: Any = None) -> Estimate:

@@ -29,7 +29,7 @@ from finetune.models.adapters import set_trainable
 from finetune.models.groups import collapsed, parameter_groups, plain_name
 from finetune.models.loading import Bundle
 from finetune.models.qwen_forensics_model import QwenForensicsConfig, QwenForensicsForConditionalGeneration
-from finetune.models.shapes import SHAPES, build_on_meta
+from finetune.models.shapes import RELEASED, released_shape
 from finetune.models.vision_parts import BaseTower
 from finetune.special_tokens import SpecialTokens
 
@@ -50,33 +50,41 @@ def tiny_settings() -> dict:
     return tiny_config(train_tokenizer(tokenizer_corpus(), shape.vocab_size), shape).to_dict()
 
 
+def on_meta(settings: dict) -> QwenForensicsForConditionalGeneration:
+    """Parameters with names and shapes and no storage."""
+    with torch.device("meta"):
+        return QwenForensicsForConditionalGeneration(QwenForensicsConfig(**settings))
+
+
+def without_heads(size: str) -> Bundle:
+    """A released checkpoint."""
+    heads = to_dict(HeadsConfig(enabled=False))
+    return Bundle(on_meta({**(released_shape(size) or {}), "heads": heads}), None, SpecialTokens())
+
+
 def model_for(config: RunConfig) -> Bundle:
     """The configuration's model on the meta device; token ids are those the released tokenizer would give."""
     tokens = SpecialTokens(config.tokens.num_cls, config.tokens.num_mask)
     ids = list(range(500, 500 + tokens.num_cls)), list(range(600, 600 + tokens.num_mask))
     size = real_size(config)
     has_language = config.heads.source == "tokens"
-    if size is not None:
-        model = build_on_meta(SHAPES[size], config.heads, ids)
-    else:
-        settings = {
-            **tiny_settings(),
-            "heads": to_dict(config.heads),
-            "cls_token_ids": ids[0],
-            "mask_token_ids": ids[1],
-            "has_language": has_language,
-            "region_features": config.model.region_features,
-        }
-        settings.pop("model_type")
-        with torch.device("meta"):
-            model = QwenForensicsForConditionalGeneration(QwenForensicsConfig(**settings))
+    settings = {
+        **(tiny_settings() if size is None else released_shape(size) or {}),
+        "heads": to_dict(config.heads),
+        "cls_token_ids": ids[0],
+        "mask_token_ids": ids[1],
+        "has_language": has_language,
+        "region_features": config.model.region_features,
+    }
+    settings.pop("model_type", None)
+    model = on_meta(settings)
     tower = None if has_language else BaseTower("base", "0" * 16)  # heads on the tower are saved without it
     return Bundle(model, None, tokens, tower=tower)
 
 
 def real_size(config: RunConfig) -> str | None:
     """3B or 7B, of the model that a run starts from or of the base under it; None for the tiny one."""
-    return next((size for size in SHAPES if size in f"{config.model.base} {config.model.path}"), None)
+    return next((size for size in RELEASED if size in f"{config.model.base} {config.model.path}"), None)
 
 
 def trainable(bundle: Bundle, groups: Sequence[str]) -> list[str]:
@@ -138,8 +146,7 @@ def test_vision_lora_at_the_real_size(case: tuple[str, list[str], list[int], int
     size, groups, blocks, layers, parameters = case
     shape = (1280, 3 * 1280), (1280, 1280), (1280, 3420), (1280, 3420), (3420, 1280)
     assert parameters == len(blocks) * 16 * sum(map(sum, shape))
-    bundle = Bundle(build_on_meta(SHAPES[size], HeadsConfig(enabled=False)), None, SpecialTokens())
-    bundle = set_trainable(bundle, groups, LoraConfig(), VisionLoraConfig(blocks=blocks))
+    bundle = set_trainable(without_heads(size), groups, LoraConfig(), VisionLoraConfig(blocks=blocks))
     members = parameter_groups(bundle.model, groups)["vision_lora"]
     assert len(members) == 2 * layers
     assert sum(p.numel() for _, p in members) == parameters
@@ -147,14 +154,14 @@ def test_vision_lora_at_the_real_size(case: tuple[str, list[str], list[int], int
     assert {int(plain_name(name).split(".")[3]) for name, _ in members} == wanted
 
 
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("size", RELEASED)
 def test_vision_top_at_the_real_size(size: str) -> None:
     """Attention with biases, the gated MLP with biases, two norms; twice; and the projector where asked for."""
     block = 1280 * 3840 + 3840 + 1280 * 1280 + 1280 + 3 * 1280 * 3420 + 2 * 3420 + 1280 + 2 * 1280
-    out = SHAPES[size].hidden
+    out = RELEASED[size]["hidden_size"]
     merger = 1280 + 5120 * 5120 + 5120 + 5120 * out + out
     for has_merger in (False, True):
-        bundle = Bundle(build_on_meta(SHAPES[size], HeadsConfig(enabled=False)), None, SpecialTokens())
-        bundle = set_trainable(bundle, ["vision_top"], LoraConfig(), None, VisionTopConfig(blocks=2, merger=has_merger))
+        top = VisionTopConfig(blocks=2, merger=has_merger)
+        bundle = set_trainable(without_heads(size), ["vision_top"], LoraConfig(), None, top)
         members = parameter_groups(bundle.model, ["vision_top"])["vision_top"]
         assert sum(p.numel() for _, p in members) == 2 * block + has_merger * merger

@@ -23,10 +23,10 @@ from finetune.training.memory import (
     Layout,
     estimate,
     memory_report,
-    meta_model,
     parse_hardware,
     trainable_numbers,
 )
+from finetune.training.planned_model import meta_model
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "train"
 LORA = ["new_tokens", "cls_head", "mask_head", "noise_residual", "lm_lora"]

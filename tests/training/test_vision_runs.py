@@ -245,6 +245,22 @@ def test_doctor_looks_at_no_conversation_of_such_a_run(
     assert errors[1]
 
 
+def test_doctor_names_heads_that_the_model_cannot_have(make_config: Callable[..., RunConfig]) -> None:
+    """Of every stage, from the shape in config.json, before a weight is read."""
+    from finetune.training.doctor import check_config
+
+    def errors(config: RunConfig) -> list[str]:
+        return [p.message for p in check_config(config) if p.severity == "error" and "heads." in p.message]
+
+    assert errors(make_config("c", **STAGE_A)) == []
+    assert "expected blocks of the vision tower" in errors(make_config("c", ["heads.vision_layers=[31]"], **STAGE_A))[0]
+    [problem] = errors(make_config("c", ["heads.layer=99"]))
+    assert problem.startswith("heads.layer is 99; expected last, weighted or 0 (embeddings) to ")
+    staged = make_config("c", ["stages=[{name: one}, {name: two, heads: {layer: 99}}]"])
+    [problem] = errors(staged)
+    assert problem.startswith("stage 'two': heads.layer is 99")
+
+
 def test_a_row_without_losses_or_maps_has_empty_cells() -> None:
     found = row([{"step": 3, "epoch": 0.5, "eval_loss": 1.0}], {"eval_loss": 1.0, "eval_auroc": 0.7}, 3, 12.34)
     assert found == {
