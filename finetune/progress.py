@@ -48,11 +48,12 @@ class _Lines(tqdm):
 
 
 def progress_bar(
-    iterable: Iterable[Any] | None = None, *, total: int, unit: str, file: TextIO | None = None, **options: Any
+    iterable: Iterable[Any] | None = None, *, total: int | None, unit: str, file: TextIO | None = None, **options: Any
 ) -> tqdm:
     """`tqdm(iterable, total=..., unit=...)`, for a terminal or for a log.
 
     Args:
+        total: how many there will be; None where that is not known.
         file: where it goes, standard error by default; whether that is a terminal decides.
         options: others of tqdm, such as `desc` or `initial`.
     """

@@ -32,6 +32,18 @@ def test_a_long_job_writes_lines_into_a_log(monkeypatch: pytest.MonkeyPatch) -> 
     assert "8/8" in lines[-1]
 
 
+def test_a_job_of_unknown_length_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.05)
+    log = io.StringIO()
+    for _ in progress_bar(iter(range(8)), total=None, unit="record", file=log, desc="reading"):
+        time.sleep(0.03)
+    assert "8record" in log.getvalue().splitlines()[-1]
+    silent = io.StringIO()
+    for _ in progress_bar(iter(range(3)), total=None, unit="record", file=silent, disable=True):
+        time.sleep(0.06)
+    assert silent.getvalue() == ""
+
+
 def test_what_is_written_between_does_not_bring_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tqdm.write` refreshes every bar after each text."""
     log, said = io.StringIO(), io.StringIO()

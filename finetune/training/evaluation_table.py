@@ -42,6 +42,11 @@ class EvaluationTable(TrainerCallback):
             with self.path.open(encoding="utf-8", newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state.global_step]
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Have the Trainer log before every evaluation: a row has a loss and a rate wherever `logging_steps` falls."""
+        if control.should_evaluate or control.should_training_stop:
+            control.should_log = True
+
     def on_evaluate(
         self,
         args: TrainingArguments,

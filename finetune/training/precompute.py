@@ -18,7 +18,6 @@ import cv2
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from tqdm import tqdm
 
 from finetune.config import DataConfig, RunConfig, load_config, stage_runs
 from finetune.data.collator import processed_images
@@ -31,6 +30,7 @@ from finetune.errors import ConfigError
 from finetune.models.features import images_from_patches
 from finetune.models.noise_residual import is_chosen
 from finetune.models.vocabulary import load_processor
+from finetune.progress import progress_bar
 from finetune.schema import Record
 from finetune.training.search_cache import SearchCache, search_cache_problems
 
@@ -113,7 +113,7 @@ def search_ahead(
     searched = stored = left = 0
     results = ordered_map(_search, tasks, workers, initializer=_start, initargs=(setup,))
     for task, counts in zip(
-        tasks, tqdm(results, total=len(tasks), desc="search", unit="rec", disable=not progress), strict=True
+        tasks, progress_bar(results, total=len(tasks), desc="search", unit="rec", disable=not progress), strict=True
     ):
         if counts is None:
             left += len(task.records)

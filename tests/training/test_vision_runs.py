@@ -180,6 +180,15 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(make_config: Callable[
     assert steps == ["step", "2", "4"]
 
 
+def test_a_row_has_loss_and_rate_wherever_logging_falls(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config("rare", ["train.logging_steps=1000", "train.best_folders={}"], **STAGE_A)
+    train(config)
+    with (Path(config.output_dir) / "log.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["2", "4"]
+    assert all(float(row["train_loss"]) > 0 and float(row["learning_rate"]) > 0 for row in rows)
+
+
 def test_groups_of_the_training_data_serve_where_there_is_no_validation_file(
     make_config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from finetune.data.audit.checks import (
     balance_findings,
@@ -34,6 +33,7 @@ from finetune.data.readers import iter_records
 from finetune.data.splits import GroupBy
 from finetune.data.storage import is_stored, stored_splits
 from finetune.errors import ConfigError, DataFormatError
+from finetune.progress import progress_bar
 from finetune.schema import Record
 from finetune.special_tokens import SpecialTokens
 
@@ -137,7 +137,7 @@ def run_audit(
     head = list(itertools.islice(jobs, _FEW + 1))
     workers = settings.workers if len(head) > _FEW else 1  # starting processes takes longer than a few images
     facts = ordered_map(examine, itertools.chain(head, jobs), workers)
-    for one in tqdm(facts, desc="audit", unit="record", disable=None if progress else True):
+    for one in progress_bar(facts, total=None, desc="audit", unit="record", disable=not progress):
         table.add(one)
     leaks = leak_table(table)
     findings = [

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import cv2
-from tqdm import tqdm
 
 from finetune.data.duplicates import WHAT, ImageIndex, assert_disjoint, describe
 from finetune.data.parallel import ordered_map
@@ -26,6 +25,7 @@ from finetune.data.preparation.work import file_stamp, work_on
 from finetune.data.splits import SplitReport
 from finetune.data.storage import SplitWriter, open_writer
 from finetune.errors import ConfigError, DataFormatError
+from finetune.progress import progress_bar
 from finetune.schema import Record
 
 _LEDGER_NAME = "ledger.jsonl"
@@ -138,7 +138,7 @@ def _write_all(
     items = (item for item in iter_items(sources, found.splitter) if not _is_done(item.index, item.split, writers))
     work = partial(work_on, options=config.images)
     outcomes = ordered_map(work, items, config.workers, initializer=cv2.setNumThreads, initargs=(1,))
-    bar = tqdm(outcomes, total=found.num_items, desc="prepare", unit="rec", disable=not progress)
+    bar = progress_bar(outcomes, total=found.num_items, desc="prepare", unit="rec", disable=not progress)
     for outcome in bar:
         item = outcome.item
         bar.update(item.index - bar.n)  # those an interrupted run had done

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from finetune.config import build, to_dict
 from finetune.data.preparation.config import PrepareConfig, PrepareSource
 from finetune.data.preparation.work import Item
@@ -26,6 +24,7 @@ from finetune.data.storage import SetInfo, is_stored
 from finetune.data.storage.atomic import file_sha256
 from finetune.data.storage.reading import stored_hash
 from finetune.errors import ConfigError, DataFormatError
+from finetune.progress import progress_bar
 from finetune.schema import Record
 
 
@@ -113,7 +112,7 @@ def survey(config: PrepareConfig, sources: Sequence[PrepareSource], progress: bo
     num_errors, first_error, total = 0, None, 0
     formats: list[set[str]] = [set() for _ in sources]
     items = iter_items(sources, splitter, formats)
-    for item in tqdm(items, desc="reading", unit="rec", disable=not progress, leave=False):
+    for item in progress_bar(items, total=None, desc="reading", unit="rec", disable=not progress, leave=False):
         total += 1
         if isinstance(item.record, DataFormatError):
             num_errors += 1

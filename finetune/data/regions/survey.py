@@ -6,19 +6,17 @@ what becomes of such images is the caller's decision, never a box less in silenc
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-
-from tqdm import tqdm
 
 from finetune.data.images import image_size_hw, load_image
 from finetune.data.readers.file_tree import IMAGE_SUFFIXES, iter_files
 from finetune.data.regions.labels import Box, LabelledBox, read_labels
 from finetune.data.regions.settings import WIDE_TO_ASCII, RegionsConfig
 from finetune.errors import ConfigError, DataFormatError
+from finetune.progress import progress_bar
 from finetune.schema import ImageInput
 
 ABNORMAL, NORMAL = "abnormal", "normal"
@@ -93,9 +91,7 @@ def decode_images(images: Sequence[RegionImage]) -> None:
     whole = [image for image in images if not image.problems]
     with ThreadPoolExecutor() as pool:
         found = pool.map(problem, whole)
-        shown = tqdm(
-            found, "decoding images", total=len(whole), unit="image", disable=not sys.stderr.isatty(), leave=False
-        )
+        shown = progress_bar(found, total=len(whole), desc="decoding images", unit="image", leave=False)
         for image, error in zip(whole, shown, strict=True):
             if error is not None:
                 image.problems = [error]

@@ -20,7 +20,6 @@ import cv2
 import numpy as np
 import PIL
 import skimage
-from tqdm import tqdm
 
 from finetune.data import masks
 from finetune.data.edit_operations import FURTHER
@@ -42,6 +41,7 @@ from finetune.data.synthesis.photos import SPLITS, PhotoSet, find_photos
 from finetune.data.synthesis.record_files import write_record_files
 from finetune.data.synthesis.samples import AppliedEdit, Sample, SampleTask, make_sample, plan_tasks
 from finetune.errors import ForensicsError
+from finetune.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def _write_set(config: SynthConfig, photos: PhotoSet, partial: PartialSet, progr
     if finished:
         logger.warning("continuing an interrupted run: %d of %d images are there", finished, len(tasks))
     entries = partial.add(_make_all(config, photos, partial.root, tasks[finished:]))
-    bar = tqdm(entries, total=len(tasks), initial=finished, desc="synth", unit="img", disable=not progress)
+    bar = progress_bar(entries, total=len(tasks), initial=finished, desc="synth", unit="img", disable=not progress)
     for _ in bar:
         pass
     counts, hashes = write_record_files(config, partial)

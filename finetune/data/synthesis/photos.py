@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from finetune.data.duplicates import ImageIndex
 from finetune.data.fingerprints import Fingerprint, fingerprint
 from finetune.data.parallel import num_workers, ordered_map
 from finetune.data.synthesis.degradations import resize, to_uint8
 from finetune.errors import ForensicsError
+from finetune.progress import progress_bar
 from finetune.schema import ImageInput
 
 SPLITS = ("train", "eval", "val")
@@ -201,7 +201,7 @@ def _photos_below(root: Path, option: str, workers: int, progress: bool) -> tupl
     seen: dict[str, str] = {}
     processes = _processes(workers, len(paths))
     outcomes = ordered_map(_inspect_or_refuse, paths, processes)
-    bar = tqdm(outcomes, total=len(paths), desc="photos", unit="file", disable=not progress or processes == 1)
+    bar = progress_bar(outcomes, total=len(paths), desc="photos", unit="file", disable=not progress or processes == 1)
     for path, (digest, is_grey, reason) in zip(paths, bar, strict=True):
         name = path.relative_to(root).as_posix()
         if reason:

@@ -129,6 +129,7 @@ def test_many_photos_are_checked_by_several_processes_with_the_same_outcome(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("finetune.data.synthesis.photos.MANY_PHOTOS", 3)
+    monkeypatch.setattr("finetune.progress.LINE_SECONDS", 0.0)
     for seed in range(6):
         save_texture(tmp_path / f"{seed}.png", seed)
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
