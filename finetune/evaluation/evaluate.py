@@ -87,10 +87,10 @@ def run_model(
     with PredictionWriter(arguments.out) as writer:
         for record, predictions in zip(records, progress_bar(answers, total=len(records), unit="record"), strict=True):
             for index, prediction in enumerate(predictions):
-                writer.write(prediction)
                 target = record.targets[index]
                 mask = load_mask(target, prediction.size_hw, record.id, record.source)
                 f1 = results.add(prediction, target.label, mask, Origin(record.group, operation_name(record, index)))
+                writer.write(prediction, label_true=target.label, f1=None if f1 is None else round(f1, 6))
                 if record.id in shown:
                     samples.append(report_sample(record, index, prediction, mask, f1))
     return results, samples

@@ -138,8 +138,8 @@ def run_model(
     with PredictionWriter(outputs.folder, outputs.predictions) as writer, progress:
         for record, _, predictions in predict_records(predictor, records, config.batch_size, config.num_workers):
             for index, prediction in enumerate(predictions):
-                path = f"masks/{writer.write(prediction)}.png"
-                judged.append(judge(record, index, prediction, path, results, pixels))
+                stem = writer.write(prediction, label_true=record.targets[index].label)
+                judged.append(judge(record, index, prediction, f"masks/{stem}.png", results, pixels))
             progress.update()
     return results, pixels, judged
 

@@ -21,6 +21,7 @@ class PredictionWriter:
     the folder and null without a mask, its pixels are scores times 255. Polygons are `[[[x, y], ...], ...]` in pixels
     of the original image; `text_polygons` are those the text states, null where it could not be read. A model with
     `heads.operations` adds `operations`: the share of each, 1 in all, which means something where `label` is 1.
+    Evaluations add what the data say.
     """
 
     def __init__(self, out_dir: str | Path, name: str = "predictions.jsonl") -> None:
@@ -53,15 +54,19 @@ class PredictionWriter:
                 if path.is_file():
                     path.unlink()
 
-    def write(self, prediction: Prediction) -> str:
-        """Write one prediction; returns the file stem its pictures use."""
+    def write(self, prediction: Prediction, **known: Any) -> str:
+        """Write one prediction; returns the file stem its pictures use.
+
+        Args:
+            known: further keys of the line, such as `label_true`.
+        """
         assert self._file is not None, "use PredictionWriter as a context manager"
         stem = self._unique_name(prediction.id)
         mask_path = None
         if prediction.mask_scores is not None:
             mask_path = f"masks/{stem}.png"
             save_mask_png(prediction.mask_scores, self.out_dir / mask_path)
-        self._file.write(json.dumps(as_line(prediction, mask_path), ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(as_line(prediction, mask_path) | known, ensure_ascii=False) + "\n")
         return stem
 
     def _unique_name(self, name: str) -> str:

@@ -219,6 +219,13 @@ def test_evaluate_writes_everything(
     for line in lines:
         assert (tmp_path / line["mask_path"]).is_file()
         assert Image.open(tmp_path / line["mask_path"]).size[::-1] == tuple(line["size_hw"])
+    from sklearn.metrics import roc_auc_score
+
+    labels, scores = [line["label_true"] for line in lines], [line["score"] for line in lines]
+    assert metrics["image"]["auroc"] == pytest.approx(roc_auc_score(labels, scores))
+    assert all((line["f1"] is None) == (line["label_true"] == 0) for line in lines)
+    f1 = [line["f1"] for line in lines if line["f1"] is not None]
+    assert metrics["localization"]["f1"] == pytest.approx(sum(f1) / len(f1), abs=1e-5)
     assert "<html" in (tmp_path / "report.html").read_text(encoding="utf-8")[:200]
     assert "AUROC" in capsys.readouterr().out
 

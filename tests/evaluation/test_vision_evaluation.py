@@ -93,6 +93,7 @@ def test_numbers_are_those_of_the_predictions(evaluated: Path, data: Path) -> No
     lines = [json.loads(line) for line in (evaluated / "predictions.jsonl").read_text("utf-8").splitlines()]
     assert [row["id"] for row in rows] == [line["id"] for line in lines]
     assert len(rows) == NUM
+    assert [int(row["label_true"]) for row in rows] == [line["label_true"] for line in lines]
     labels = [int(row["label_true"]) for row in rows]
     scores, raw = [float(row["score"]) for row in rows], [float(row["raw_score"]) for row in rows]
     assert metrics["image"]["auroc"] == pytest.approx(roc_auc_score(labels, scores))
