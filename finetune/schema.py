@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+RESULT_WORDS = {"real": 0, "fake": 1}
+"""What may stand in an answer's `result`, and the label it means."""
 Role = Literal["system", "user", "assistant"]
 Polygon = tuple[tuple[float, float], ...]
 """One closed region as ((x, y), ...) in pixels of the original image; the last point is not repeated."""

@@ -18,9 +18,10 @@ from finetune.data.masks import check_mask_size, load_mask
 from finetune.data.readers import scan_records
 from finetune.data.token_checks import missing_kind, record_error, token_errors
 from finetune.errors import DataFormatError
-from finetune.schema import ImageInput, ImageTarget, Record
+from finetune.schema import RESULT_WORDS, ImageInput, ImageTarget, Record
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 
+_RESULT = re.compile(rf'"result"\s*:\s*"?({"|".join(RESULT_WORDS)})\b')
 _CHAT_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
 _MAX_LISTED = 20
 
@@ -103,17 +104,22 @@ def check_records(
         return [Problem("error", "", str(error))]
     problems: list[Problem] = []
     lacking: dict[str, list[str]] = {}
+    contradicting: list[str] = []
     for record in progress(records) if progress else records:
         about_text = conversation_errors(record, tokens) if has_text else _picture_errors(record)
         errors = [*about_text, *file_errors(record, check_pixels)]
         problems += [Problem("error", record.id, str(error)) for error in errors]
         if has_text and (kind := missing_kind(record, tokens)):
             lacking.setdefault(kind, []).append(record.id)
+        if has_text and _contradicts_itself(record):
+            contradicting.append(record.id)
     for kind, names in lacking.items():
-        others = f" and {len(names) - 1} others" if len(names) > 1 else ""
         what = {"mask": "a mask", "cls": "a label"}[kind]
-        message = f"record '{names[0]}'{others}: {what} but no {kind} token, so the {kind} head learns nothing from it"
-        problems.append(Problem("warning", names[0], message))
+        reason = f"{what} but no {kind} token, so the {kind} head learns nothing from it"
+        problems.append(_warning(names, reason))
+    if contradicting:
+        reason = 'the answer\'s "result" and the label disagree, so text and head learn opposite verdicts'
+        problems.append(_warning(contradicting, reason))
     labels = {target.label for record in records for target in record.targets} - {None}
     if len(labels) == 1:
         only = labels.pop()
@@ -125,6 +131,21 @@ def check_records(
         )
         problems.append(Problem("warning", "", str(error)))
     return problems
+
+
+def _warning(names: Sequence[str], message: str) -> Problem:
+    others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+    return Problem("warning", names[0], f"record '{names[0]}'{others}: {message}")
+
+
+def _contradicts_itself(record: Record) -> bool:
+    """Whether an answer says another `result` than the label of its image; False where it is not clear which image."""
+    labels = [target.label for target in record.targets]
+    answers = [turn.content for turn in record.turns if turn.role == "assistant"]
+    said = [RESULT_WORDS[found[1]] for answer in answers for found in _RESULT.finditer(answer)]
+    if len(labels) == 1:
+        labels *= len(said)
+    return len(said) == len(labels) and any(label not in (None, word) for label, word in zip(labels, said, strict=True))
 
 
 def validate_for_training(

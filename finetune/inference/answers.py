@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from finetune.data.answer_polygons import PolygonFrame
 from finetune.data.chat import Template
-from finetune.metrics.text import RESULT_WORDS, ParsedAnswer, parse_answer
+from finetune.metrics.text import ParsedAnswer, parse_answer
+from finetune.schema import RESULT_WORDS
 
 
 def read_answers(

@@ -10,11 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.schema import Polygon
+from finetune.schema import RESULT_WORDS, Polygon
 from finetune.special_tokens import SpecialTokens
-
-RESULT_WORDS = {"real": 0, "fake": 1}
-"""What may stand in the answer's `result`, and the label it means."""
 
 
 @dataclass(frozen=True)

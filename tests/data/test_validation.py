@@ -278,6 +278,35 @@ def test_tokens_of_one_kind_alone_are_warned_about(photo: str) -> None:
     assert "a label but no cls token" in found[0].message
 
 
+@pytest.mark.parametrize(
+    ("answer", "labels", "is_odd"),
+    [
+        (RUN + '{"result": "fake"}', [1], False),
+        (RUN + '{"result": "real"}', [1], True),
+        ('{"result": real<cls>, "mask": []<mask_1> - <mask_4>}', [1], True),
+        ('{"result": real<cls>, "mask": []<mask_1> - <mask_4>}', [0], False),
+        (RUN + '{"result": "fake"}', [None], False),
+        (RUN + "it is real", [1], False),
+        (RUN + RUN + '[{"result": "fake"}, {"result": "real"}]', [1, 0], False),
+        (RUN + RUN + '[{"result": "real"}, {"result": "fake"}]', [1, 0], True),
+        (RUN + RUN + '{"result": "real"}', [1, 0], False),
+    ],
+)
+def test_an_answer_that_says_other_than_the_label_is_warned_about(
+    photo: str, answer: str, labels: list[int | None], is_odd: bool
+) -> None:
+    odd = Record(
+        id="r",
+        images=(ImageInput(path=photo),) * len(labels),
+        targets=tuple(ImageTarget(label=label) for label in labels),
+        turns=(Turn("user", "<image>" * len(labels)), Turn("assistant", answer)),
+    )
+    found = [text for text in messages([odd]) if "disagree" in text]
+    assert found == (["record 'r': the answer's \"result\" and the label disagree, so text and head learn opposite "
+                      "verdicts"] if is_odd else [])  # fmt: skip
+    assert not [text for text in messages([odd], has_text=False) if "disagree" in text]
+
+
 def test_a_file_that_only_seems_cut_off_is_decoded_and_kept(photo: str, tmp_path: Path) -> None:
     """Some cameras write behind a JPEG's end; a file cut off in the middle is refused without decoding the others."""
     (tmp_path / "long.jpg").write_bytes(Path(photo).read_bytes() + b"\0" * 500)
