@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +22,7 @@ from finetune.inference.calibrating import calibration_of
 from finetune.inference.output import PredictionWriter
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import query_for_image
+from finetune.inference.run_folder import holds_results
 from finetune.inference.visualization import overlay_mask
 from finetune.models.loading import load_bundle
 from finetune.progress import progress_bar
@@ -93,6 +95,8 @@ def check_device(name: str) -> str:
 def find_images(paths: list[str]) -> list[str]:
     """Image files named or lying in the folders named, sorted within each folder.
 
+    What an earlier run wrote into a folder below one of these (masks, overlays) is passed over, and said.
+
     Raises:
         DataFormatError: a path that does not exist, or nothing found.
     """
@@ -100,7 +104,7 @@ def find_images(paths: list[str]) -> list[str]:
     for text in paths:
         path = Path(text)
         if path.is_dir():
-            found += sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            found += _images_below(path)
         elif path.is_file():
             found.append(text)
         else:
@@ -110,6 +114,15 @@ def find_images(paths: list[str]) -> list[str]:
             "no image found", found=paths, expected=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     return found
+
+
+def _images_below(folder: Path) -> list[str]:
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    parents = {parent for path in files for parent in path.parents if parent != folder}
+    results = {parent for parent in parents if parent.is_relative_to(folder) and holds_results(parent)}
+    for place in sorted(results):
+        print(f"passed over: {place}, which holds the output of an earlier run", file=sys.stderr)
+    return sorted(str(path) for path in files if results.isdisjoint(path.parents))
 
 
 def _refuse_unreadable(files: Sequence[str]) -> None:

@@ -64,6 +64,16 @@ def open_run(
     return False
 
 
+def holds_results(folder: Path) -> bool:
+    """Whether a run wrote into a folder: one of `open_run`'s, or one with predictions and their masks."""
+    if (folder / "predictions.jsonl").is_file() and (folder / "masks").is_dir():
+        return True
+    try:
+        return "kind" in json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def remove(folder: Path, names: Sequence[str]) -> None:
     """Remove files and folders of these names from a folder, where they are."""
     for name in names:

@@ -80,3 +80,23 @@ def test_a_note_that_is_not_ours_is_never_replaced(tmp_path: Path, note: str, ov
         take(tmp_path, overwrite=overwrite)
     assert (tmp_path / "results.jsonl").exists()
     assert (tmp_path / RUN_FILE).read_text() == note
+
+
+def test_output_among_images_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a later run over the folder; a folder that is named itself is read whatever it holds."""
+    from finetune.inference.commands import find_images
+
+    pictures = tmp_path / "pictures"
+    for name in ("a.png", "more/b.jpg", "evidence/overlays/a.png", "out/masks/a.png", "out/overlays/a.png"):
+        (pictures / name).parent.mkdir(parents=True, exist_ok=True)
+        (pictures / name).touch()
+    (pictures / "more" / "run.json").write_text("[1, 2]")  # somebody else's
+    open_run(pictures / "evidence", "kind", {}, own=[], overwrite=True, can_continue=False)
+    (pictures / "out" / "predictions.jsonl").touch()
+    assert find_images([str(pictures)]) == [str(pictures / "a.png"), str(pictures / "more" / "b.jpg")]
+    said = capsys.readouterr().err
+    assert str(pictures / "evidence") in said
+    assert str(pictures / "out") in said
+    assert find_images([str(pictures / "out")]) == [
+        str(pictures / "out" / part / "a.png") for part in ("masks", "overlays")
+    ]
