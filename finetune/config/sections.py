@@ -308,3 +308,8 @@ class RunConfig:
     def reads_pictures_only(self) -> bool:
         """Whether it trains on images and their targets alone: no conversation, no language model."""
         return self.heads.enabled and self.heads.source == "vision" and not self.loss.text
+
+    @property
+    def loads_language(self) -> bool:
+        """Whether the language model is built: `model.language`, decided."""
+        return self.model.language == "load" or (self.model.language == "auto" and not self.reads_pictures_only)

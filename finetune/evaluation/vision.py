@@ -47,12 +47,11 @@ from finetune.inference.pages.charts import precision_recall_chart
 from finetune.inference.pages.report import ReportSample, format_table, render_report
 from finetune.inference.pages.thresholds import thresholds_html
 from finetune.inference.predictor import Predictor
-from finetune.inference.run_folder import open_run
+from finetune.inference.run_folder import EVALUATION, open_run
 from finetune.metrics.thresholds import PixelTable, image_table
 from finetune.progress import progress_bar
 from finetune.schema import Prediction, Record
 
-KIND = "vision evaluation"
 OWN = ("metrics.json", "metrics.csv", "predictions.csv", "predictions.jsonl", "report.html", "masks", "curves", "worst")
 
 
@@ -124,7 +123,7 @@ def take_folder(config: VisionEvalConfig, outputs: Outputs, models: dict[str, An
     own = (*OWN, outputs.predictions, str(Path(outputs.predictions).with_suffix(".csv")))
     identity = {"settings": to_dict(config), "model": models}
     is_unfinished = not (outputs.folder / "metrics.json").is_file()  # stopped by a bad record, say: begun anew
-    open_run(outputs.folder, KIND, identity, own=own, overwrite=overwrite, can_continue=is_unfinished)
+    open_run(outputs.folder, EVALUATION, identity, own=own, overwrite=overwrite, can_continue=is_unfinished)
 
 
 def run_model(

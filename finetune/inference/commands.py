@@ -22,7 +22,7 @@ from finetune.inference.calibrating import calibration_of
 from finetune.inference.output import PredictionWriter
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import query_for_image
-from finetune.inference.run_folder import holds_results
+from finetune.inference.run_folder import holds_output_pictures
 from finetune.inference.visualization import overlay_mask
 from finetune.models.loading import load_bundle
 from finetune.progress import progress_bar
@@ -95,7 +95,7 @@ def check_device(name: str) -> str:
 def find_images(paths: list[str]) -> list[str]:
     """Image files named or lying in the folders named, sorted within each folder.
 
-    What an earlier run wrote into a folder below one of these (masks, overlays) is passed over, and said.
+    Masks, heat maps and overlays that an earlier run wrote there are passed over, and said.
 
     Raises:
         DataFormatError: a path that does not exist, or nothing found.
@@ -118,11 +118,10 @@ def find_images(paths: list[str]) -> list[str]:
 
 def _images_below(folder: Path) -> list[str]:
     files = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    parents = {parent for path in files for parent in path.parents if parent != folder}
-    results = {parent for parent in parents if parent.is_relative_to(folder) and holds_results(parent)}
-    for place in sorted(results):
-        print(f"passed over: {place}, which holds the output of an earlier run", file=sys.stderr)
-    return sorted(str(path) for path in files if results.isdisjoint(path.parents))
+    written = {place for place in {path.parent for path in files} if place != folder and holds_output_pictures(place)}
+    for place in sorted(written):
+        print(f"passed over: {place}, pictures that an earlier run wrote", file=sys.stderr)
+    return sorted(str(path) for path in files if path.parent not in written)
 
 
 def _refuse_unreadable(files: Sequence[str]) -> None:

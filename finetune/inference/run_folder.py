@@ -17,6 +17,12 @@ from finetune.data.storage.atomic import file_sha256, write_atomically
 from finetune.errors import ConfigError, shorten
 
 RUN_FILE = "run.json"
+KINDS = INFERENCE, EVALUATION, REGIONS = (
+    "vision inference", "vision evaluation", "evaluation of candidate regions",
+)  # fmt: skip
+"""What a `run.json` may be of."""
+OUTPUT_PICTURES = ("masks", "overlays", "heatmaps", "worst", "curves")
+"""Folders of pictures that runs write."""
 LOCK_FILE = ".lock"
 """Of the process that writes to the folder (`finetune.data.locking`), where it takes one; it belongs to no run."""
 
@@ -64,14 +70,17 @@ def open_run(
     return False
 
 
-def holds_results(folder: Path) -> bool:
-    """Whether a run wrote into a folder: one of `open_run`'s, or one with predictions and their masks."""
-    if (folder / "predictions.jsonl").is_file() and (folder / "masks").is_dir():
+def holds_output_pictures(folder: Path) -> bool:
+    """Whether a folder is one of `OUTPUT_PICTURES` of a run: beside predictions, or beside a `run.json` of ours."""
+    if folder.name not in OUTPUT_PICTURES:
+        return False
+    if (folder.parent / "predictions.jsonl").is_file():
         return True
     try:
-        return "kind" in json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        run = json.loads((folder.parent / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
+    return isinstance(run, dict) and run.get("kind") in KINDS
 
 
 def remove(folder: Path, names: Sequence[str]) -> None:

@@ -24,13 +24,13 @@ def released_shape(name: str) -> dict[str, Any] | None:
     """Sizes of a released checkpoint, as its config.json has them.
 
     Args:
-        name: hub name or folder, such as `Qwen/Qwen2.5-VL-3B-Instruct`.
+        name: of a hub, such as `Qwen/Qwen2.5-VL-3B-Instruct`; what stands behind the last `/` counts.
 
     Returns:
         `text_config`, `vision_config` and `tie_word_embeddings`; None where the name says no size of `RELEASED`.
     """
     for size, text in RELEASED.items():
-        if re.search(rf"(?<![\d.]){size}\b", name, re.IGNORECASE):
+        if re.search(rf"(?<![A-Za-z0-9.]){size}(?![A-Za-z0-9])", name.rstrip("/").rpartition("/")[2], re.IGNORECASE):
             vision = {**VISION, "out_hidden_size": text["hidden_size"]}
             return {"text_config": text, "vision_config": vision, "tie_word_embeddings": text["tie_word_embeddings"]}
     return None

@@ -91,7 +91,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         set_short_side(processor.image_processor, config.data.image_short_side)
     except ForensicsError as error:
         problems.append(_error(str(error)))
-    problems += _heads_problems(config)
+    problems += _impossible_heads(config)
     for what in ("train", "eval"):
         sources = getattr(config.data, what)
         if what == "train" and not sources:
@@ -119,16 +119,16 @@ def check_config(config: RunConfig) -> list[Problem]:
     return problems
 
 
-def _heads_problems(config: RunConfig) -> list[Problem]:
-    """Heads that the model cannot have, of every stage, as far as the model's shape is known here."""
+def _impossible_heads(config: RunConfig) -> list[Problem]:
+    """Heads that the model cannot have, of every stage; none where the model's shape is not known here."""
     found = []
-    for stage, run in [(f"stage '{run.name}': ", run.config) for run in stage_runs(config)] or [("", config)]:
+    stages = [(f"stage '{run.name}': ", run.config, run.source) for run in stage_runs(config)]
+    for stage, run, source in stages or [("", config, None)]:
+        path = source if isinstance(source, str) and source else run.model.path
         try:
-            planned = planned_config(replace(run, model=replace(run.model, path=config.model.path)))
-        except ConfigError:
-            continue  # a name that says no size: known when its config.json has been fetched
-        try:
-            check_heads(planned)
+            planned = planned_config(replace(run, model=replace(run.model, path=path)))
+            if planned is not None:
+                check_heads(planned)
         except ConfigError as error:
             found.append(_error(f"{stage}{error}"))
     return found

@@ -208,9 +208,7 @@ def _show_messages(level: int) -> None:
 
 def _model_config(config: RunConfig) -> ModelConfig:
     """`model` with its `language` decided."""
-    if config.model.language != "auto":
-        return config.model
-    return replace(config.model, language="skip" if config.reads_pictures_only else "load")
+    return replace(config.model, language="load" if config.loads_language else "skip")
 
 
 def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, ForensicDataset | None]:

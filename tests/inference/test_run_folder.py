@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from finetune.errors import ConfigError
-from finetune.inference.run_folder import RUN_FILE, open_run
+from finetune.inference.commands import find_images
+from finetune.inference.run_folder import INFERENCE, RUN_FILE, open_run
 
 OWN = ("results.jsonl", "heatmaps")
 
@@ -82,21 +83,20 @@ def test_a_note_that_is_not_ours_is_never_replaced(tmp_path: Path, note: str, ov
     assert (tmp_path / RUN_FILE).read_text() == note
 
 
-def test_output_among_images_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By a later run over the folder; a folder that is named itself is read whatever it holds."""
-    from finetune.inference.commands import find_images
-
+def test_written_pictures_among_images_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a later run over the folder; the photographs beside them are not, nor what only looks like output."""
     pictures = tmp_path / "pictures"
-    for name in ("a.png", "more/b.jpg", "evidence/overlays/a.png", "out/masks/a.png", "out/overlays/a.png"):
+    own = ("a.png", "more/b.jpg", "more/masks/b.png", "scene/c.png", "scene/details/masks/c.png")
+    written = ("overlays/a.png", "evidence/heatmaps/a.png", "scene/masks/c.png", "scene/overlays/c.png")
+    for name in own + written:
         (pictures / name).parent.mkdir(parents=True, exist_ok=True)
         (pictures / name).touch()
-    (pictures / "more" / "run.json").write_text("[1, 2]")  # somebody else's
-    open_run(pictures / "evidence", "kind", {}, own=[], overwrite=True, can_continue=False)
-    (pictures / "out" / "predictions.jsonl").touch()
-    assert find_images([str(pictures)]) == [str(pictures / "a.png"), str(pictures / "more" / "b.jpg")]
+    (pictures / "more" / "run.json").write_text('{"kind": "mankind"}')  # somebody else's
+    (pictures / "predictions.jsonl").touch()
+    (pictures / "scene" / "predictions.jsonl").touch()
+    open_run(pictures / "evidence", INFERENCE, {}, own=[], overwrite=True, can_continue=False)
+    assert find_images([str(pictures)]) == sorted(str(pictures / name) for name in own)
     said = capsys.readouterr().err
-    assert str(pictures / "evidence") in said
-    assert str(pictures / "out") in said
-    assert find_images([str(pictures / "out")]) == [
-        str(pictures / "out" / part / "a.png") for part in ("masks", "overlays")
-    ]
+    assert all(str(pictures / name.rpartition("/")[0]) in said for name in written)
+    masks = str(pictures / "scene" / "masks")
+    assert find_images([masks]) == [f"{masks}/c.png"]  # named, so meant

@@ -41,12 +41,11 @@ from finetune.inference.commands import load_writer
 from finetune.inference.regions.cards import RegionCard
 from finetune.inference.regions.page import SWEEP_COLUMNS, regions_page
 from finetune.inference.regions.predictor import ReadRegions, RegionPredictor, explain_regions, score_regions
-from finetune.inference.run_folder import folder_identity, open_run
+from finetune.inference.run_folder import REGIONS, folder_identity, open_run
 from finetune.markup import format_number
 from finetune.progress import progress_bar
 from finetune.training.reproducibility import commit, file_hash, versions
 
-KIND = "evaluation of candidate regions"
 OWN = (
     *("metrics.json", "predictions.jsonl", "val_predictions.jsonl", "answers.jsonl", "sweep.csv", "report.html"),
     THRESHOLD_FILE,
@@ -119,7 +118,7 @@ def _take_folder(arguments: argparse.Namespace, folder: Path, models: dict[str, 
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
     is_unfinished = not (folder / "metrics.json").is_file()
     identity = {"settings": settings, "models": models}
-    open_run(folder, KIND, identity, own=OWN, overwrite=arguments.overwrite, can_continue=is_unfinished)
+    open_run(folder, REGIONS, identity, own=OWN, overwrite=arguments.overwrite, can_continue=is_unfinished)
 
 
 def _choose(

@@ -22,10 +22,9 @@ from PIL import Image
 from finetune.data.locking import locked
 from finetune.data.storage.atomic import write_atomically
 from finetune.errors import ConfigError, DataFormatError
-from finetune.inference.run_folder import LOCK_FILE, open_run
+from finetune.inference.run_folder import INFERENCE, LOCK_FILE, open_run
 from finetune.inference.visualization import UInt8, save_mask_png
 
-KIND = "vision inference"
 JOURNAL = "results.jsonl"
 OVERLAYS, HEAT_MAPS = "overlays", "heatmaps"
 CSV_COLUMNS = (
@@ -86,7 +85,7 @@ class EvidenceFolder:
         if is_new and self.csv_path.exists() and not overwrite:
             raise ConfigError(f"output.csv is {self.csv_path}, which exists and is of no run here; add --overwrite")
         own = (JOURNAL, OVERLAYS, HEAT_MAPS)
-        self.is_resumed = open_run(self.dir, KIND, identity, own=own, overwrite=overwrite, can_continue=True)
+        self.is_resumed = open_run(self.dir, INFERENCE, identity, own=own, overwrite=overwrite, can_continue=True)
         self.rows = _read_journal(self.dir / JOURNAL) if self.is_resumed else {}
         if self.is_resumed and self.csv_path.exists() and not _is_written_from(self.rows, self.csv_path):
             raise ConfigError(
