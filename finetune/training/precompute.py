@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +63,7 @@ def precompute_command(arguments: argparse.Namespace) -> int:
     """`forensics precompute`: the configuration's searches, for all stages; prints what was done."""
     config: RunConfig = load_config(arguments.config, arguments.overrides)
     start = time.monotonic()
-    found = search_ahead(config, arguments.workers, arguments.seconds, arguments.share, progress=sys.stderr.isatty())
+    found = search_ahead(config, arguments.workers, arguments.seconds, arguments.share, progress=True)
     rest = f"; the time did not suffice for {found.left} records" if found.left else ""
     took = f"{time.monotonic() - start:.0f} s"
     print(f"searched {found.searched} pictures in {took}, {found.stored} were stored already{rest}")

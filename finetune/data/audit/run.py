@@ -122,7 +122,7 @@ def run_audit(
 
     Args:
         count_tokens: length of a record's token sequence; may raise `DataFormatError`.
-        progress: show a bar on stderr where that is a terminal.
+        progress: show a bar on stderr, or lines where that is no terminal.
 
     Raises:
         ConfigError: a rule or an option that cannot be used.

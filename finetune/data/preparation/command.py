@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from finetune.config import load_config
@@ -21,7 +20,7 @@ def prepare_command(arguments: argparse.Namespace) -> int:
     for name in ("on_error", "workers"):
         if (value := getattr(arguments, name)) is not None:
             setattr(config, name, value)
-    done = prepare(config, overwrite=arguments.overwrite, progress=sys.stderr.isatty())
+    done = prepare(config, overwrite=arguments.overwrite)
     print("\n".join(done.lines()))
     return _audit(config, done) if config.audit else 0
 
@@ -34,7 +33,7 @@ def _audit(config: PrepareConfig, done: Prepared) -> int:
     held = {split for split, count in done.written.items() if count}
     sources = [source for source in find_sources([str(done.out_dir)]) if source.split in held]
     settings = AuditSettings(max_distance=config.splits.max_hash_distance, workers=config.workers)
-    audit = run_audit(sources, settings, progress=sys.stderr.isatty())
+    audit = run_audit(sources, settings)
     folder = Path(done.out_dir) / "audit"
     write_audit(audit, sources, folder)
     print("audit:")

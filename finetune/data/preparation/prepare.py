@@ -138,18 +138,19 @@ def _write_all(
     items = (item for item in iter_items(sources, found.splitter) if not _is_done(item.index, item.split, writers))
     work = partial(work_on, options=config.images)
     outcomes = ordered_map(work, items, config.workers, initializer=cv2.setNumThreads, initargs=(1,))
-    bar = progress_bar(outcomes, total=found.num_items, desc="prepare", unit="rec", disable=not progress)
-    for outcome in bar:
-        item = outcome.item
-        bar.update(item.index - bar.n)  # those an interrupted run had done
-        if outcome.error is not None:
-            if config.on_error == "stop":
-                raise outcome.error
-            ledger.add(Entry(item.index, item.split, item.id, error=outcome.error, stamp=outcome.stamp))
-            continue
-        assert isinstance(item.record, Record)
-        ledger.add(Entry(item.index, item.split, item.id, item.record.group, None, outcome.prints, outcome.stamp))
-        writers[item.split].write(item.record, outcome.payload, item.index)
+    with progress_bar(total=found.num_items, desc="prepare", unit="rec", disable=not progress) as bar:
+        for outcome in outcomes:
+            item = outcome.item
+            bar.update(item.index + 1 - bar.n)  # those between, an interrupted run had done
+            if outcome.error is not None:
+                if config.on_error == "stop":
+                    raise outcome.error
+                ledger.add(Entry(item.index, item.split, item.id, error=outcome.error, stamp=outcome.stamp))
+                continue
+            assert isinstance(item.record, Record)
+            ledger.add(Entry(item.index, item.split, item.id, item.record.group, None, outcome.prints, outcome.stamp))
+            writers[item.split].write(item.record, outcome.payload, item.index)
+        bar.update(found.num_items - bar.n)
 
 
 def _refuse_changed_files(

@@ -43,7 +43,7 @@ def prepare_command(arguments: argparse.Namespace) -> int:
     )
     if config.on_error == "stop" and _list_bad_rows(plan.sources[0]):
         return 1
-    done = prepare(plan, overwrite=arguments.overwrite, progress=sys.stderr.isatty())
+    done = prepare(plan, overwrite=arguments.overwrite)
     print("\n".join(done.lines()))
     if arguments.preview is not None:
         preview_stored(arguments.out, arguments.preview)

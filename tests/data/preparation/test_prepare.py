@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune.cli import main
 from finetune.config import load_config
 from finetune.data.audit.run import find_sources, run_audit
 from finetune.data.audit.writing import summary_lines
@@ -240,7 +242,23 @@ def test_a_hold_out_list_is_obeyed(tmp_path: Path, make_source: MakeSource) -> N
     assert any("nothing*" in warning for warning in done.splits.warnings)
 
 
-def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path: Path, make_source: MakeSource) -> None:
+def test_a_log_tells_how_far_it_is(
+    tmp_path: Path, make_source: MakeSource, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Standard error is no terminal here: lines instead of a bar, of preparing and of the audit behind it."""
+    monkeypatch.setattr("finetune.progress.LINE_SECONDS", 0.0)
+    (tmp_path / "c.yaml").write_text(
+        f"out_dir: {tmp_path / 'out'}\nsources: [{{path: {make_source(8)}}}]\nworkers: 1\n"
+    )
+    assert main(["prepare", "--config", str(tmp_path / "c.yaml")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert next(line for line in reversed(lines) if line.startswith("prepare:")).startswith("prepare: 100%")
+    assert any(line.startswith("audit: 8record") for line in lines)
+
+
+def test_a_killed_preparation_goes_on_to_the_same_bytes(
+    tmp_path: Path, make_source: MakeSource, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = make_source(60)
     (source.parent / "5.png").write_bytes(b"")
     yaml = f"sources: [{{path: {source}}}]\nstorage: parquet\nshard_megabytes: 1\non_error: skip\nworkers: 1\n"
@@ -256,7 +274,12 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path: Path, make_sou
     process.kill()
     process.wait()
     assert not (tmp_path / "killed" / "manifest.json").exists()
-    done = run(load_config(tmp_path / "killed.yaml", [], PrepareConfig))
+    monkeypatch.setattr("finetune.progress.LINE_SECONDS", 0.0)
+    done = prepare(load_config(tmp_path / "killed.yaml", [], PrepareConfig))
+    bar = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prepare:")]
+    counts = [int(re.search(r"(\d+)/60", line)[1]) for line in bar]  # type: ignore[index]
+    assert counts == sorted(counts)
+    assert counts[-1] == 60
     assert done.num_done_before > 0
     assert done.rejected == 1
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
