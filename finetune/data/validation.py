@@ -21,7 +21,9 @@ from finetune.errors import DataFormatError
 from finetune.schema import RESULT_WORDS, ImageInput, ImageTarget, Record
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 
-_RESULT = re.compile(rf'"result"\s*:\s*"?({"|".join(RESULT_WORDS)})\b')
+_RESULT = re.compile(rf'"result"\s*:\s*"?({"|".join(RESULT_WORDS)})(?=\s*["<,}}])')
+_LIST = re.compile(r"^(?:<[^<>]*>|\s)*\[\s*\{")
+"""The beginning of an answer about several images, behind its forensic tokens."""
 _CHAT_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
 _MAX_LISTED = 20
 
@@ -118,7 +120,7 @@ def check_records(
         reason = f"{what} but no {kind} token, so the {kind} head learns nothing from it"
         problems.append(_warning(names, reason))
     if contradicting:
-        reason = 'the answer\'s "result" and the label disagree, so text and head learn opposite verdicts'
+        reason = 'the answer\'s "result" and the label disagree; correct the one that is wrong'
         problems.append(_warning(contradicting, reason))
     labels = {target.label for record in records for target in record.targets} - {None}
     if len(labels) == 1:
@@ -139,13 +141,20 @@ def _warning(names: Sequence[str], message: str) -> Problem:
 
 
 def _contradicts_itself(record: Record) -> bool:
-    """Whether an answer says another `result` than the label of its image; False where it is not clear which image."""
-    labels = [target.label for target in record.targets]
+    """Whether an answer's `"result"` is `real` or `fake` and its image's label the other.
+
+    Looked for where it is clear which image is meant: one image, whose answers say one word each, or one answer that is
+    a list with an object for each image. A template's own words are not known here.
+    """
     answers = [turn.content for turn in record.turns if turn.role == "assistant"]
-    said = [RESULT_WORDS[found[1]] for answer in answers for found in _RESULT.finditer(answer)]
+    said = [[RESULT_WORDS[word] for word in _RESULT.findall(answer)] for answer in answers]
+    labels = [target.label for target in record.targets]
     if len(labels) == 1:
-        labels *= len(said)
-    return len(said) == len(labels) and any(label not in (None, word) for label, word in zip(labels, said, strict=True))
+        return any(len(words) == 1 and labels[0] not in (None, words[0]) for words in said)
+    for answer, words in zip(answers, said, strict=True):
+        if _LIST.search(answer) and len(words) == len(labels):
+            return any(label not in (None, word) for label, word in zip(labels, words, strict=True))
+    return False
 
 
 def validate_for_training(

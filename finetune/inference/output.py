@@ -21,7 +21,7 @@ class PredictionWriter:
     the folder and null without a mask, its pixels are scores times 255. Polygons are `[[[x, y], ...], ...]` in pixels
     of the original image; `text_polygons` are those the text states, null where it could not be read. A model with
     `heads.operations` adds `operations`: the share of each, 1 in all, which means something where `label` is 1.
-    Evaluations add what the data say.
+    Evaluations add `label_true`, and `f1` where they measure it.
     """
 
     def __init__(self, out_dir: str | Path, name: str = "predictions.jsonl") -> None:

@@ -43,9 +43,12 @@ class EvaluationTable(TrainerCallback):
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state.global_step]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Have the Trainer log before every evaluation: a row has a loss and a rate wherever `logging_steps` falls."""
+        """Have the Trainer log before every evaluation, one at the run's end included: a row has a loss and a rate
+        wherever `logging_steps` falls."""
         if control.should_evaluate or control.should_training_stop:
             control.should_log = True
+
+    on_epoch_end = on_step_end
 
     def on_evaluate(
         self,
@@ -72,19 +75,21 @@ def row(
     """The values of an evaluation; None where the run has no such number.
 
     Args:
-        history: the Trainer's log. `train_loss` is the mean over its entries since the evaluation before this one,
-            `learning_rate` the newest.
+        history: the Trainer's log. `train_loss` is the mean over the steps since the evaluation before this one, of
+            which each entry tells the mean since the entry before; `learning_rate` is the newest.
         metrics: of the evaluation. seconds: of training so far, evaluations included.
     """
     before = max((entry["step"] for entry in history if "eval_loss" in entry and entry["step"] < step), default=-1)
-    losses = [entry["loss"] for entry in history if "loss" in entry and before < entry["step"] <= step]
+    logged = [entry for entry in history if "loss" in entry and entry["step"] <= step]
+    num_steps = [entry["step"] - last for entry, last in zip(logged, [0, *(e["step"] for e in logged)], strict=False)]
+    parts = [(entry["loss"], num) for entry, num in zip(logged, num_steps, strict=True) if entry["step"] > before]
     rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
     found: dict[str, float | None] = {
         "epoch": history[-1].get("epoch") if history else None,
         "step": step,
         "seconds": round(seconds, 1),
         "learning_rate": rates[-1] if rates else None,
-        "train_loss": sum(losses) / len(losses) if losses else None,
+        "train_loss": sum(loss * num for loss, num in parts) / sum(num for _, num in parts) if parts else None,
         **{column: metrics.get(name) for column, name in METRICS.items()},
     }
     return found | {name: value for name, value in metrics.items() if name.startswith("eval_loss")}

@@ -290,6 +290,10 @@ def test_tokens_of_one_kind_alone_are_warned_about(photo: str) -> None:
         (RUN + RUN + '[{"result": "fake"}, {"result": "real"}]', [1, 0], False),
         (RUN + RUN + '[{"result": "real"}, {"result": "fake"}]', [1, 0], True),
         (RUN + RUN + '{"result": "real"}', [1, 0], False),
+        (RUN + '{"result": "real-looking splice"}', [1], False),
+        (RUN + 'write "result": "real" or "result": "fake"', [1], False),
+        (RUN + RUN + '{"second": {"result": "real"}, "first": {"result": "fake"}}', [1, 0], False),
+        (RUN + '{"result": real <cls>}', [1], True),
     ],
 )
 def test_an_answer_that_says_other_than_the_label_is_warned_about(
@@ -302,9 +306,19 @@ def test_an_answer_that_says_other_than_the_label_is_warned_about(
         turns=(Turn("user", "<image>" * len(labels)), Turn("assistant", answer)),
     )
     found = [text for text in messages([odd]) if "disagree" in text]
-    assert found == (["record 'r': the answer's \"result\" and the label disagree, so text and head learn opposite "
-                      "verdicts"] if is_odd else [])  # fmt: skip
+    message = "record 'r': the answer's \"result\" and the label disagree; correct the one that is wrong"
+    assert found == ([message] if is_odd else [])
     assert not [text for text in messages([odd], has_text=False) if "disagree" in text]
+
+
+def test_questions_about_one_of_two_images_are_left_alone(photo: str) -> None:
+    turns = [Turn("user", "<image><image>first?"), Turn("assistant", '{"result": "fake"}')] * 2
+    turns[2] = Turn("user", "sure?")
+    two = Record(
+        id="r", images=(ImageInput(path=photo),) * 2, targets=(ImageTarget(label=1), ImageTarget(label=0)),
+        turns=tuple(turns),
+    )  # fmt: skip
+    assert not [text for text in messages([two]) if "disagree" in text]
 
 
 def test_a_file_that_only_seems_cut_off_is_decoded_and_kept(photo: str, tmp_path: Path) -> None:

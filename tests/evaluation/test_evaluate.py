@@ -219,8 +219,6 @@ def test_evaluate_writes_everything(
     for line in lines:
         assert (tmp_path / line["mask_path"]).is_file()
         assert Image.open(tmp_path / line["mask_path"]).size[::-1] == tuple(line["size_hw"])
-    from sklearn.metrics import roc_auc_score
-
     labels, scores = [line["label_true"] for line in lines], [line["score"] for line in lines]
     assert metrics["image"]["auroc"] == pytest.approx(roc_auc_score(labels, scores))
     assert all((line["f1"] is None) == (line["label_true"] == 0) for line in lines)
@@ -228,6 +226,27 @@ def test_evaluate_writes_everything(
     assert metrics["localization"]["f1"] == pytest.approx(sum(f1) / len(f1), abs=1e-5)
     assert "<html" in (tmp_path / "report.html").read_text(encoding="utf-8")[:200]
     assert "AUROC" in capsys.readouterr().out
+
+
+def test_a_prediction_stands_beside_the_label_of_its_own_image(
+    saved_model: Path, manifest: Path, tmp_path: Path
+) -> None:
+    images = [str(path) for path in sorted((manifest.parent.parent / "image").iterdir())[:4]]
+    rows = [
+        {"id": "two", "images": images[:2], "labels": [0, 1]},
+        {"id": "swapped", "images": images[2:], "labels": [1, 0]},
+        {"id": "half", "images": images[:2], "labels": [None, 1]},
+    ]
+    turns = [("user", "<image><image>?"), ("assistant", "one of them")]
+    rows[2]["messages"] = [{"role": role, "content": content} for role, content in turns]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["evaluate", "--model", str(saved_model), "--data", str(data), "--out", str(tmp_path / "out")]
+    assert main([*command, "--no-text", "--no-baselines", "--device", "cpu"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["label_true"] for line in lines] == [0, 1, 1, 0, None, 1]
+    assert [line["image_path"] for line in lines] == [*images, *images[:2]]
+    assert all(line["f1"] is None for line in lines)  # there is no mask
 
 
 def test_unlabelled_data_cannot_be_evaluated(

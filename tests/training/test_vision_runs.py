@@ -270,6 +270,15 @@ def test_doctor_names_heads_that_the_model_cannot_have(make_config: Callable[...
     assert problem.startswith("stage 'two': heads.layer is 99")
 
 
+def test_the_loss_of_a_row_is_the_mean_over_its_steps() -> None:
+    """Logged every 50 steps and before each evaluation: entries are means over 50 and over 25 steps."""
+    logged = [(50, 9.0), (75, 9.0), (100, 3.0), (150, 1.0)]
+    history = [{"step": step, "loss": loss, "learning_rate": 0.1} for step, loss in logged]
+    history.insert(2, {"step": 75, "eval_loss": 1.0})
+    assert row(history, {}, 150, 1.0)["train_loss"] == pytest.approx((25 * 3.0 + 50 * 1.0) / 75)
+    assert row(history, {}, 75, 1.0)["train_loss"] == pytest.approx(9.0)
+
+
 def test_a_row_without_losses_or_maps_has_empty_cells() -> None:
     found = row([{"step": 3, "epoch": 0.5, "eval_loss": 1.0}], {"eval_loss": 1.0, "eval_auroc": 0.7}, 3, 12.34)
     assert found == {

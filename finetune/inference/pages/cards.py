@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finetune.inference.pages.markup import DASH, as_number, bilingual, data_uri, esc, format_number
-from finetune.inference.pages.table import by_operation
+from finetune.inference.pages.table import by_operation_html
 from finetune.inference.visualization import evidence_tiles, heat_map
 from finetune.schema import is_kind_of
 
@@ -145,7 +145,7 @@ def operation_table(samples: Sequence[ReportSample]) -> str:
         return ""
     columns = [("检出率", "Detected"), ("平均像素 F1", "Mean pixel F1")]
     columns += [("操作判断正确率", "Operation told right")] if tells else []
-    return by_operation(("按篡改方式（下列样本）", "By operation (samples below)"), columns, rows)
+    return by_operation_html(("按篡改方式（下列样本）", "By operation (samples below)"), columns, rows)
 
 
 def _card(sample: ReportSample, index: int, op_index: int | None, threshold: float, budget: int) -> str:

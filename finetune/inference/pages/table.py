@@ -134,10 +134,12 @@ def operations_html(metrics: Mapping[str, Any]) -> str:
         for name, row in found.items()
     ]
     names = [(zh, en) for _, zh, en in columns]
-    return by_operation(("按篡改方式（全部图像）", "By operation (all images)"), names, rows, 'style="margin-top:14px"')
+    return by_operation_html(
+        ("按篡改方式（全部图像）", "By operation (all images)"), names, rows, 'style="margin-top:14px"'
+    )
 
 
-def by_operation(
+def by_operation_html(
     caption: tuple[str, str],
     columns: Sequence[tuple[str, str]],
     rows: Sequence[tuple[str, Any, Sequence[str]]],
