@@ -40,16 +40,17 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--overwrite starts the whole run anew, {other}; give one of them")
     overrides = [*arguments.overrides, *(["train.resume=auto"] if arguments.resume else [])]
     config: RunConfig = load_config(arguments.config, overrides)  # before the heavy imports: mistakes show at once
-    if arguments.stage or config.stages:
-        from finetune.training.stages import run_stage, run_stages
+    if config.stages and not arguments.stage:
+        from finetune.training.stages import run_stages
 
-        return (
-            run_stage(config, arguments.stage) if arguments.stage else run_stages(config, overwrite=arguments.overwrite)
-        )
+        return run_stages(config, overwrite=arguments.overwrite)
+    from finetune.training.ending import end_process
     from finetune.training.run import train
+    from finetune.training.stages import run_stage
 
-    status: int = train(config, overwrite=arguments.overwrite).get("exit_status", 0)
-    return status
+    if arguments.stage:
+        return end_process(run_stage(config, arguments.stage))
+    return end_process(train(config, overwrite=arguments.overwrite).get("exit_status", 0))
 
 
 def precompute_arguments(parser: argparse.ArgumentParser) -> None:
