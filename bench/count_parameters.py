@@ -16,24 +16,25 @@ from transformers.utils import logging
 from finetune.config import HeadsConfig, LoraConfig, NoiseResidualConfig
 from finetune.models.adapters import lora_matches
 from finetune.models.qwen_forensics_model import HEAD_MODULES
-from finetune.models.shapes import SHAPES, VISION, Shape, build_on_meta
+from finetune.models.shapes import RELEASED, VISION, build_on_meta
 
 GIB = 2**30
 NUM_TOKENS = 33  # <cls> and <mask_1>..<mask_32>
 
 
-def count(shape: Shape) -> dict[str, int]:
+def count(size: str) -> dict[str, int]:
     """Parameters by part; the heads twice, without and with the noise-residual expert."""
     plain = HeadsConfig()
-    model = build_on_meta(shape, replace(plain, noise_residual=NoiseResidualConfig(enabled=True)))
-    without = build_on_meta(shape, plain)
+    shape = RELEASED[size]
+    model = build_on_meta(size, replace(plain, noise_residual=NoiseResidualConfig(enabled=True)))
+    without = build_on_meta(size, plain)
     lora = LoraConfig()
     matched = [model.get_submodule(name) for name in lora_matches(model, lora.target_modules)]
     return {
         "language model": sum(p.numel() for p in model.model.language_model.parameters())
-        + (0 if shape.is_tied else model.lm_head.weight.numel()),
+        + (0 if shape["tie_word_embeddings"] else model.lm_head.weight.numel()),
         "vision tower": sum(p.numel() for p in model.model.visual.parameters()),
-        "token rows": NUM_TOKENS * shape.hidden * (1 if shape.is_tied else 2),
+        "token rows": NUM_TOKENS * shape["hidden_size"] * (1 if shape["tie_word_embeddings"] else 2),
         "cls head": _size(without, "cls_head"),
         "mask head (query)": _size(without, "mask_head"),
         "heads": _size(without, *HEAD_MODULES),
@@ -43,7 +44,7 @@ def count(shape: Shape) -> dict[str, int]:
     }
 
 
-def memory(shape: Shape, parts: dict[str, int], uses_lora: bool, tokens: int, answer: int) -> dict[str, float]:
+def memory(size: str, parts: dict[str, int], uses_lora: bool, tokens: int, answer: int) -> dict[str, float]:
     """GiB on one GPU without sharding.
 
     weights: frozen base in bf16, 2 bytes. trained: what trains in float32, 4 bytes, and PEFT's frozen original of the
@@ -54,8 +55,9 @@ def memory(shape: Shape, parts: dict[str, int], uses_lora: bool, tokens: int, an
     base = parts["language model"] + parts["vision tower"]
     trained = parts["heads + noise"] + parts["token rows"] + (parts["LoRA r=16"] if uses_lora else 0)
     patches = 4 * tokens
-    activations = 2 * tokens * shape.hidden * shape.layers + 2 * patches * VISION["hidden_size"] * (VISION["depth"] + 1)
-    activations += 3 * 4 * answer * shape.rows
+    shape = RELEASED[size]
+    activations = 2 * tokens * shape["hidden_size"] * shape["num_hidden_layers"]
+    activations += 2 * patches * VISION["hidden_size"] * (VISION["depth"] + 1) + 3 * 4 * answer * shape["vocab_size"]
     return {
         "trained_parameters": trained,
         "weights": 2 * base / GIB,
@@ -78,9 +80,9 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=200, help="supervised tokens of the estimate")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    counted = {name: count(shape) for name, shape in SHAPES.items()}
+    counted = {name: count(name) for name in RELEASED}
     plans = {
-        f"{name} {stage}": memory(SHAPES[name], parts, stage == "stage 2, LoRA", arguments.tokens, arguments.answer)
+        f"{name} {stage}": memory(name, parts, stage == "stage 2, LoRA", arguments.tokens, arguments.answer)
         for name, parts in counted.items()
         for stage in ("stage 1", "stage 2, LoRA")
     }

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, __version__  # noqa: E402
 
 from finetune.data.corpus import tokenizer_corpus  # noqa: E402
-from finetune.models.shapes import SHAPES, VISION  # noqa: E402
+from finetune.models.shapes import RELEASED, VISION  # noqa: E402
 from finetune.models.tiny import TinyShape, build_processor, tiny_config, train_tokenizer  # noqa: E402
 
 TOWERS: dict[str, dict[str, Any]] = {
@@ -47,19 +47,20 @@ def build(folder: Path, tower: str, language_gb: float) -> int:
     """
     processor = build_processor(train_tokenizer(tokenizer_corpus(), 600))
     processor.save_pretrained(folder)
-    shape = SHAPES["3B"]
-    per_layer = 2 * (2 * shape.hidden**2 * (1 + shape.kv_heads / shape.heads) + 3 * shape.hidden * shape.mlp)
+    shape = RELEASED["3B"]
+    hidden, shared = shape["hidden_size"], shape["num_key_value_heads"] / shape["num_attention_heads"]
+    per_layer = 2 * (2 * hidden**2 * (1 + shared) + 3 * hidden * shape["intermediate_size"])
     tree = tiny_config(processor.tokenizer, TinyShape()).to_dict()
     tree["text_config"] |= {
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.mlp,
+        **{
+            name: shape[name]
+            for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        },
         "num_hidden_layers": max(1, round(language_gb * 1e9 / per_layer)),
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
         "layer_types": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     }
-    tree["vision_config"] = {**TOWERS[tower], "out_hidden_size": shape.hidden}
+    tree["vision_config"] = {**TOWERS[tower], "out_hidden_size": hidden}
     tree.pop("model_type")
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -1,9 +1,14 @@
-"""Published sizes of Qwen2.5-VL, for a checkpoint that is not on this machine."""
+"""Published sizes of Qwen2.5-VL, and our model class at these sizes on the meta device: parameters without memory."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
+
+import torch
+
+from finetune.config import HeadsConfig, to_dict
+from finetune.models.qwen_forensics_model import QwenForensicsConfig, QwenForensicsForConditionalGeneration
 
 VISION: dict[str, Any] = {
     "depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "patch_size": 14,
@@ -34,3 +39,15 @@ def released_shape(name: str) -> dict[str, Any] | None:
             vision = {**VISION, "out_hidden_size": text["hidden_size"]}
             return {"text_config": text, "vision_config": vision, "tie_word_embeddings": text["tie_word_embeddings"]}
     return None
+
+
+def build_on_meta(size: str, heads: HeadsConfig) -> QwenForensicsForConditionalGeneration:
+    """Our class at a size of `RELEASED`, without storage and token ids, for counting; no language model where the heads
+    need the tower alone."""
+    shape = released_shape(size)
+    assert shape is not None, size
+    has_language = not (heads.enabled and heads.source == "vision")
+    with torch.device("meta"):
+        return QwenForensicsForConditionalGeneration(
+            QwenForensicsConfig(**shape, heads=to_dict(heads), has_language=has_language)
+        )

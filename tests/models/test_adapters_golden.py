@@ -29,7 +29,7 @@ from finetune.models.adapters import set_trainable
 from finetune.models.groups import collapsed, parameter_groups, plain_name
 from finetune.models.loading import Bundle
 from finetune.models.qwen_forensics_model import QwenForensicsConfig, QwenForensicsForConditionalGeneration
-from finetune.models.shapes import RELEASED, released_shape
+from finetune.models.shapes import RELEASED, build_on_meta, released_shape
 from finetune.models.vision_parts import BaseTower
 from finetune.special_tokens import SpecialTokens
 
@@ -50,16 +50,9 @@ def tiny_settings() -> dict:
     return tiny_config(train_tokenizer(tokenizer_corpus(), shape.vocab_size), shape).to_dict()
 
 
-def on_meta(settings: dict) -> QwenForensicsForConditionalGeneration:
-    """Parameters with names and shapes and no storage."""
-    with torch.device("meta"):
-        return QwenForensicsForConditionalGeneration(QwenForensicsConfig(**settings))
-
-
 def without_heads(size: str) -> Bundle:
     """A released checkpoint."""
-    heads = to_dict(HeadsConfig(enabled=False))
-    return Bundle(on_meta({**(released_shape(size) or {}), "heads": heads}), None, SpecialTokens())
+    return Bundle(build_on_meta(size, HeadsConfig(enabled=False)), None, SpecialTokens())
 
 
 def model_for(config: RunConfig) -> Bundle:
@@ -77,7 +70,8 @@ def model_for(config: RunConfig) -> Bundle:
         "region_features": config.model.region_features,
     }
     settings.pop("model_type", None)
-    model = on_meta(settings)
+    with torch.device("meta"):
+        model = QwenForensicsForConditionalGeneration(QwenForensicsConfig(**settings))
     tower = None if has_language else BaseTower("base", "0" * 16)  # heads on the tower are saved without it
     return Bundle(model, None, tokens, tower=tower)
 

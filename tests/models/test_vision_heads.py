@@ -17,7 +17,7 @@ from finetune.models.adapters import set_trainable
 from finetune.models.groups import parameter_groups, trainable_table
 from finetune.models.loading import Bundle, load_bundle
 from finetune.models.neck import NUM_POOLED, FusionNeck
-from finetune.models.shapes import SHAPES, build_on_meta
+from finetune.models.shapes import RELEASED, build_on_meta
 from finetune.special_tokens import SpecialTokens
 
 VISION = HeadsConfig(
@@ -327,12 +327,12 @@ def test_half_precision(tied: Path, pixels: torch.Tensor, mask: Any, dtypes: str
 # ---- published sizes ----
 
 
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("size", RELEASED)
 def test_only_tower_and_heads_at_the_real_size(size: str) -> None:
     heads = HeadsConfig(source="vision", vision_layers=[15, 23, 31])
-    model = build_on_meta(SHAPES[size], heads)
+    model = build_on_meta(size, heads)
     block = 1280 * 3840 + 3840 + 1280 * 1280 + 1280 + 3 * 1280 * 3420 + 2 * 3420 + 1280 + 2 * 1280
-    out = SHAPES[size].hidden
+    out = RELEASED[size]["hidden_size"]
     tower = 32 * block + 1280 * 2 * 3 * 14 * 14 + (1280 + 5120 * 5120 + 5120 + 5120 * out + out)
     assert sum(p.numel() for p in model.model.visual.parameters()) == tower
     own = sum(p.numel() for module in model.head_modules() for p in module.parameters())
