@@ -77,10 +77,9 @@ def holds_output_pictures(folder: Path) -> bool:
     if (folder.parent / "predictions.jsonl").is_file():
         return True
     try:
-        run = json.loads((folder.parent / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _read(folder.parent / RUN_FILE).get("kind") in KINDS
+    except ConfigError:
         return False
-    return isinstance(run, dict) and run.get("kind") in KINDS
 
 
 def remove(folder: Path, names: Sequence[str]) -> None:
