@@ -12,8 +12,8 @@ usage: bash bench/vision_stages.sh [--quickstart DIR] [--out DIR] [--num-train N
   --out DIR          where the stages and their metrics go (default runs/vision_quickstart)
   --num-train N      train on N images made anew from the same photographs (default 24000; 0: the quick start's own,
                      which 4000 steps go over five times and learn by heart)
-  --photos DIR, --train-photos DIR
-                     as they were given to the quick start
+  --photos DIR       as it was given to the quick start: what is held out depends on it
+  --train-photos DIR further photographs of the images made here, and of the quick start where that is made too
   KEY=VALUE          overrides of configs/train/vision_quickstart.yaml, e.g. stages.b.train.max_steps=2000
 
 Writes DIR/data, DIR/searches, DIR/stage1..3 and DIR/measured_{a,b,c}/metrics.json, and prints a table; resumed when
