@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+TestTimeAugmentation = Literal["none", "hflip", "flips", "dihedral"]
+"""Copies whose logits are averaged: the picture; and left to right; and top to bottom, both; and all transposed."""
+
 
 @dataclass
 class ModelConfig:
@@ -282,6 +285,7 @@ class GenerationConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int = 8
+    tta: TestTimeAugmentation = "none"  # the heads read 1, 2 (hflip), 4 (flips) or 8 (dihedral) copies of each image
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from finetune.config.conversion import build
 from finetune.config.loading import apply_override, read_tree
+from finetune.config.sections import TestTimeAugmentation
 from finetune.errors import ConfigError, shorten
 
 
@@ -37,6 +38,7 @@ class VisionModelSettings:
     batch_size: int = 8
     num_workers: int = 0  # threads that read images ahead
     calibration: str = "auto"  # auto: calibration.json beside the heads, off: the heads' own scores, or a file
+    tta: TestTimeAugmentation = "none"  # heads read 1, 2 (hflip), 4 (flips) or 8 (dihedral) copies, averaged
     device: str = "auto"
     max_pixels: int | None = None  # bound of the processed image; null: as trained
 

@@ -157,6 +157,7 @@ def run_facts(predictor: Predictor, arguments: argparse.Namespace, seconds: floa
         "device": str(predictor.device),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "layout": predictor.layout,
+        "tta": predictor.generation.tta,
         "thresholds": {"image": arguments.threshold, "mask": arguments.mask_threshold},
     }
 

@@ -48,6 +48,7 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
         mask_threshold=arguments.mask_threshold,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        tta=arguments.tta,
     )
     template = load_template(arguments.template) if arguments.template else None
     asked = "off" if arguments.no_calibration else "auto"

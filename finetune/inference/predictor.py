@@ -25,8 +25,10 @@ from finetune.data.collator import MODEL_KEYS, ForensicCollator
 from finetune.data.dataset import Sample, num_image_tokens, processed_size, processed_sizes
 from finetune.data.images import load_image
 from finetune.data.masks import polygons_from_mask
+from finetune.errors import ConfigError
 from finetune.inference.answers import read_answers
 from finetune.inference.queries import Query, batched
+from finetune.inference.tta import IDENTITY, VIEWS, View, mean_map
 from finetune.models.loading import Bundle
 from finetune.schema import Polygon, Prediction, VerdictSource
 
@@ -53,10 +55,13 @@ class Predictor:
 
     Args:
         bundle: a trained model with its processor.
-        generation: thresholds, batch size and decoding.
+        generation: thresholds, batch size, decoding and test-time augmentation.
         template, layout: default to what the model was trained with.
         device: `auto` takes a GPU if there is one.
         calibration: from the heads' logits (N,) to scores in [0, 1]; by default their sigmoid.
+
+    Raises:
+        ConfigError: test-time augmentation of heads that read the written answer.
     """
 
     def __init__(
@@ -76,6 +81,12 @@ class Predictor:
         self.layout = layout or bundle.settings.get("layout", "tokens_first")
         # Folders written before there was a choice hold pixels of the resized image.
         self.coordinates: Coordinates = bundle.settings.get("polygon_coordinates", "absolute")
+        self.views = VIEWS[self.generation.tta]
+        if len(self.views) > 1 and self.layout == "text_first" and not bundle.base.reads_tower:
+            raise ConfigError(
+                f"tta is {self.generation.tta}, but this model's heads read the answer it wrote (text_first), which "
+                "says where the edit is in the picture as it stands; give tta none"
+            )
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.model: Any = bundle.model.to(self.device).eval()
         self.collator = ForensicCollator(bundle.processor, bundle.tokens, padding_side="left")
@@ -157,8 +168,11 @@ class Predictor:
     ) -> tuple[_HeadResult, list[str]]:
         """Heads on the vision tower: the images alone; a text is asked for apart from them."""
         pairs = list(zip(queries, images, strict=True))
-        output = self.model(**self._inputs([self._pictures(query, pictures) for query, pictures in pairs]))
-        heads = self._read_heads([output], sum(len(pictures) for pictures in images))
+        outputs = [
+            self.model(**self._inputs([self._pictures(query, _copies(pictures, view)) for query, pictures in pairs]))
+            for view in self.views
+        ]
+        heads = self._read_heads(outputs, sum(len(pictures) for pictures in images), self.views)
         if not with_text:
             return heads, [""] * len(pairs)
         return heads, self._generate(self._inputs([self._sample(query, pictures, "") for query, pictures in pairs]))
@@ -166,20 +180,25 @@ class Predictor:
     def _tokens_first(
         self, queries: Sequence[Query], images: Sequence[Sequence[Image.Image]], with_text: bool
     ) -> tuple[_HeadResult, list[str]]:
-        """Prompt + forensic tokens: their states are in the prefill, which is also generation's first step."""
-        samples = [
-            self._sample(query, pictures, self.bundle.tokens.run * len(pictures))
-            for query, pictures in zip(queries, images, strict=True)
-        ]
-        inputs = self._inputs(samples)
-        num_images = sum(len(pictures) for pictures in images)
+        """Prompt + forensic tokens: their states are in the prefill, which is also generation's first step.
+
+        The text is about the picture itself; further copies of test-time augmentation take a prefill each.
+        """
+        pairs = list(zip(queries, images, strict=True))
+
+        def inputs(view: View) -> dict[str, Any]:
+            run = self.bundle.tokens.run
+            return self._inputs([self._sample(query, _copies(of, view), run * len(of)) for query, of in pairs])
+
         with self._first_heads() as captured:
             if with_text:
-                texts = self._generate(inputs)
+                texts = self._generate(inputs(IDENTITY))
             else:
-                self.model(**inputs, logits_to_keep=1)
-                texts = [""] * len(samples)
-        return self._read_heads(captured, num_images), texts
+                self.model(**inputs(IDENTITY), logits_to_keep=1)
+                texts = [""] * len(pairs)
+        if captured:
+            captured += [self.model(**inputs(view), logits_to_keep=1) for view in self.views[1:]]
+        return self._read_heads(captured, sum(len(pictures) for pictures in images), self.views), texts
 
     def _text_first(
         self, queries: Sequence[Query], images: Sequence[Sequence[Image.Image]]
@@ -270,8 +289,12 @@ class Predictor:
         finally:
             handle.remove()
 
-    def _read_heads(self, captured: list[Any], num_images: int) -> _HeadResult:
-        """Scores and masks of the N images; a model with heads that did not run is a bug, never a score of 0.5."""
+    def _read_heads(self, captured: Sequence[Any], num_images: int, views: Sequence[View] = (IDENTITY,)) -> _HeadResult:
+        """Scores and masks of the N images; a model with heads that did not run is a bug, never a score of 0.5.
+
+        Args:
+            captured: one output of the model for each of `views`, or nothing. Logits are averaged over them.
+        """
         result = _HeadResult.empty(num_images)
         if not captured:
             if self.bundle.base.has_heads and num_images:
@@ -279,22 +302,28 @@ class Predictor:
                     "the model has heads but none ran: the forensic tokens or the pixels did not reach it"
                 )
             return result
-        output = captured[0]
-        if output.cls_logits is not None:
-            logits = output.cls_logits.float()
+        first = captured[0]  # every output has its images in the same order
+        if first.cls_logits is not None:
+            logits = torch.stack([output.cls_logits.float() for output in captured]).mean(dim=0)
             scores = raw = logits.sigmoid().tolist()
             if self.calibration is not None:
                 scores = self.calibration(logits.cpu().numpy()).tolist()
-            for image, score, own in zip(output.cls_image_index.tolist(), scores, raw, strict=True):
+            for image, score, own in zip(first.cls_image_index.tolist(), scores, raw, strict=True):
                 result.scores[image] = score
                 result.raw[image] = own if self.calibration is not None else None
-        if output.mask_logits is not None:
-            for image, logits in zip(output.mask_image_index.tolist(), output.mask_logits, strict=True):
-                result.masks[image] = logits.float().sigmoid().cpu().numpy()
-        if output.operation_logits is not None:
+        if first.mask_logits is not None:
+            for image, *copies in zip(
+                first.mask_image_index.tolist(), *(output.mask_logits for output in captured), strict=True
+            ):
+                maps = [view.back(copy.float().cpu().numpy()) for view, copy in zip(views, copies, strict=True)]
+                result.masks[image] = torch.from_numpy(mean_map(maps)).sigmoid().numpy()
+        if first.operation_logits is not None:
             names = self.bundle.base.heads_config.operations
-            for image, logits in zip(output.mask_image_index.tolist(), output.operation_logits, strict=True):
-                result.operations[image] = operation_shares(logits, names)
+            for image, *copies in zip(
+                first.mask_image_index.tolist(), *(output.operation_logits for output in captured), strict=True
+            ):
+                shares = [operation_shares(copy, names) for copy in copies]
+                result.operations[image] = {name: sum(s[name] for s in shares) / len(shares) for name in names}
         return result
 
     def _predictions(
@@ -346,6 +375,10 @@ class Predictor:
         if mask is None:
             return ()
         return polygons_from_mask(mask >= self.generation.mask_threshold)
+
+
+def _copies(pictures: Sequence[Image.Image], view: View) -> list[Image.Image]:
+    return [view.of(picture) for picture in pictures]
 
 
 def operation_shares(logits: Tensor, names: Sequence[str]) -> dict[str, float]:

@@ -28,6 +28,13 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         help="score from which a pixel is tampered (0.5)",
     )
     calibration_argument(parser)
+    parser.add_argument(
+        "--tta",
+        choices=("none", "hflip", "flips", "dihedral"),
+        default="none",
+        help="average the heads over the image and its mirrored copies (hflip: 2 in all, flips: 4), and their "
+        "transposed ones (dihedral: 8); as many forward passes (default none)",
+    )
     parser.add_argument("--no-text", action="store_true", help="verdict and mask only: one forward pass, no generation")
     parser.add_argument(
         "--max-new-tokens", type=positive, default=256, metavar="N", help="limit of the answer (default 256)"

@@ -39,7 +39,7 @@ def open_vision_predictor(
 
     Args:
         with_language: also load the language model, for `Predictor.write`.
-        generation: decoding; thresholds and batch size are taken from `settings`.
+        generation: decoding; thresholds, batch size and test-time augmentation are taken from `settings`.
 
     Raises:
         ModelLoadError: see `load_vision`; LoRA on other blocks than `visual_lora.layers`; heads that are not trained.
@@ -70,7 +70,7 @@ def open_vision_predictor(
         raise ModelLoadError(f"{heads}: no trained heads, so its verdicts would be random; give a folder of a stage")
     chosen = generation or GenerationConfig()
     chosen.score_threshold, chosen.mask_threshold = settings.classification_threshold, settings.heatmap_threshold
-    chosen.batch_size = settings.batch_size
+    chosen.batch_size, chosen.tta = settings.batch_size, settings.tta
     apply = calibration_of(bundle, heads, settings.calibration)
     predictor = Predictor(bundle, chosen, device=device, calibration=apply)
     identity = {
