@@ -53,6 +53,14 @@ def test_empty_file_is_the_defaults(write: Any) -> None:
     assert load_config(write("﻿seed: 0\n")) == RunConfig()
 
 
+def test_a_section_that_had_no_effect_is_passed_over_and_said(write: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """config.yaml of earlier runs, which are continued from, has it; on the command line it is unknown."""
+    assert load_config(write("generation: {batch_size: 16}\nseed: 3\n")) == RunConfig(seed=3)
+    assert "'generation' has no effect on training" in caplog.text
+    with pytest.raises(ConfigError, match="unknown key 'generation'"):
+        load_config(None, ["generation.batch_size=16"])
+
+
 def test_overrides_alone_change_the_defaults() -> None:
     assert load_config(None) == RunConfig()
     assert load_config(None, ["data.template=en"]).data.template == "en"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,12 @@ from finetune.config.sections import RunConfig
 from finetune.config.stages import stage_runs
 from finetune.errors import ConfigError, shorten
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+_RETIRED = {"generation": "thresholds and decoding are options of forensics predict, evaluate and chat"}
+"""Sections of a run that earlier versions read, wrote into config.yaml and did nothing with; and what to use."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), schema: type[T] = RunConfig) -> T:  # type: ignore[assignment]
@@ -28,12 +34,17 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), schema: 
     A top-level `extends: other.yaml` (relative to the file) is read first; mappings merge, everything else replaces.
     Without a file (None) the overrides change the defaults. In a run with `stages` an override also wins over what a
     stage says about the same key; `stages.NAME.key.sub=value` is for one stage alone. The region pipeline's own
-    spelling (`finetune.config.region_yaml`) is recognised, and takes overrides in either spelling.
+    spelling (`finetune.config.region_yaml`) is recognised, and takes overrides in either spelling. A section that
+    earlier versions had and did not use is passed over with a warning.
 
     Raises:
         ConfigError: file missing or not YAML, unknown key (with the nearest known one), value of another type.
     """
     tree = {} if path is None else read_tree(Path(path))
+    if schema is RunConfig:
+        for name in _RETIRED.keys() & tree.keys():
+            logger.warning("%s: '%s' has no effect on training and is passed over; %s", path, name, _RETIRED[name])
+            del tree[name]
     if schema is RunConfig and is_region_yaml(tree):
         tree, overrides = _of_regions(tree, overrides, str(path))
     for override in overrides:

@@ -1,4 +1,7 @@
-"""Every key of a run's YAML, as dataclasses with defaults and a comment each. No torch, no transformers."""
+"""Every key of a run's YAML, as dataclasses with defaults and a comment each; and the settings of a predictor.
+
+No torch, no transformers.
+"""
 
 from __future__ import annotations
 
@@ -276,7 +279,7 @@ class StageConfig:
 
 @dataclass
 class GenerationConfig:
-    """How the predictor decides and writes."""
+    """How the predictor decides and writes: options of its verbs, not part of a run's YAML."""
 
     score_threshold: float = 0.5
     mask_threshold: float = 0.5
@@ -305,7 +308,6 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     region_masking: RegionMaskingConfig = field(default_factory=RegionMaskingConfig)
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
     stages: list[StageConfig] = field(default_factory=list)  # one after the other, see finetune/config/stages.py
 
     @property

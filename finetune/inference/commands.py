@@ -16,6 +16,7 @@ from tqdm import tqdm
 from finetune.config import GenerationConfig, ModelConfig
 from finetune.data.chat import load_template
 from finetune.data.images import load_image
+from finetune.data.readers.file_tree import IMAGE_SUFFIXES, iter_files
 from finetune.data.validation import InvalidDataError, Problem, file_errors
 from finetune.errors import ConfigError, DataFormatError, ModelLoadError
 from finetune.inference.calibrating import calibration_of
@@ -27,9 +28,6 @@ from finetune.inference.visualization import overlay_mask
 from finetune.models.loading import load_bundle
 from finetune.progress import progress_bar
 from finetune.schema import ImageInput, ImageTarget, Prediction, Record
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
-
 
 P = TypeVar("P", bound=Predictor)
 
@@ -94,7 +92,7 @@ def check_device(name: str) -> str:
 
 
 def find_images(paths: list[str]) -> list[str]:
-    """Image files named or lying in the folders named, sorted within each folder.
+    """Image files named or lying in the folders named, sorted within each folder; hidden ones are not looked at.
 
     Masks, heat maps and overlays that an earlier run wrote there are passed over, and said.
 
@@ -111,18 +109,16 @@ def find_images(paths: list[str]) -> list[str]:
         else:
             raise DataFormatError("image file does not exist", found=text, fix="check the path")
     if not found:
-        raise DataFormatError(
-            "no image found", found=paths, expected=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
-        )
+        raise DataFormatError("no image found", found=paths, expected=f"files ending in {', '.join(IMAGE_SUFFIXES)}")
     return found
 
 
 def _images_below(folder: Path) -> list[str]:
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    files = [folder / name for name in iter_files(folder, IMAGE_SUFFIXES)]
     written = {place for place in {path.parent for path in files} if place != folder and holds_output_pictures(place)}
     for place in sorted(written):
         print(f"passed over: {place}, pictures that an earlier run wrote", file=sys.stderr)
-    return sorted(str(path) for path in files if path.parent not in written)
+    return [str(path) for path in files if path.parent not in written]
 
 
 def _refuse_unreadable(files: Sequence[str]) -> None:

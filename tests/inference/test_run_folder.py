@@ -98,5 +98,9 @@ def test_written_pictures_among_images_are_passed_over(tmp_path: Path, capsys: p
     assert find_images([str(pictures)]) == sorted(str(pictures / name) for name in own)
     said = capsys.readouterr().err
     assert all(str(pictures / name.rpartition("/")[0]) in said for name in written)
+    (pictures / "B.HEIC").touch()  # found although Pillow may not read it: said, not skipped
+    (pictures / "._a.png").touch()  # what macOS leaves on other disks
+    (pictures / "again").symlink_to(pictures)
+    assert find_images([str(pictures)]) == [f"{pictures}/B.HEIC", *sorted(str(pictures / name) for name in own)]
     masks = str(pictures / "scene" / "masks")
     assert find_images([masks]) == [f"{masks}/c.png"]  # named, so meant

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+from finetune.data.readers.file_tree import IMAGE_SUFFIXES
 from finetune.data.readers.targets import TARGET_FIELDS, read_targets
 from finetune.errors import DataFormatError
 from finetune.schema import ImageInput, Record, Role, Turn
@@ -21,7 +22,6 @@ from finetune.special_tokens import IMAGE_PLACEHOLDER
 
 IMAGE_FIELDS = ("images", "image", "image_path", "img")
 _COMMON_FIELDS = (*IMAGE_FIELDS, *TARGET_FIELDS, "id", "group", "provenance", "system")
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".jp2", ".avif", ".heic", ".ppm")
 _ROLES: dict[str, Role] = {
     "system": "system",
     "user": "user",
@@ -100,7 +100,7 @@ class Item:
                     "data URL without base64", field=field, found=text, expected="data:image/png;base64,..."
                 )
             return ImageInput(data=self._base64(payload, field))
-        if prefer_base64 and not text.strip().lower().endswith(_IMAGE_SUFFIXES):
+        if prefer_base64 and not text.strip().lower().endswith(IMAGE_SUFFIXES):
             return ImageInput(data=self._base64(text, field))
         return ImageInput(path=self.path(text, field))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from finetune.errors import DataFormatError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".jp2", ".avif", ".heic", ".ppm")
+"""Of files that are taken for images where a folder is read; whether one can be decoded is found when it is opened."""
 
 
 def iter_files(folder: Path, suffixes: Sequence[str]) -> Iterator[str]:
