@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from finetune.data.template_files import read_template_file
 from finetune.errors import ConfigError, DataFormatError, shorten
-from finetune.schema import ImageTarget, Polygon, Record, Turn
+from finetune.schema import RESULT_WORDS, ImageTarget, Polygon, Record, Turn
 from finetune.special_tokens import IGNORE_INDEX, IMAGE_PLACEHOLDER, SpecialTokens
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,11 @@ class Template:
     result: dict[int, str]
     evidence: dict[int, str]
     answers: dict[str, str]
+
+    @property
+    def result_words(self) -> dict[str, int]:
+        """Label of each word that may stand under `"result"`: `real`, `fake` and the template's own."""
+        return RESULT_WORDS | {word: label for label, word in self.result.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, to be saved beside a model."""

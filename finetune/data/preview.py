@@ -113,7 +113,8 @@ def view_record(dataset: ForensicDataset, index: int) -> RecordView:
     record = dataset.records[index]
     has_ids = dataset.processor.tokenizer is not None
     max_length = dataset.config.max_length
-    problems = [found for found in check_records([record], dataset.tokens) if found.record]  # "" is about whole sets
+    found = check_records([record], dataset.tokens, words=dataset.template.result_words)
+    problems = [problem for problem in found if problem.record]  # "" is about whole sets
     try:
         sample, segments, processed = dataset.rendered(index)
     except DataFormatError as error:

@@ -21,7 +21,6 @@ from finetune.errors import DataFormatError
 from finetune.schema import RESULT_WORDS, ImageInput, ImageTarget, Record
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 
-_RESULT = re.compile(rf'"result"\s*:\s*"?({"|".join(RESULT_WORDS)})(?=\s*["<,}}])')
 _LIST = re.compile(r"^(?:<[^<>]*>|\s)*\[\s*\{")
 """The beginning of an answer about several images, behind its forensic tokens."""
 _CHAT_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
@@ -69,17 +68,20 @@ def check_file(
     options: Mapping[str, Any] | None = None,
     check_pixels: bool = True,
     has_text: bool = True,
+    words: Mapping[str, int] = RESULT_WORDS,
     progress: Callable[[Sequence[Record]], Iterable[Record]] | None = None,
 ) -> tuple[list[Record], list[Problem]]:
     """The records of a file that can be read, and every problem of the file and of those records.
 
     Args:
-        format, root, options: of the reader. check_pixels, has_text, progress: see `check_records`.
+        format, root, options: of the reader. check_pixels, has_text, words, progress: see `check_records`.
     """
     records, errors = scan_records(path, format, root, options)
     problems = [Problem("error", error.record or "", str(error)) for error in errors]
     if records or not problems:
-        problems += check_records(records, tokens, check_pixels=check_pixels, has_text=has_text, progress=progress)
+        problems += check_records(
+            records, tokens, check_pixels=check_pixels, has_text=has_text, words=words, progress=progress
+        )
     return records, problems
 
 
@@ -89,6 +91,7 @@ def check_records(
     *,
     check_pixels: bool = True,
     has_text: bool = True,
+    words: Mapping[str, int] = RESULT_WORDS,
     progress: Callable[[Sequence[Record]], Iterable[Record]] | None = None,
 ) -> list[Problem]:
     """Every problem of a data set that is meant for training, in record order; [] when it is fit for use.
@@ -99,6 +102,7 @@ def check_records(
         check_pixels: decode every image and mask; otherwise only ask whether the files exist.
         has_text: False for a run that trains on images, labels and masks alone: conversations are not looked at, and a
             record needs an image.
+        words: of an answer's `"result"` and the labels they stand for, see `Template.result_words`.
         progress: wraps the iteration, e.g. `tqdm`.
     """
     if not records:
@@ -107,13 +111,14 @@ def check_records(
     problems: list[Problem] = []
     lacking: dict[str, list[str]] = {}
     contradicting: list[str] = []
+    said = _result_pattern(words)
     for record in progress(records) if progress else records:
         about_text = conversation_errors(record, tokens) if has_text else _picture_errors(record)
         errors = [*about_text, *file_errors(record, check_pixels)]
         problems += [Problem("error", record.id, str(error)) for error in errors]
         if has_text and (kind := missing_kind(record, tokens)):
             lacking.setdefault(kind, []).append(record.id)
-        if has_text and _contradicts_itself(record):
+        if has_text and _contradicts_itself(record, said, words):
             contradicting.append(record.id)
     for kind, names in lacking.items():
         what = {"mask": "a mask", "cls": "a label"}[kind]
@@ -140,14 +145,20 @@ def _warning(names: Sequence[str], message: str) -> Problem:
     return Problem("warning", names[0], f"record '{names[0]}'{others}: {message}")
 
 
-def _contradicts_itself(record: Record) -> bool:
-    """Whether an answer's `"result"` is `real` or `fake` and its image's label the other.
+def _result_pattern(words: Iterable[str]) -> re.Pattern[str]:
+    """Finds what answers say under `"result"`, quoted or as `text_first` writes it."""
+    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
+    return re.compile(rf'"result"\s*:\s*"?({"|".join(longest_first)})(?=\s*["<,}}])')
+
+
+def _contradicts_itself(record: Record, result: re.Pattern[str], labels_of: Mapping[str, int]) -> bool:
+    """Whether an answer's `"result"` is the word for one label and its image has the other.
 
     Looked for where it is clear which image is meant: one image, whose answers say one word each, or one answer that is
-    a list with an object for each image. A template's own words are not known here.
+    a list with an object for each image.
     """
     answers = [turn.content for turn in record.turns if turn.role == "assistant"]
-    said = [[RESULT_WORDS[word] for word in _RESULT.findall(answer)] for answer in answers]
+    said = [[labels_of[word] for word in result.findall(answer)] for answer in answers]
     labels = [target.label for target in record.targets]
     if len(labels) == 1:
         return any(len(words) == 1 and labels[0] not in (None, words[0]) for words in said)
@@ -163,6 +174,7 @@ def validate_for_training(
     *,
     check_pixels: bool = True,
     has_text: bool = True,
+    words: Mapping[str, int] = RESULT_WORDS,
     progress: Callable[[Sequence[Record]], Iterable[Record]] | None = None,
 ) -> list[Problem]:
     """`check_records`, raising on errors; the warnings are returned for the caller to print.
@@ -170,7 +182,9 @@ def validate_for_training(
     Raises:
         InvalidDataError: lists the first 20 errors, one line each.
     """
-    problems = check_records(records, tokens, check_pixels=check_pixels, has_text=has_text, progress=progress)
+    problems = check_records(
+        records, tokens, check_pixels=check_pixels, has_text=has_text, words=words, progress=progress
+    )
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         num_bad = len({problem.record for problem in errors})

@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 
 from finetune.config import RunConfig, SourceConfig, load_config, stage_runs
-from finetune.data.chat import Layout, load_template
+from finetune.data.chat import Layout, Template, load_template
 from finetune.data.dataset import ForensicDataset, leaks
 from finetune.data.image_size import set_short_side
 from finetune.data.pictures import PictureDataset
@@ -92,6 +92,10 @@ def check_config(config: RunConfig) -> list[Problem]:
     except ForensicsError as error:
         problems.append(_error(str(error)))
     problems += _impossible_heads(config)
+    try:
+        template = load_template(config.data.template)
+    except ConfigError:
+        template = None  # among run_problems already
     for what in ("train", "eval"):
         sources = getattr(config.data, what)
         if what == "train" and not sources:
@@ -99,7 +103,8 @@ def check_config(config: RunConfig) -> list[Problem]:
         for source in sources:
             try:
                 has_text = not config.reads_pictures_only
-                records, found = check_data_file(source, tokens, has_text, config.data.layout if on_tokens else None)
+                layout = config.data.layout if on_tokens else None
+                records, found = check_data_file(source, tokens, has_text, layout, template)
             except ForensicsError as error:
                 problems.append(_error(str(error)))
                 continue
@@ -139,6 +144,7 @@ def check_data_file(
     tokens: SpecialTokens,
     has_text: bool = True,
     layout: Layout | None = "tokens_first",
+    template: Template | None = None,
 ) -> tuple[list[Record], list[Problem]]:
     """The records of a file that can be read, and every problem of the file, its images, masks and tokens' places.
 
@@ -146,7 +152,9 @@ def check_data_file(
         has_text: False for a run on pictures alone, which looks at no conversation.
         layout: where tokens are put that a conversation lacks; None where no head stands on tokens, so that no answer
             can leak into one.
+        template: whose words for real and fake answers may use; by default `zh`.
     """
+    template = template or load_template("zh")
     records, problems = check_file(
         source.path,
         tokens,
@@ -154,9 +162,9 @@ def check_data_file(
         root=source.root,
         options=source.options,
         has_text=has_text,
+        words=template.result_words,
         progress=lambda items: progress_bar(items, total=len(items), unit="record"),
     )
-    template = load_template("zh")  # not asked: only conversations of a record's own are looked into
     leaking = [
         record.id
         for record in records

@@ -311,6 +311,21 @@ def test_an_answer_that_says_other_than_the_label_is_warned_about(
     assert not [text for text in messages([odd], has_text=False) if "disagree" in text]
 
 
+def test_the_words_of_a_template_of_ones_own_are_known(photo: str) -> None:
+    """Also where one begins like another; without them the answer says nothing that could be compared."""
+    words = {"real": 0, "fake": 1, "真实": 0, "篡改": 1, "篡改(局部)": 1}
+    answers = {'"篡改"': True, '"篡改(局部)"': True, "篡改<cls>": True, '"真实"': False, '"real"': False}
+    for answer, is_odd in answers.items():
+        record = Record(
+            id="r",
+            images=(ImageInput(path=photo),),
+            targets=(ImageTarget(label=0),),
+            turns=(Turn("user", "<image>"), Turn("assistant", f'{RUN}{{"result": {answer}}}')),
+        )
+        assert any("disagree" in message for message in messages([record], words=words)) == is_odd, answer
+        assert not any("disagree" in message for message in messages([record]))
+
+
 def test_questions_about_one_of_two_images_are_left_alone(photo: str) -> None:
     turns = [Turn("user", "<image><image>first?"), Turn("assistant", '{"result": "fake"}')] * 2
     turns[2] = Turn("user", "sure?")
