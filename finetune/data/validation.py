@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,8 @@ _LIST = re.compile(r"^(?:<[^<>]*>|\s)*\[\s*\{")
 """The beginning of an answer about several images, behind its forensic tokens."""
 _CHAT_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
 _MAX_LISTED = 20
+_FEW_MASKS = 8
+"""Below so many masks it is not asked whether they seem inverted."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,11 @@ def check_records(
     problems: list[Problem] = []
     lacking: dict[str, list[str]] = {}
     contradicting: list[str] = []
+    covered: dict[str, float] = {}
     said = _result_pattern(words)
     for record in progress(records) if progress else records:
         about_text = conversation_errors(record, tokens) if has_text else _picture_errors(record)
-        errors = [*about_text, *file_errors(record, check_pixels)]
+        errors = [*about_text, *file_errors(record, check_pixels, covered)]
         problems += [Problem("error", record.id, str(error)) for error in errors]
         if has_text and (kind := missing_kind(record, tokens)):
             lacking.setdefault(kind, []).append(record.id)
@@ -127,6 +131,8 @@ def check_records(
     if contradicting:
         reason = 'the answer\'s "result" and the label disagree; correct the one that is wrong'
         problems.append(_warning(contradicting, reason))
+    if warning := _seem_inverted(covered):
+        problems.append(warning)
     labels = {target.label for record in records for target in record.targets} - {None}
     if len(labels) == 1:
         only = labels.pop()
@@ -143,6 +149,23 @@ def check_records(
 def _warning(names: Sequence[str], message: str) -> Problem:
     others = f" and {len(names) - 1} others" if len(names) > 1 else ""
     return Problem("warning", names[0], f"record '{names[0]}'{others}: {message}")
+
+
+def _seem_inverted(covered: Mapping[str, float]) -> Problem | None:
+    """A warning where the masks of tampered images mark more than half of the image as a rule.
+
+    Args:
+        covered: by record, the largest marked share of its tampered images.
+    """
+    large = {name: share for name, share in covered.items() if share > 0.5}
+    if len(covered) < _FEW_MASKS or 2 * len(large) <= len(covered):
+        return None
+    reason = (
+        f"{len(large)} of {len(covered)} masks of tampered images mark more than half of the image "
+        f"(median {statistics.median(covered.values()):.0%}); if black marks the tampering in them, give their source "
+        "the option mask_pixels: dark"
+    )
+    return _warning(list(large), reason)
 
 
 def _result_pattern(words: Iterable[str]) -> re.Pattern[str]:
@@ -256,15 +279,21 @@ def _picture_errors(record: Record) -> Iterable[DataFormatError]:
         )
 
 
-def file_errors(record: Record, check_pixels: bool) -> Iterable[DataFormatError]:
+def file_errors(
+    record: Record, check_pixels: bool, covered: dict[str, float] | None = None
+) -> Iterable[DataFormatError]:
     """Images and masks that are missing, damaged, or do not fit each other.
 
     Without `check_pixels` headers are read, and only files that seem cut off are decoded: what is found here would
     otherwise end a run when the record is drawn.
+
+    Args:
+        covered: gets, by the record's id, the largest share of a tampered image that its mask marks, where masks are
+            opened.
     """
     for image, target in zip(record.images, record.targets, strict=True):
         if check_pixels:
-            yield from _pixel_errors(record, image, target)
+            yield from _pixel_errors(record, image, target, covered)
             continue
         missing, is_cut_off = False, False
         for kind, path in (("image", image.path), ("mask", target.mask_path)):
@@ -297,12 +326,16 @@ def _header_errors(record: Record, image: ImageInput, target: ImageTarget) -> It
         yield error
 
 
-def _pixel_errors(record: Record, image: ImageInput, target: ImageTarget) -> Iterable[DataFormatError]:
-    """What decoding an image and its mask brings to light: the first error."""
+def _pixel_errors(
+    record: Record, image: ImageInput, target: ImageTarget, covered: dict[str, float] | None = None
+) -> Iterable[DataFormatError]:
+    """What decoding an image and its mask brings to light: the first error. `covered`: see `file_errors`."""
     try:
         width, height = load_image(image, record.id, record.source or None).size
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise too_narrow([(height, width)], record.id, record.source or None)
-        load_mask(target, (height, width), record.id, record.source or None)
+        mask = load_mask(target, (height, width), record.id, record.source or None)
+        if covered is not None and mask is not None and target.label == 1:
+            covered[record.id] = max(float(mask.mean()), covered.get(record.id, 0.0))
     except DataFormatError as error:
         yield error

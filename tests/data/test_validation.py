@@ -413,3 +413,31 @@ def test_a_file_that_may_not_be_opened_is_one_line(photo: str, tmp_path: Path, m
     assert seems_cut_off(photo) is False
     (message,) = messages([record(photo, RUN)], check_pixels=False)
     assert "record 'r'" in message
+
+
+@pytest.mark.parametrize(
+    ("inverted", "upright", "is_said"), [(8, 0, True), (5, 4, True), (4, 5, False), (7, 0, False), (0, 9, False)]
+)
+def test_masks_that_seem_inverted_are_warned_about(
+    photo: str, tmp_path: Path, inverted: int, upright: int, is_said: bool
+) -> None:
+    """Where most masks of tampered images mark most of the image; a few say nothing, nor do headers alone."""
+    mask = np.zeros((40, 60), np.uint8)
+    mask[10:30, 10:40] = 255
+    for name, pixels in (("upright", mask), ("inverted", 255 - mask)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    kinds = ["inverted"] * inverted + ["upright"] * upright
+    records = [
+        Record(
+            id=f"r{number}",
+            images=(ImageInput(path=photo),),
+            targets=(ImageTarget(label=1, mask_path=str(tmp_path / f"{kind}.png")),),
+        )
+        for number, kind in enumerate(kinds)
+    ]
+    found = [text for text in messages(records) if "mask_pixels: dark" in text]
+    assert len(found) == is_said
+    if is_said:
+        assert f"{inverted} of {len(kinds)} masks of tampered images mark more than half of the image" in found[0]
+        assert "(median 75%)" in found[0]
+    assert not [text for text in messages(records, check_pixels=False) if "mask_pixels" in text]
