@@ -24,6 +24,7 @@ usage: bash script/vision_eval.sh [--config JSON] [flags] [KEY=VALUE ...]
   --heat_thr P           heatmap_threshold, 0 to 1 / 像素阈值
   --batch_size N         images at once / 每批图像数
   --num_workers N        threads that read images ahead / 读图线程数
+  --tta HOW              none, hflip, flips, dihedral: average over mirrored copies / 测试时增强
   --overwrite            replace an earlier evaluation there / 覆盖已有结果
   --dry-run              show the command, do not run it / 只显示命令
   KEY=VALUE              any key of the settings, e.g. worst_cases=50 / 配置中的任意键
@@ -33,7 +34,7 @@ TXT
 declare -A KEYS=(
     [__model_path]=base_model_path [__head_checkpoint]=head_checkpoint [__lora]=visual_lora.path
     [__ann_eval]=ann_eval [__data_root]=data_root [__out_dir]=inference_output [__metrics_csv]=metrics_csv
-    [__cls_thr]=classification_threshold [__heat_thr]=heatmap_threshold
+    [__cls_thr]=classification_threshold [__heat_thr]=heatmap_threshold [__tta]=tta
     [__batch_size]=batch_size [__num_workers]=num_workers
 )
 

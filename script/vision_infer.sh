@@ -21,6 +21,7 @@ usage: bash script/vision_infer.sh [IMAGE ...] [--config JSON] [flags] [KEY=VALU
   --evidence_dir DIR     output.evidence_dir / 证据目录
   --cls_thr P            classification_threshold, 0 to 1 / 整图判定阈值
   --heat_thr P           heatmap_threshold, 0 to 1 / 像素阈值
+  --tta HOW              none, hflip, flips, dihedral: average over mirrored copies / 测试时增强
   --language L           zh or en / 证据与内置提示的语言
   --seed N               of drawing prompts and of sampling / 随机种子
   --batch_size N         images at once / 每批图像数
@@ -36,7 +37,7 @@ TXT
 declare -A KEYS=(
     [__model_path]=base_model_path [__head_checkpoint]=head_checkpoint [__lora]=visual_lora.path
     [__csv]=output.csv [__evidence_dir]=output.evidence_dir
-    [__cls_thr]=classification_threshold [__heat_thr]=heatmap_threshold
+    [__cls_thr]=classification_threshold [__heat_thr]=heatmap_threshold [__tta]=tta
     [__language]=language [__seed]=seed [__batch_size]=batch_size [__num_workers]=num_workers
 )
 

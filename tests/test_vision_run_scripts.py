@@ -35,7 +35,7 @@ def test_flags_of_the_evaluation_set_their_keys() -> None:
         "eval", "--model_path", "it's a base", "--head_checkpoint", "runs/c: x", "--lora=runs/lora",
         "--ann_eval", "e.json", "--data_root", "d",
         "--out_dir", "o", "--metrics_csv", "m.csv", "--cls_thr", "0.4", "--heat-thr", "0.6",
-        "--batch_size", "3", "--num_workers", "2", "--overwrite", "worst_cases=5",
+        "--batch_size", "3", "--num_workers", "2", "--tta", "flips", "--overwrite", "worst_cases=5",
     )  # fmt: skip
     config = load_vision_config(found.config, found.overrides, VisionEvalConfig)
     assert (config.base_model_path, config.head_checkpoint) == ("it's a base", "runs/c: x")
@@ -43,6 +43,7 @@ def test_flags_of_the_evaluation_set_their_keys() -> None:
     assert (config.inference_output, config.metrics_csv) == ("o", "m.csv")
     assert (config.classification_threshold, config.heatmap_threshold) == (0.4, 0.6)
     assert (config.batch_size, config.num_workers, config.worst_cases) == (3, 2, 5)
+    assert config.tta == "flips"
     assert found.overwrite
 
 
@@ -51,12 +52,13 @@ def test_flags_of_the_inspection_set_their_keys(tmp_path: Path) -> None:
     odd.touch()
     found = parsed(
         "infer", "x y.jpg", "--csv", "r.csv", "--evidence_dir", "e", "--language", "en", "--seed", "7", "--no-explain",
-        str(odd), "--chat", "overlay_as_second_image=true",
+        str(odd), "--tta", "hflip", "--chat", "overlay_as_second_image=true",
     )  # fmt: skip
     config = load_vision_config(found.config, found.overrides, VisionInferenceConfig)
     assert found.images == ["x y.jpg", str(odd)]
     assert (config.output.csv, config.output.evidence_dir) == ("r.csv", "e")
     assert (config.language, config.seed, config.explain, config.overlay_as_second_image) == ("en", 7, False, True)
+    assert config.tta == "hflip"
     assert found.chat
     assert not found.overwrite
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from finetune.config.conversion import build
+from finetune.config.conversion import build, to_dict
 from finetune.config.loading import apply_override, read_tree
 from finetune.config.sections import TestTimeAugmentation
 from finetune.errors import ConfigError, shorten
@@ -132,6 +132,18 @@ def _lies_in(file: Any, output: Any) -> bool:
         return False
     folder = Path(output)
     return Path(file).parent == (folder.parent if folder.suffix.lower() in (".csv", ".jsonl") else folder)
+
+
+def identifying_settings(config: VisionModelSettings) -> dict[str, Any]:
+    """The settings as a run's folder remembers them.
+
+    A key that was added later stands there only where it is not at its default, so that a folder begun before it was
+    there is still known.
+    """
+    tree = to_dict(config)
+    if config.tta == "none":
+        del tree["tta"]
+    return tree
 
 
 def check_output(config: VisionInferenceConfig) -> None:

@@ -130,6 +130,9 @@ def _check_template(name: str, tree: Any) -> Template:
     for field in ("result", "evidence"):
         if set(tree[field]) != {0, 1}:
             raise ConfigError(f"data.template {name}: '{field}' needs one entry for 0 (real) and one for 1 (tampered)")
+    words = {label: str(word).strip() for label, word in tree["result"].items()}
+    if not all(words.values()) or words[0] == words[1]:
+        raise ConfigError(f"data.template {name}: result is {words}; expected two different words")
     if set(tree["answers"]) != set(LAYOUTS):
         raise ConfigError(f"data.template {name}: 'answers' needs the layouts {', '.join(LAYOUTS)}")
     for layout, answer in tree["answers"].items():

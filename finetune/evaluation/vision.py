@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune.config import SourceConfig, to_dict
-from finetune.config.vision_runs import VisionEvalConfig, load_vision_config
+from finetune.config import SourceConfig
+from finetune.config.vision_runs import VisionEvalConfig, identifying_settings, load_vision_config
 from finetune.data.edit_operations import operation_name
 from finetune.data.masks import load_mask
 from finetune.data.sources import read_sources, spread
@@ -121,7 +121,7 @@ def take_folder(config: VisionEvalConfig, outputs: Outputs, models: dict[str, An
     if outputs.metrics_csv.exists() and not is_inside and not overwrite:
         raise ConfigError(f"metrics_csv {outputs.metrics_csv} exists; add --overwrite, or give another file")
     own = (*OWN, outputs.predictions, str(Path(outputs.predictions).with_suffix(".csv")))
-    identity = {"settings": to_dict(config), "model": models}
+    identity = {"settings": identifying_settings(config), "model": models}
     is_unfinished = not (outputs.folder / "metrics.json").is_file()  # stopped by a bad record, say: begun anew
     open_run(outputs.folder, EVALUATION, identity, own=own, overwrite=overwrite, can_continue=is_unfinished)
 

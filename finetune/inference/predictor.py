@@ -28,7 +28,7 @@ from finetune.data.masks import polygons_from_mask
 from finetune.errors import ConfigError
 from finetune.inference.answers import read_answers
 from finetune.inference.queries import Query, batched
-from finetune.inference.tta import IDENTITY, VIEWS, View, mean_map
+from finetune.inference.tta import IDENTITY, VIEWS, MeanMap, View
 from finetune.models.loading import Bundle
 from finetune.schema import Polygon, Prediction, VerdictSource
 
@@ -50,6 +50,44 @@ class _HeadResult:
         return cls([None] * num_images, [None] * num_images, [None] * num_images, [None] * num_images)
 
 
+class _HeadMeans:
+    """Means of what the heads say of a batch over its copies, of which nothing else is kept."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._cls_sum: Tensor | None = None
+        self.num_copies = 0
+        self.cls_images: list[int] = []
+        self.maps: dict[int, MeanMap] = {}
+        self.operations: dict[int, dict[str, float]] = {}
+        """Sums of each image's shares."""
+
+    @property
+    def cls_logits(self) -> Tensor | None:
+        """(N,) float32 of the images `cls_images`; None where no cls head ran."""
+        return None if self._cls_sum is None else self._cls_sum / self.num_copies
+
+    def add(self, output: Any, view: View) -> None:
+        """Take the output of another copy, whose images are in the same order."""
+        self.num_copies += 1
+        if output.cls_logits is not None:
+            logits = output.cls_logits.float()
+            self._cls_sum = logits if self._cls_sum is None else self._cls_sum + logits
+            self.cls_images = output.cls_image_index.tolist()
+        if output.mask_logits is not None:
+            for image, logits in zip(output.mask_image_index.tolist(), output.mask_logits, strict=True):
+                shown = view.back(logits.float().cpu().numpy())
+                if image in self.maps:
+                    self.maps[image].add(shown)
+                else:
+                    self.maps[image] = MeanMap(shown)
+        if output.operation_logits is not None:
+            for image, logits in zip(output.mask_image_index.tolist(), output.operation_logits, strict=True):
+                shares = operation_shares(logits, self._names)
+                before = self.operations.get(image, {})
+                self.operations[image] = {name: before.get(name, 0.0) + share for name, share in shares.items()}
+
+
 class Predictor:
     """Runs a bundle over queries in batches; safe to share between threads (one forward at a time).
 
@@ -61,7 +99,7 @@ class Predictor:
         calibration: from the heads' logits (N,) to scores in [0, 1]; by default their sigmoid.
 
     Raises:
-        ConfigError: test-time augmentation of heads that read the written answer.
+        ConfigError: test-time augmentation of a model without heads, or of heads that read the written answer.
     """
 
     def __init__(
@@ -82,11 +120,8 @@ class Predictor:
         # Folders written before there was a choice hold pixels of the resized image.
         self.coordinates: Coordinates = bundle.settings.get("polygon_coordinates", "absolute")
         self.views = VIEWS[self.generation.tta]
-        if len(self.views) > 1 and self.layout == "text_first" and not bundle.base.reads_tower:
-            raise ConfigError(
-                f"tta is {self.generation.tta}, but this model's heads read the answer it wrote (text_first), which "
-                "says where the edit is in the picture as it stands; give tta none"
-            )
+        if len(self.views) > 1:
+            _refuse_copies(self.generation.tta, bundle, self.layout)
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.model: Any = bundle.model.to(self.device).eval()
         self.collator = ForensicCollator(bundle.processor, bundle.tokens, padding_side="left")
@@ -168,10 +203,10 @@ class Predictor:
     ) -> tuple[_HeadResult, list[str]]:
         """Heads on the vision tower: the images alone; a text is asked for apart from them."""
         pairs = list(zip(queries, images, strict=True))
-        outputs = [
+        outputs = (
             self.model(**self._inputs([self._pictures(query, _copies(pictures, view)) for query, pictures in pairs]))
             for view in self.views
-        ]
+        )
         heads = self._read_heads(outputs, sum(len(pictures) for pictures in images), self.views)
         if not with_text:
             return heads, [""] * len(pairs)
@@ -194,11 +229,16 @@ class Predictor:
             if with_text:
                 texts = self._generate(inputs(IDENTITY))
             else:
-                self.model(**inputs(IDENTITY), logits_to_keep=1)
+                self.model(**inputs(IDENTITY), logits_to_keep=1, use_cache=False)
                 texts = [""] * len(pairs)
-        if captured:
-            captured += [self.model(**inputs(view), logits_to_keep=1) for view in self.views[1:]]
-        return self._read_heads(captured, sum(len(pictures) for pictures in images), self.views), texts
+
+        def outputs() -> Iterator[Any]:
+            if captured:
+                yield captured.pop()
+                for view in self.views[1:]:
+                    yield self.model(**inputs(view), logits_to_keep=1, use_cache=False)
+
+        return self._read_heads(outputs(), sum(len(pictures) for pictures in images), self.views), texts
 
     def _text_first(
         self, queries: Sequence[Query], images: Sequence[Sequence[Image.Image]]
@@ -289,41 +329,35 @@ class Predictor:
         finally:
             handle.remove()
 
-    def _read_heads(self, captured: Sequence[Any], num_images: int, views: Sequence[View] = (IDENTITY,)) -> _HeadResult:
+    def _read_heads(self, outputs: Iterable[Any], num_images: int, views: Sequence[View] = (IDENTITY,)) -> _HeadResult:
         """Scores and masks of the N images; a model with heads that did not run is a bug, never a score of 0.5.
 
         Args:
-            captured: one output of the model for each of `views`, or nothing. Logits are averaged over them.
+            outputs: one of the model for each of `views`, with the images in the same order; or none at all. Each is
+                read and let go before the next is asked for. Logits are averaged over them, shares of operations too.
         """
+        means = _HeadMeans(self.bundle.base.heads_config.operations)
+        remaining = iter(outputs)
+        for view in views:
+            if (output := next(remaining, None)) is None:
+                break
+            means.add(output, view)
+            del output
+        if not means.num_copies and self.bundle.base.has_heads and num_images:
+            raise RuntimeError("the model has heads but none ran: the forensic tokens or the pixels did not reach it")
         result = _HeadResult.empty(num_images)
-        if not captured:
-            if self.bundle.base.has_heads and num_images:
-                raise RuntimeError(
-                    "the model has heads but none ran: the forensic tokens or the pixels did not reach it"
-                )
-            return result
-        first = captured[0]  # every output has its images in the same order
-        if first.cls_logits is not None:
-            logits = torch.stack([output.cls_logits.float() for output in captured]).mean(dim=0)
+        if means.cls_logits is not None:
+            logits = means.cls_logits
             scores = raw = logits.sigmoid().tolist()
             if self.calibration is not None:
                 scores = self.calibration(logits.cpu().numpy()).tolist()
-            for image, score, own in zip(first.cls_image_index.tolist(), scores, raw, strict=True):
+            for image, score, own in zip(means.cls_images, scores, raw, strict=True):
                 result.scores[image] = score
                 result.raw[image] = own if self.calibration is not None else None
-        if first.mask_logits is not None:
-            for image, *copies in zip(
-                first.mask_image_index.tolist(), *(output.mask_logits for output in captured), strict=True
-            ):
-                maps = [view.back(copy.float().cpu().numpy()) for view, copy in zip(views, copies, strict=True)]
-                result.masks[image] = torch.from_numpy(mean_map(maps)).sigmoid().numpy()
-        if first.operation_logits is not None:
-            names = self.bundle.base.heads_config.operations
-            for image, *copies in zip(
-                first.mask_image_index.tolist(), *(output.operation_logits for output in captured), strict=True
-            ):
-                shares = [operation_shares(copy, names) for copy in copies]
-                result.operations[image] = {name: sum(s[name] for s in shares) / len(shares) for name in names}
+        for image, logit_map in means.maps.items():
+            result.masks[image] = torch.from_numpy(logit_map.mean).sigmoid().numpy()
+        for image, shares in means.operations.items():
+            result.operations[image] = {name: share / means.num_copies for name, share in shares.items()}
         return result
 
     def _predictions(
@@ -375,6 +409,21 @@ class Predictor:
         if mask is None:
             return ()
         return polygons_from_mask(mask >= self.generation.mask_threshold)
+
+
+def _refuse_copies(asked: str, bundle: Bundle, layout: str) -> None:
+    """Test-time augmentation of a model that has no use for it.
+
+    Raises:
+        ConfigError: it has no heads, or heads that read the written answer.
+    """
+    if not bundle.base.has_heads:
+        raise ConfigError(f"tta is {asked}, but this model has no heads whose scores could be averaged; give tta none")
+    if layout == "text_first" and not bundle.base.reads_tower:
+        raise ConfigError(
+            f"tta is {asked}, but this model's heads read the answer it wrote (text_first), which says where the edit "
+            "is in the picture as it stands; give tta none"
+        )
 
 
 def _copies(pictures: Sequence[Image.Image], view: View) -> list[Image.Image]:

@@ -1,13 +1,13 @@
 """Test-time augmentation: heads also read mirrored and transposed copies of a picture; their logits are averaged.
 
-A copy keeps the picture's 8x8 grid. Traces of JPEG are read on blocks that begin at the left and upper edge; mirroring
-a picture whose side is no multiple of 8 would move them off that grid (docs/experiments.md, round 13, has what that
-costs). So the remainder of the side is cut off before mirroring and filled up behind it, and no map is read there.
+A copy keeps the grid of JPEG's blocks, which begin at the left and upper edge: 8x8 pixels, and 16x16 where colour is
+stored at half the size (4:2:0). Mirroring a picture whose side is no multiple of 16 would move its traces off that grid
+(docs/experiments.md, round 13, has what that costs). So the remainder of the side is cut off before mirroring and
+filled up behind it, and no map is read there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +15,8 @@ from PIL import Image
 
 from finetune.config import TestTimeAugmentation
 
-GRID = 8
-"""Side of a JPEG block in pixels."""
+GRIDS = (16, 8)
+"""Sides in pixels that JPEG's blocks of colour and of brightness may have; the second for sides below the first."""
 
 
 class View(NamedTuple):
@@ -27,13 +27,12 @@ class View(NamedTuple):
     transposed: bool
 
     def of(self, picture: Image.Image) -> Image.Image:
-        """The copy: of the same size, or with the sides exchanged."""
+        """The copy of an RGB picture: of the same size, or with the sides exchanged."""
         if self == IDENTITY:
             return picture
         pixels = np.asarray(picture)
-        axes = [axis for axis, is_mirrored in enumerate((self.vertical, self.horizontal)) if is_mirrored]
         padding = [(0, 0)] * pixels.ndim
-        for axis in axes:
+        for axis in self._mirrored:
             rest = _rest(pixels.shape[axis])
             pixels = np.flip(pixels.take(range(pixels.shape[axis] - rest), axis), axis)
             padding[axis] = (0, rest)
@@ -41,22 +40,23 @@ class View(NamedTuple):
         return Image.fromarray(np.ascontiguousarray(pixels.swapaxes(0, 1) if self.transposed else pixels))
 
     def back(self, scores: np.ndarray) -> np.ndarray:
-        """A map of the copy as a map of the picture.
+        """A map of the copy as a map of what it shows of the picture.
 
         Args:
-            scores: (H, W) or, of a transposed copy, (W, H) float32, in the copy's pixels.
+            scores: (H, W) or, of a transposed copy, (W, H), in the copy's pixels.
 
         Returns:
-            (H, W) float32; NaN where the copy does not show the picture (at most 7 rows and columns at the end).
+            (h, w), the picture's upper left part, where h and w are at most 15 less than H and W.
         """
         found = scores.T if self.transposed else scores
-        for axis, is_mirrored in enumerate((self.vertical, self.horizontal)):
-            if not is_mirrored:
-                continue
-            rest = _rest(found.shape[axis])
-            found = np.flip(found.take(range(found.shape[axis] - rest), axis), axis)
-            found = np.pad(found, [(0, rest if axis == k else 0) for k in range(2)], constant_values=np.nan)
+        for axis in self._mirrored:
+            shown = found.shape[axis] - _rest(found.shape[axis])
+            found = np.flip(found.take(range(shown), axis), axis)
         return found
+
+    @property
+    def _mirrored(self) -> list[int]:
+        return [axis for axis, is_mirrored in enumerate((self.vertical, self.horizontal)) if is_mirrored]
 
 
 IDENTITY = View(False, False, False)
@@ -70,13 +70,25 @@ VIEWS: dict[TestTimeAugmentation, tuple[View, ...]] = {
 """Copies whose logits are averaged, the picture itself first: 1, 2, 4 and 8."""
 
 
-def mean_map(maps: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean of (H, W) float32 maps where they are numbers; the first has no NaN."""
-    if len(maps) == 1:
-        return maps[0]
-    return np.asarray(np.nanmean(np.stack(maps), axis=0), dtype=np.float32)
+class MeanMap:
+    """Running mean of a picture's maps, each taken where its copy shows the picture; the first shows all of it."""
+
+    def __init__(self, first: np.ndarray) -> None:
+        self._sum = np.array(first, dtype=np.float32)
+        self._count = np.ones_like(self._sum)
+
+    def add(self, part: np.ndarray) -> None:
+        """Take another map: (h, w) float32, the upper left part of the picture."""
+        height, width = part.shape
+        self._sum[:height, :width] += part
+        self._count[:height, :width] += 1
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(H, W) float32."""
+        return self._sum / self._count
 
 
 def _rest(side: int) -> int:
     """Pixels behind the last whole block; none where there is no whole block."""
-    return side % GRID if side >= GRID else 0
+    return next((side % grid for grid in GRIDS if side >= grid), 0)

@@ -135,11 +135,19 @@ def started_from(runs: Sequence[StageRun], run: StageRun) -> RunConfig:
     return replace(run.config, model=model, train=train)
 
 
+_EARLIER_SECTION = {
+    "score_threshold": 0.5, "mask_threshold": 0.5, "max_new_tokens": 256,
+    "do_sample": False, "temperature": 1.0, "top_p": 1.0, "batch_size": 8,
+}  # fmt: skip
+"""A section without effect that configurations had: still hashed, so that stages of that time are known again."""
+
+
 def stage_hash(runs: Sequence[StageRun], run: StageRun) -> str:
     """Changes with the configuration of a stage and of those it starts from; not with the place of the run's folder."""
     tree = to_dict(run.config)
     tree.pop("output_dir")
     tree["train"].pop("resume")
+    tree["generation"] = _EARLIER_SECTION
     source = stage_hash(runs, runs[run.source - 1]) if isinstance(run.source, int) else run.source
     return hashlib.sha256(json.dumps([tree, source], sort_keys=True).encode()).hexdigest()[:12]
 

@@ -162,6 +162,8 @@ def test_template_from_a_file(tmp_path: Path, zh: Template) -> None:
     [
         ({"extra": 1}, "expected the keys"),
         ({"result": {0: "real"}}, "'result' needs one entry for 0"),
+        ({"result": {0: "real", 1: "real "}}, "expected two different words"),
+        ({"result": {0: "", 1: "fake"}}, "expected two different words"),
         ({"answers": {"tokens_first": "x"}}, "needs the layouts tokens_first, text_first"),
         ({"answers": {"tokens_first": "{tokn}", "text_first": ""}}, "unknown placeholder 'tokn'; known: cls, "),
         ({"answers": {"tokens_first": '{"a": 1', "text_first": ""}}, "a literal brace is {{ or }}"),

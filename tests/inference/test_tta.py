@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import weakref
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.special import expit, logit
 
 from finetune.cli import build_parser, main
-from finetune.config import GenerationConfig, ModelConfig, TestTimeAugmentation
+from finetune.config import GenerationConfig, HeadsConfig, ModelConfig, TestTimeAugmentation
+from finetune.config.vision_runs import VisionInferenceConfig, load_vision_config
 from finetune.data.chat import question_turns
 from finetune.data.readers import read_records
 from finetune.errors import ConfigError
+from finetune.inference.evidence.inspection import influential
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import Query, queries_of
-from finetune.inference.tta import IDENTITY, VIEWS, View, mean_map
+from finetune.inference.tta import IDENTITY, VIEWS, MeanMap, View
 from finetune.models.loading import load_bundle
 from finetune.schema import ImageInput
 
@@ -39,43 +44,71 @@ def test_names_are_those_of_the_settings_and_of_the_command_line() -> None:
 
 
 @pytest.mark.parametrize("view", ALL)
-@pytest.mark.parametrize("size", [(16, 24), (20, 27), (23, 8), (5, 30), (8, 15)])
+@pytest.mark.parametrize("size", [(32, 48), (36, 27), (23, 16), (5, 30), (8, 15)])
 def test_a_map_comes_back_where_the_picture_was(view: View, size: tuple[int, int]) -> None:
-    """The brightness of the copy, taken as its score map, is the brightness of the picture wherever it is a number."""
+    """The brightness of the copy, taken as its score map, is the brightness of the picture in what comes back."""
     picture = picture_of(*size)
     copy = view.of(picture)
     assert (copy.height, copy.width) == (size[::-1] if view.transposed else size)
     back = view.back(np.asarray(copy, np.float32)[..., 0])
     original = np.asarray(picture, np.float32)[..., 0]
-    assert back.shape == size
-    known = ~np.isnan(back)
-    np.testing.assert_array_equal(back[known], original[known])
-    lost = [side % 8 if is_mirrored and side >= 8 else 0 for side, is_mirrored in zip(size, view[:2], strict=True)]
-    assert known.sum() == (size[0] - lost[0]) * (size[1] - lost[1])
+    blocks = [16 if side >= 16 else 8 if side >= 8 else 1 for side in size]
+    shown = [
+        side - side % block if is_mirrored else side
+        for side, block, is_mirrored in zip(size, blocks, view[:2], strict=True)
+    ]
+    assert back.shape == tuple(shown)
+    np.testing.assert_array_equal(back, original[: shown[0], : shown[1]])
 
 
+@pytest.mark.parametrize("side", [8, 16])
 @pytest.mark.parametrize("view", ALL)
-def test_blocks_of_the_grid_stay_whole(view: View) -> None:
-    """Every 8x8 block of the picture's grid that is not at a cut edge is a block of the copy's grid."""
-    picture = picture_of(28, 36)
+def test_blocks_of_the_grid_stay_whole(view: View, side: int) -> None:
+    """Every block of brightness and of halved colour that is not at a cut edge is a block of the copy's grid."""
+    picture = picture_of(60, 76)
 
     def blocks(image: Image.Image) -> set[bytes]:
         pixels = np.asarray(image)
-        rows, columns = image.height // 8, image.width // 8
-        return {pixels[8 * i : 8 * i + 8, 8 * j : 8 * j + 8].tobytes() for i in range(rows) for j in range(columns)}
+        rows, columns = image.height // side, image.width // side
+        return {
+            pixels[side * i : side * (i + 1), side * j : side * (j + 1)].tobytes()
+            for i in range(rows if image.height != 60 else 48 // side)
+            for j in range(columns if image.width != 76 else 64 // side)
+        }
 
     def copied(block: bytes) -> bytes:
-        return view.of(Image.fromarray(np.frombuffer(block, np.uint8).reshape(8, 8, 3))).tobytes()
+        return view.of(Image.fromarray(np.frombuffer(block, np.uint8).reshape(side, side, 3))).tobytes()
 
     assert {copied(block) for block in blocks(picture)} <= blocks(view.of(picture))
 
 
+def test_colour_of_a_jpeg_keeps_its_grid() -> None:
+    """The spectra that the noise-residual stream reads are those of the picture: at 4:2:0 their blocks are of 16."""
+    from finetune.models.forensic_statistics import chroma_spectrum
+
+    stream = io.BytesIO()
+    smooth = Image.fromarray(np.random.default_rng(2).integers(0, 255, (25, 32, 3), dtype=np.uint8))
+    smooth.resize((256, 200), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=60, subsampling=2)
+    picture = Image.open(stream).convert("RGB")
+
+    def spectrum(image: Image.Image) -> torch.Tensor:
+        colour = torch.from_numpy(np.array(image.convert("YCbCr"))[..., 1:]).permute(2, 0, 1)[None].float()
+        return chroma_spectrum(colour).mean(dim=(0, 2, 3))
+
+    upright, mirrored = spectrum(picture), spectrum(View(True, False, False).of(picture))
+    wrong = spectrum(picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM))
+    torch.testing.assert_close(mirrored, upright, atol=1e-4, rtol=0)
+    assert (wrong - upright).abs().max() > 0.1
+
+
 def test_the_mean_leaves_out_what_a_copy_does_not_show() -> None:
-    own, other = np.array([[1.0, 2.0]], np.float32), np.array([[3.0, np.nan]], np.float32)
-    found = mean_map([own, other])
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, [[2.0, 2.0]])
-    assert mean_map([own]) is own
+    mean = MeanMap(np.array([[1.0, 2.0]], np.float32))
+    np.testing.assert_array_equal(mean.mean, [[1.0, 2.0]])
+    mean.add(np.array([[3.0]], np.float32))
+    assert mean.mean.dtype == np.float32
+    np.testing.assert_array_equal(mean.mean, [[2.0, 2.0]])
+    mean.add(np.array([[np.nan, 2.0]], np.float32))  # of a model that overflowed: not passed over
+    np.testing.assert_array_equal(mean.mean, [[np.nan, 2.0]])
 
 
 @pytest.mark.parametrize("where", ["tokens", "tower"])
@@ -103,7 +136,11 @@ def test_scores_and_maps_are_means_over_the_copies(
     for k, prediction in enumerate(found):
         copies = [single[view][k] for view in ALL]
         assert prediction.score == pytest.approx(expit(np.mean([logit(p.score) for p in copies])), abs=1e-5)
-        maps = [view.back(logit(p.mask_scores)) for view, p in zip(ALL, copies, strict=True)]
+        height, width = prediction.size_hw
+        maps = np.full((8, height, width), np.nan)
+        for view, p, of_view in zip(ALL, copies, maps, strict=True):
+            part = view.back(logit(p.mask_scores))
+            of_view[: part.shape[0], : part.shape[1]] = part
         np.testing.assert_allclose(prediction.mask_scores, expit(np.nanmean(maps, axis=0)), atol=1e-4)
         assert prediction.size_hw == single[IDENTITY][k].size_hw
 
@@ -126,6 +163,51 @@ def test_calibration_sees_the_mean_of_the_logits(vision_parts: Path) -> None:
     np.testing.assert_allclose(seen, [[mean]], atol=1e-5)
     assert prediction.score == pytest.approx(expit(mean / 2), abs=1e-5)
     assert prediction.raw_score == pytest.approx(expit(mean), abs=1e-5)
+
+
+def test_shares_of_operations_are_averaged(tiny_dir: Path) -> None:
+    heads = HeadsConfig(
+        source="vision", vision_layers=[0, 2], hidden_size=16, num_layers=1, num_heads=2, operations=["splice", "erase"]
+    )
+    model = load_bundle(ModelConfig(path=str(tiny_dir), dtype="float32"), heads=heads)
+    with torch.no_grad():
+        for parameter in model.base.operation_head.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    query, picture = Query("a", (ImageInput(path="a.png"),), ()), picture_of(84, 112)
+    plain = Predictor(model, GenerationConfig(), device="cpu")
+    copies = [plain.predict_batch([query], [[view.of(picture)]])[0][0].operations for view in VIEWS["flips"]]
+    averaged = Predictor(model, GenerationConfig(tta="flips"), device="cpu")
+    found = averaged.predict_batch([query], [[picture]])[0][0].operations
+    assert found is not None
+    assert found["splice"] == pytest.approx(np.mean([each["splice"] for each in copies if each]), abs=1e-6)
+    assert found["splice"] != pytest.approx(copies[0]["splice"] if copies[0] else 0, abs=1e-4)
+
+
+def test_one_copy_at_a_time_is_in_memory(bundle: Any, photo_records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither outputs nor caches of earlier copies are held while the next is computed."""
+    kept: list[weakref.ref[Any]] = []
+    forward = bundle.base.forward
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        assert [output for reference in kept if (output := reference()) is not None] == []
+        output = forward(*arguments, **options)
+        assert output.past_key_values is None
+        kept.append(weakref.ref(output.mask_logits[0]))
+        return output
+
+    monkeypatch.setattr(bundle.base, "forward", counting)
+    predictor = Predictor(bundle, GenerationConfig(tta="flips"), device="cpu")
+    records = [record for record in read_records(photo_records) if record.images][:1]
+    asked = list(queries_of(records, lambda record: question_turns(record, predictor.template)))
+    list(predictor.predict(asked, with_text=False))
+    assert len(kept) == 4
+
+
+def test_a_model_without_heads_has_nothing_to_average(tiny_dir: Path) -> None:
+    model = load_bundle(ModelConfig(path=str(tiny_dir), dtype="float32"), heads=HeadsConfig(enabled=False))
+    for layout in ("tokens_first", "text_first"):
+        with pytest.raises(ConfigError, match=r"tta is flips, but this model has no heads"):
+            Predictor(model, GenerationConfig(tta="flips"), layout=layout)
 
 
 def test_heads_that_read_the_answer_have_one_view_only(bundle: Any) -> None:
@@ -161,6 +243,15 @@ def test_both_evaluations_average_alike_and_say_so(vision_parts: Path, tmp_path:
     assert scores("g") != pytest.approx(scores("one"), abs=1e-4)
     said = [json.loads((tmp_path / name / "metrics.json").read_text("utf-8"))["run"]["tta"] for name in "vg"]
     assert said == ["dihedral", "dihedral"]
+
+
+def test_a_folder_begun_before_there_was_a_choice_is_gone_on_with(tmp_path: Path) -> None:
+    """Its run.json has no `tta`; with copies it is another run."""
+    (tmp_path / "c.json").write_text(json.dumps({"head_checkpoint": "h"}), encoding="utf-8")
+    plain = load_vision_config(tmp_path / "c.json", [], VisionInferenceConfig)
+    assert "tta" not in influential(plain)
+    flips = load_vision_config(tmp_path / "c.json", ["tta=flips"], VisionInferenceConfig)
+    assert influential(flips) == {**influential(plain), "tta": "flips"}
 
 
 def test_unknown_augmentation_in_a_settings_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,6 +124,15 @@ def test_finished_stages_are_passed_over_and_the_best_is_linked(
     )
 
 
+def test_stages_of_before_a_section_was_removed_are_known_again(tmp_path: Path) -> None:
+    """The hashes that a version with the section `generation` wrote into stage.json for this configuration."""
+    path = tmp_path / "s.yaml"
+    stages = "stages:\n  - name: a\n    train: {max_steps: 5}\n  - name: b\n    init_from: a\n"
+    path.write_text(f"output_dir: runs/x\nmodel: {{path: tiny}}\n{stages}", encoding="utf-8")
+    runs = stage_runs(load_config(path))
+    assert [stage_hash(runs, run) for run in runs] == ["41692b3156fb", "84c163430261"]
+
+
 def test_another_configuration_in_the_same_folder_is_refused(three: tuple[RunConfig, Any], tmp_path: Path) -> None:
     """A change of stage 1 is one of all the stages that start from it."""
     tree = to_dict(three[0])

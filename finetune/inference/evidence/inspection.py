@@ -15,8 +15,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from finetune.config import GenerationConfig, to_dict
-from finetune.config.vision_runs import VisionInferenceConfig, check_output, load_vision_config
+from finetune.config import GenerationConfig
+from finetune.config.vision_runs import (
+    VisionInferenceConfig,
+    check_output,
+    identifying_settings,
+    load_vision_config,
+)
 from finetune.data.dataset import processed_sizes
 from finetune.data.images import load_image
 from finetune.errors import ConfigError, DataFormatError
@@ -102,7 +107,8 @@ def load_models(config: VisionInferenceConfig) -> tuple[Predictor, dict[str, Any
 
 def influential(config: VisionInferenceConfig) -> dict[str, Any]:
     """The settings that a result depends on, without paths."""
-    return {key: value for key, value in to_dict(config).items() if key not in (*_NO_INFLUENCE, *_PATHS)}
+    settings = identifying_settings(config)
+    return {key: value for key, value in settings.items() if key not in (*_NO_INFLUENCE, *_PATHS)}
 
 
 def named_images(paths: Sequence[str]) -> dict[str, str]:

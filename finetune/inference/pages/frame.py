@@ -27,6 +27,7 @@ _FACTS: dict[str, tuple[str, str]] = {
     "trained_commit": ("训练代码提交", "Commit of the training"),
     "data_hash": ("数据哈希", "Data hash"),
     "layout": ("回答布局", "Answer layout"),
+    "tta": ("测试时增强", "Test-time augmentation"),
     "thresholds": ("阈值", "Thresholds"),
     "script": ("对话脚本", "Script"),
 }
