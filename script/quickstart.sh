@@ -105,9 +105,9 @@ overrides+=("train.batch_size=$((8 / ranks))")
 accelerate launch --quiet --config_file "configs/accelerate/${launch[0]}" --main_process_port 0 \
     --num_cpu_threads_per_process "${launch[1]}" sft_llm.py --config configs/train/quickstart.yaml --overwrite "${overrides[@]}"
 
-step 6 "evaluation on images made from other photographs; the heads read each and its three mirrored copies"
+step 6 "evaluation on images made from other photographs"
 forensics evaluate --model "$OUT/best" --data "$OUT/data/eval.jsonl" --baseline-data "$OUT/data/train.jsonl" \
-    --out "$OUT" --batch-size 16 --max-new-tokens 160 --tta flips
+    --out "$OUT" --batch-size 16 --max-new-tokens 160
 
 say "done in $((SECONDS - started)) s"
 say "look at         $OUT/report.html"
