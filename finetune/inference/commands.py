@@ -118,7 +118,8 @@ def _images_below(folder: Path) -> list[str]:
     files = [path for path in named if path.is_file()]
     if len(files) < len(named):
         lost = sorted(set(named) - set(files))
-        print(f"passed over: {lost[0]} and {len(lost) - 1} others, no files or links to none", file=sys.stderr)
+        others = f" and {len(lost) - 1} others" if len(lost) > 1 else ""
+        print(f"passed over: {lost[0]}{others}, no file or a link to none", file=sys.stderr)
     written = {place for place in {path.parent for path in files} if place != folder and holds_output_pictures(place)}
     for place in sorted(written):
         print(f"passed over: {place}, pictures that an earlier run wrote", file=sys.stderr)

@@ -104,6 +104,6 @@ def test_written_pictures_among_images_are_passed_over(tmp_path: Path, capsys: p
     (pictures / "gone.png").symlink_to(pictures / "nowhere.png")
     capsys.readouterr()
     assert find_images([str(pictures)]) == [f"{pictures}/B.HEIC", *sorted(str(pictures / name) for name in own)]
-    assert f"passed over: {pictures}/gone.png and 0 others, no files or links to none" in capsys.readouterr().err
+    assert f"passed over: {pictures}/gone.png, no file or a link to none" in capsys.readouterr().err
     masks = str(pictures / "scene" / "masks")
     assert find_images([masks]) == [f"{masks}/c.png"]  # named, so meant
