@@ -108,4 +108,9 @@ def _source(config: RunConfig, number: int, place: str) -> int | str | None:
             f"{place}: init_from is '{start}', which is neither {PREVIOUS}, {BASE}, an earlier stage "
             f"({', '.join(names[: number - 1]) or 'none'}) nor an existing folder"
         )
+    if not any((Path(start) / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ConfigError(
+            f"{place}: init_from is '{start}', which holds neither a model (config.json) nor an adapter "
+            "(adapter_config.json); give the folder that was saved, such as runs/NAME/best"
+        )
     return start

@@ -220,6 +220,10 @@ def test_stages_under_a_launcher(launcher: str, write_config: Write, tmp_path: P
         ([{"name": "a"}, {"name": "a"}], "two stages are called 'a'"),
         ([{"name": "base"}], "cannot be called 'base'"),
         ([{"name": "a", "init_from": "nowhere"}], "init_from is 'nowhere', which is neither previous, base"),
+        (
+            [{"name": "a"}, {"name": "b", "init_from": "/"}],
+            r"init_from is .*, which holds neither a model \(config.json\) nor",
+        ),
         ([{"name": "a", "init_from": "b"}, {"name": "b"}], "init_from names 'b', which comes later"),
         ([{"name": "a", "init_from": "a"}], "init_from names the stage itself"),
         ([{"name": "a", "trian": {}}], r"unknown key 'stages\[0\].trian' .*did you mean 'train'"),
