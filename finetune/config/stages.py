@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config.conversion import build, merge, to_dict
+from finetune.config.model_folder import ADAPTER_CONFIG, MODEL_CONFIG, is_model_folder
 from finetune.config.sections import RunConfig, StageConfig
 from finetune.errors import ConfigError
 
@@ -108,9 +109,9 @@ def _source(config: RunConfig, number: int, place: str) -> int | str | None:
             f"{place}: init_from is '{start}', which is neither {PREVIOUS}, {BASE}, an earlier stage "
             f"({', '.join(names[: number - 1]) or 'none'}) nor an existing folder"
         )
-    if not any((Path(start) / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if not is_model_folder(start):
         raise ConfigError(
-            f"{place}: init_from is '{start}', which holds neither a model (config.json) nor an adapter "
-            "(adapter_config.json); give the folder that was saved, such as runs/NAME/best"
+            f"{place}: init_from is '{start}', which holds neither a model ({MODEL_CONFIG}) nor an adapter "
+            f"({ADAPTER_CONFIG}); give the folder that was saved, such as runs/NAME/best"
         )
     return start

@@ -22,9 +22,9 @@ from transformers import Qwen2_5_VLConfig
 from transformers.utils import cached_file
 
 from finetune.config import HeadsConfig, ModelConfig
+from finetune.config.model_folder import ADAPTER_CONFIG
 from finetune.errors import ConfigError, ModelLoadError
 from finetune.models.loading import (
-    ADAPTER_CONFIG,
     SETTINGS,
     Bundle,
     base_model_path,

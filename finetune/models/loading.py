@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from finetune.config import HeadsConfig, ModelConfig, to_dict
+from finetune.config.model_folder import ADAPTER_CONFIG
 from finetune.errors import ModelLoadError
 from finetune.models.plain import SECTION, read_config
 from finetune.models.qwen_forensics_model import QwenForensicsConfig, QwenForensicsForConditionalGeneration
@@ -28,7 +29,6 @@ from finetune.models.vocabulary import (
     save_processor,
 )
 from finetune.models.weights import (
-    ADAPTER_CONFIG,
     base_model_path,
     grow_embeddings,
     load_adapter,
@@ -38,7 +38,6 @@ from finetune.models.weights import (
 from finetune.special_tokens import SpecialTokens
 
 __all__ = [
-    "ADAPTER_CONFIG",
     "SETTINGS",
     "Bundle",
     "add_forensic_tokens",

@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 
 from finetune.config import HeadsConfig, ModelConfig, to_dict
+from finetune.config.model_folder import ADAPTER_CONFIG
 from finetune.errors import ModelLoadError
-from finetune.models.loading import ADAPTER_CONFIG, Bundle, is_plain, load_bundle, load_model, load_processor
+from finetune.models.loading import Bundle, is_plain, load_bundle, load_model, load_processor
 from finetune.models.qwen_forensics_model import QwenForensicsForConditionalGeneration
 from finetune.special_tokens import SpecialTokens
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from finetune.config import HeadsConfig, ModelConfig, NoiseResidualConfig, to_dict
+from finetune.config.model_folder import ADAPTER_CONFIG
 from finetune.errors import ModelLoadError
 from finetune.models.configuration import QwenForensicsConfig
 from finetune.models.loading import (
-    ADAPTER_CONFIG,
     Bundle,
     base_model_path,
     check_same_heads,

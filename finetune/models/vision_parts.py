@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from finetune.config.model_folder import ADAPTER_CONFIG
 from finetune.errors import ModelLoadError
 from finetune.models.configuration import QwenForensicsConfig
 from finetune.models.groups import plain_name
@@ -73,7 +74,7 @@ def tower_fingerprint(model: nn.Module) -> str:
 def _for_plain_models(folder: Path) -> None:
     """Have a LoRA folder name Qwen2.5-VL itself as what it belongs on, so that `peft.AutoPeftModel` opens it without
     this package; PEFT's empty model card goes."""
-    file = folder / "adapter_config.json"
+    file = folder / ADAPTER_CONFIG
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings["auto_mapping"] = {
         "base_model_class": Qwen2_5_VLForConditionalGeneration.__name__,

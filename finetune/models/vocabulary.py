@@ -11,6 +11,7 @@ ensure_torchvision()
 
 from transformers import AutoProcessor, Qwen2VLImageProcessorPil  # noqa: E402
 
+from finetune.config.model_folder import is_model_folder  # noqa: E402
 from finetune.errors import ModelLoadError  # noqa: E402
 from finetune.models.plain import read_config  # noqa: E402
 from finetune.models.qwen_forensics_model import QwenForensicsForConditionalGeneration  # noqa: E402
@@ -120,8 +121,7 @@ def check_folder(path: str) -> None:
         raise ModelLoadError(
             f"model folder '{path}' does not exist; give an existing folder or a hub name like org/model"
         )
-    is_model = any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json"))
-    if not is_model and (Path(path) / "best").is_dir():
+    if not is_model_folder(path) and (Path(path) / "best").is_dir():
         raise ModelLoadError(f"'{path}' is the folder of a training run, not of a model; give {Path(path) / 'best'}")
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import logging
 
 from finetune.config import ModelConfig
+from finetune.config.model_folder import ADAPTER_CONFIG
 from finetune.errors import MissingDependencyError, ModelLoadError
 from finetune.models.plain import attach_heads, saved_heads
 from finetune.models.qwen_forensics_model import HEAD_MODULES, QwenForensicsForConditionalGeneration
@@ -26,7 +27,6 @@ stdlib_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(stdlib_loggin
 # PEFT 0.21 asks a model for its checkpointing under the name that transformers 5.23 has replaced.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
-ADAPTER_CONFIG = "adapter_config.json"
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 """Beginnings of the names of pickles that a checkpoint has beside its weights; the Trainer reads tensors only."""
 

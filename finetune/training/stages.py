@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from finetune.config import RunConfig, StageRun, find_stage, load_config, stage_runs, to_dict
+from finetune.config.model_folder import ADAPTER_CONFIG, MODEL_CONFIG, is_model_folder
 from finetune.errors import ConfigError
 from finetune.training.adversarial import ZERO_3
 from finetune.training.checks import run_problems
@@ -185,10 +186,10 @@ def _write_marker(folder: Path, marker: dict[str, Any]) -> None:
 
 def _from_folder(model: Any, folder: Path, base: str) -> Any:
     """`model` reading a saved folder: an adapter on its base, or a whole model."""
-    if (folder / "adapter_config.json").is_file():
+    if not is_model_folder(folder):
+        raise ConfigError(f"{folder} holds neither a model ({MODEL_CONFIG}) nor an adapter ({ADAPTER_CONFIG})")
+    if (folder / ADAPTER_CONFIG).is_file():
         return replace(model, path=base, adapter=str(folder))
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
     return replace(model, path=str(folder), adapter=None)
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.config import GenerationConfig, ModelConfig
+from finetune.config.model_folder import ADAPTER_CONFIG
 from finetune.data.chat import Template, load_template
 from finetune.errors import ConfigError
 from finetune.inference.calibrating import calibration_of
 from finetune.inference.chat.dialogue import Speaker
 from finetune.inference.commands import check_device
-from finetune.models.loading import ADAPTER_CONFIG, base_model_path, load_bundle
+from finetune.models.loading import base_model_path, load_bundle
 from finetune.models.shared_base import SharedBase
 
 Kind = Literal["base", "adapter", "merged"]

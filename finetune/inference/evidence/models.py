@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from finetune.config import GenerationConfig, ModelConfig
+from finetune.config.model_folder import ADAPTER_CONFIG
 from finetune.config.vision_runs import VisionModelSettings
 from finetune.data.storage.atomic import file_sha256
 from finetune.errors import ConfigError, ModelLoadError
@@ -21,7 +22,6 @@ from finetune.inference.calibrating import calibration_of, find_calibration
 from finetune.inference.commands import check_device
 from finetune.inference.predictor import Predictor
 from finetune.inference.run_folder import folder_identity
-from finetune.models.loading import ADAPTER_CONFIG
 from finetune.models.plain import HEADS_FILE
 from finetune.models.vision_loading import load_vision
 from finetune.models.vision_parts import LORA_DIR, parts_section, read_heads
