@@ -456,10 +456,10 @@ def checked_dataset(
     """
     if what == "eval" and config.max_eval_samples is not None:
         records = spread(records, config.max_eval_samples)
-    words = load_template(config.template).result_words
+    dataset = kind(records, processor, tokens, config, region_features=region_features)
+    words = dataset.template.result_words
     for warning in validate_for_training(records, tokens, check_pixels=False, has_text=kind.has_text, words=words):
         logger.warning("%s", warning.message)
-    dataset = kind(records, processor, tokens, config, region_features=region_features)
     errors = dataset.check_lengths()
     if errors:
         problems = [Problem("error", error.record or "", str(error)) for error in errors]

@@ -346,8 +346,7 @@ class Predictor:
         if not means.num_copies and self.bundle.base.has_heads and num_images:
             raise RuntimeError("the model has heads but none ran: the forensic tokens or the pixels did not reach it")
         result = _HeadResult.empty(num_images)
-        if means.cls_logits is not None:
-            logits = means.cls_logits
+        if (logits := means.cls_logits) is not None:
             scores = raw = logits.sigmoid().tolist()
             if self.calibration is not None:
                 scores = self.calibration(logits.cpu().numpy()).tolist()
