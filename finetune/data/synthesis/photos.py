@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from finetune.data.duplicates import ImageIndex
 from finetune.data.fingerprints import Fingerprint, fingerprint
 from finetune.data.parallel import num_workers, ordered_map
+from finetune.data.readers.file_tree import IMAGE_SUFFIXES, iter_files
 from finetune.data.synthesis.degradations import resize, to_uint8
 from finetune.errors import ForensicsError
 from finetune.progress import progress_bar
@@ -26,7 +27,6 @@ from finetune.schema import ImageInput
 
 SPLITS = ("train", "eval", "val")
 """`eval` is made from photographs of its own; `val`, for choosing checkpoints, from the training photographs."""
-PHOTO_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 MIN_PHOTO_SIDE = 128
 """Photographs with a shorter side are refused: they would have to be enlarged beyond recognition."""
 MAX_PHOTO_SIDE = 2048
@@ -188,22 +188,22 @@ def _index_of(photos: Sequence[Photo], workers: int) -> ImageIndex:
 
 def _refused(rejected: Sequence[dict[str, str]]) -> str:
     detail = "; ".join(f"{item['name']}: {item['reason']}" for item in rejected) or "no image file"
-    return f"refused: {detail}; add photographs ({' '.join(sorted(PHOTO_EXTENSIONS))})"
+    return f"refused: {detail}; add photographs ({' '.join(IMAGE_SUFFIXES)})"
 
 
 def _photos_below(root: Path, option: str, workers: int, progress: bool) -> tuple[list[Photo], list[dict[str, str]]]:
     """The usable photographs of a folder and its subfolders, all of them in `train`, and the refused files."""
     if not root.is_dir():
         raise ForensicsError(f"photos folder {str(root)!r} does not exist; give a folder of photographs with {option}")
-    paths = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix.lower() in PHOTO_EXTENSIONS)
+    names = list(iter_files(root, IMAGE_SUFFIXES))
+    paths = [root / name for name in names]
     found: list[Photo] = []
     rejected: list[dict[str, str]] = []
     seen: dict[str, str] = {}
     processes = _processes(workers, len(paths))
     outcomes = ordered_map(_inspect_or_refuse, paths, processes)
     bar = progress_bar(outcomes, total=len(paths), desc="photos", unit="file", disable=not progress or processes == 1)
-    for path, (digest, is_grey, reason) in zip(paths, bar, strict=True):
-        name = path.relative_to(root).as_posix()
+    for name, path, (digest, is_grey, reason) in zip(names, paths, bar, strict=True):
         if reason:
             rejected.append({"name": name, "reason": reason.replace(str(root), "").strip()})
         elif digest in seen:

@@ -82,9 +82,12 @@ def test_bad_files_are_reported_by_name_and_duplicates_dropped(tmp_path: Path) -
     (tmp_path / "empty.png").write_bytes(b"")
     save_texture(tmp_path / "tiny.png", 2, (64, 64))
     Image.new("RGB", (200, 200), (9, 9, 9)).save(tmp_path / "flat.png")
+    (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "._a.png").write_bytes(b"what macOS lays beside a.png")
     photos = find_photos(tmp_path)
     assert {photo.name for photo in photos.photos} == {"a.png", "b.jpg"}
-    assert {item["name"] for item in photos.rejected} == {"copy.png", "broken.jpg", "empty.png", "tiny.png", "flat.png"}
+    refused = {"copy.png", "broken.jpg", "empty.png", "tiny.png", "flat.png", "phone.HEIC"}
+    assert {item["name"] for item in photos.rejected} == refused
     assert not any(str(tmp_path) in item["reason"] for item in photos.rejected)
 
 
