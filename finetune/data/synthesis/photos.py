@@ -252,7 +252,9 @@ def _inspect_or_refuse(path: Path) -> tuple[str, bool, str]:
 
 
 def _inspect(path: Path) -> tuple[str, bool]:
-    """sha256 of the file and whether it is grey; ValueError when it is too small to use."""
+    """sha256 of the file and whether it is grey; ValueError when it is no file or too small to use."""
+    if not path.is_file():
+        raise ValueError("no file, or a link to none")
     image = load_rgb(path)
     if min(image.shape[:2]) < MIN_PHOTO_SIDE:
         raise ValueError(f"{image.shape[1]}x{image.shape[0]} px, need at least {MIN_PHOTO_SIDE} px on the shorter side")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -84,9 +85,11 @@ def test_bad_files_are_reported_by_name_and_duplicates_dropped(tmp_path: Path) -
     Image.new("RGB", (200, 200), (9, 9, 9)).save(tmp_path / "flat.png")
     (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     (tmp_path / "._a.png").write_bytes(b"what macOS lays beside a.png")
+    (tmp_path / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "pipe.png")  # opened, it would wait for a writer
     photos = find_photos(tmp_path)
     assert {photo.name for photo in photos.photos} == {"a.png", "b.jpg"}
-    refused = {"copy.png", "broken.jpg", "empty.png", "tiny.png", "flat.png", "phone.HEIC"}
+    refused = {"copy.png", "broken.jpg", "empty.png", "tiny.png", "flat.png", "phone.HEIC", "lost.png", "pipe.png"}
     assert {item["name"] for item in photos.rejected} == refused
     assert not any(str(tmp_path) in item["reason"] for item in photos.rejected)
 
