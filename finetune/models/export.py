@@ -22,7 +22,7 @@ from transformers import Qwen2_5_VLConfig
 from transformers.utils import cached_file
 
 from finetune.config import HeadsConfig, ModelConfig
-from finetune.config.model_folder import ADAPTER_CONFIG
+from finetune.config.model_folder import ADAPTER_CONFIG, MODEL_CONFIG
 from finetune.errors import ConfigError, ModelLoadError
 from finetune.models.loading import (
     SETTINGS,
@@ -169,7 +169,7 @@ def _check_request(
         return
     if not overwrite:
         raise ConfigError(f"--out {out_dir} exists and is not empty; give another folder, or --overwrite to replace it")
-    if not (out_dir / "config.json").is_file():
+    if not (out_dir / MODEL_CONFIG).is_file():
         raise ConfigError(f"--overwrite replaces model folders only, and {out_dir} has no config.json; empty it first")
 
 
@@ -255,7 +255,7 @@ def _write_plain(bundle: Bundle, folder: Path, base: str, dtype: torch.dtype, ma
     state = {name: value for name, value in model.state_dict().items() if not is_head(name)}
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
     config = _plain_config(bundle, base, dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (folder / MODEL_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_processor(bundle.processor, folder)
     _write_preprocessor(bundle.processor, folder)
     settings = dict(bundle.settings)
@@ -267,7 +267,7 @@ def _write_plain(bundle: Bundle, folder: Path, base: str, dtype: torch.dtype, ma
 
 def _plain_config(bundle: Bundle, base: str, dtype: torch.dtype) -> dict[str, Any]:
     """The base's own config.json where it is a plain one (serving tools know its spelling), else one written anew."""
-    file = cached_file(base, "config.json")
+    file = cached_file(base, MODEL_CONFIG)
     tree: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
     if tree.get("model_type") != Qwen2_5_VLConfig.model_type:
         fields = bundle.base.config.to_dict()

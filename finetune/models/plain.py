@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from finetune.config.model_folder import MODEL_CONFIG
 from finetune.errors import ModelLoadError
 from finetune.models.qwen_forensics_model import (
     HEAD_MODULES,
@@ -82,10 +83,10 @@ def read_config(place: str | Path) -> QwenForensicsConfig | None:
         ModelLoadError: config.json is not valid JSON.
     """
     folder = Path(place)
-    if not (folder / "config.json").is_file():
+    if not (folder / MODEL_CONFIG).is_file():
         return None
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        kind = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8")).get("model_type")
     except ValueError as error:
         raise ModelLoadError(f"{folder}: config.json is not valid JSON ({error}); copy the folder again") from error
     if kind == QwenForensicsConfig.model_type:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from finetune.config.model_folder import ADAPTER_CONFIG
+from finetune.config.model_folder import ADAPTER_CONFIG, MODEL_CONFIG
 from finetune.errors import ModelLoadError
 from finetune.models.configuration import QwenForensicsConfig
 from finetune.models.groups import plain_name
@@ -147,7 +147,7 @@ def read_heads(place: str | Path) -> StoredHeads | None:
         ModelLoadError: the files are incomplete or damaged.
     """
     folder = Path(place).parent if Path(place).is_file() else Path(place)
-    if (folder / HEADS_FILE).is_file() and not (folder / "config.json").is_file():
+    if (folder / HEADS_FILE).is_file() and not (folder / MODEL_CONFIG).is_file():
         raise ModelLoadError(f"{folder}: {HEADS_FILE} has no config.json beside it; copy the whole folder")
     try:
         config = read_config(folder)

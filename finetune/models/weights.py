@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import logging
 
 from finetune.config import ModelConfig
-from finetune.config.model_folder import ADAPTER_CONFIG
+from finetune.config.model_folder import ADAPTER_CONFIG, MODEL_CONFIG
 from finetune.errors import MissingDependencyError, ModelLoadError
 from finetune.models.plain import attach_heads, saved_heads
 from finetune.models.qwen_forensics_model import HEAD_MODULES, QwenForensicsForConditionalGeneration
@@ -189,7 +189,7 @@ def base_model_path(adapter: str) -> str:
 
 def _check_config(path: str) -> None:
     """Without config.json transformers would build the default model, of 7 billion parameters."""
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    if Path(path).is_dir() and not (Path(path) / MODEL_CONFIG).is_file():
         raise ModelLoadError(f"{path}: the model cannot be loaded: no config.json; give a complete checkpoint folder")
 
 

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import Qwen2_5_VLConfig
 
 from finetune.config import RunConfig, to_dict
+from finetune.config.model_folder import MODEL_CONFIG
 from finetune.errors import ConfigError
 from finetune.models.qwen_forensics_model import QwenForensicsConfig, QwenForensicsForConditionalGeneration
 from finetune.models.shapes import released_shape
@@ -39,7 +40,7 @@ def planned_config(config: RunConfig) -> QwenForensicsConfig | None:
 
 
 def _shape(place: str) -> Qwen2_5_VLConfig | None:
-    if not (Path(place) / "config.json").is_file():
+    if not (Path(place) / MODEL_CONFIG).is_file():
         sizes = None if Path(place).is_dir() else released_shape(place)
         return None if sizes is None else Qwen2_5_VLConfig(**sizes)
     try:
