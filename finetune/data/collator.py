@@ -72,8 +72,8 @@ class ForensicCollator:
             logits_to_keep: (B, T) bool, True where the next token is supervised, K in all; text_targets: (K,) int64.
             pixel_values: (P, 1176) float32, image_grid_thw: (N, 3) int64, and anything else the image processor
                 returns; absent in a batch without images.
-            cls_labels: (N,) int64 in {0, 1, -100}; operation_labels: (N,) int64, see `operation_labels`.
-            mask_targets: N uint8 tensors (h, w) or None.
+            cls_labels: (N,) int64 in {0, 1, -100}.
+            mask_targets: N uint8 tensors (h, w) or None; operation_maps: N int16 tensors or None, see `operation_map`.
             mask_sizes_hw: N pairs, the size each mask is compared at.
             cls_image_index, mask_image_index: which of the N images have tokens of each kind.
             record_ids: B names.
@@ -89,8 +89,10 @@ class ForensicCollator:
             batch.update(self._regions(samples, batch["input_ids"].shape[1]))
         batch.update(self._images(samples))
         batch["cls_labels"] = torch.tensor([x for s in samples for x in s.cls_labels], dtype=torch.long)
-        batch["operation_labels"] = torch.tensor([x for s in samples for x in s.operation_labels], dtype=torch.long)
         batch["mask_targets"] = [None if m is None else torch.from_numpy(m) for s in samples for m in s.masks]
+        batch["operation_maps"] = [
+            None if m is None else torch.from_numpy(m) for s in samples for m in s.operation_maps
+        ]
         batch["mask_sizes_hw"] = [size for s in samples for size in s.mask_sizes_hw]
         batch["cls_image_index"] = self._images_with(samples, self.cls_ids)
         batch["mask_image_index"] = self._images_with(samples, self.mask_ids)

@@ -29,7 +29,7 @@ from finetune.data.chat import (
     question_turns,
     segments,
 )
-from finetune.data.edit_operations import operation_labels
+from finetune.data.edit_operations import operation_map
 from finetune.data.image_cache import ImageCache
 from finetune.data.image_size import short_side_size, too_narrow
 from finetune.data.images import image_size_hw
@@ -67,8 +67,8 @@ class Sample:
 
     images: decoded RGB images, upright; where there is a feature cache, those that its `features` call decoded.
     input_ids, labels: equally long, empty in a run without text. cls_labels: one per image, 0, 1 or -100.
-    operation_labels: one per image, see `finetune.data.edit_operations`. masks: one per image, (h, w) uint8 0/1 at
-    `mask_sizes_hw`, or None. processed_hw: sizes after the processor's resize.
+    masks: one per image, (h, w) uint8 0/1 at `mask_sizes_hw`, or None. operation_maps: one per image, likewise, int16,
+    see `finetune.data.edit_operations`, or None. processed_hw: sizes after the processor's resize.
     features: one per image, none without a feature cache.
     region_boxes: x1, y1, x2, y2 in pixels of the processed image; region_tokens: of each box the numbers of the ids
     that name it. Both empty unless the model looks at regions itself.
@@ -79,8 +79,8 @@ class Sample:
     input_ids: list[int]
     labels: list[int]
     cls_labels: list[int] = field(default_factory=list)
-    operation_labels: list[int] = field(default_factory=list)
     masks: list[np.ndarray | None] = field(default_factory=list)
+    operation_maps: list[np.ndarray | None] = field(default_factory=list)
     mask_sizes_hw: list[tuple[int, int]] = field(default_factory=list)
     processed_hw: list[tuple[int, int]] = field(default_factory=list)
     features: list[CachedFeatures] = field(default_factory=list)
@@ -209,14 +209,18 @@ class ForensicDataset(Dataset):
     ) -> Sample:
         """A sample without ids; masks come at the images' own sizes."""
         mask_sizes = processed if self.config.mask_resolution == "processed" else sizes
+        masks = [m if m is None else resize_mask(m, s) for m, s in zip(masks, mask_sizes, strict=True)]
+        maps: list[np.ndarray | None] = [None] * len(masks)
+        if self.operations:
+            maps = [operation_map(record, i, self.operations, mask) for i, mask in enumerate(masks)]
         return Sample(
             record_id=record.id,
             images=images,
             input_ids=[],
             labels=[],
             cls_labels=[IGNORE_INDEX if t.label is None else t.label for t in record.targets],
-            operation_labels=operation_labels(record, self.operations),
-            masks=[m if m is None else resize_mask(m, s) for m, s in zip(masks, mask_sizes, strict=True)],
+            masks=masks,
+            operation_maps=maps,
             mask_sizes_hw=mask_sizes,
             processed_hw=processed,
         )

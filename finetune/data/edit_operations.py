@@ -3,6 +3,10 @@
 {"provenance": {"operation": {"name": "retouch", "kind": "grain"}}}      written "retouch.grain" in heads.operations
 {"provenance": {"operation": "splice"}}                                  the same as {"name": "splice"}
 {"provenance": {"images": [{"operation": null}, {"operation": {...}}]}}  of each image of a record, its own
+{"provenance": {"operation": {...}, "further_operations": [{...}]}}      several edits of one image, in their order
+
+Where each of several edits is, a mask file with numbers says: a PNG with a palette, as the masks of objects in PASCAL
+VOC, whose pixels are 0 where nothing was done and k where the k-th edit was.
 """
 
 from __future__ import annotations
@@ -11,11 +15,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from finetune.data.masks import load_edit_numbers, resize_mask
 from finetune.schema import Record
 from finetune.special_tokens import IGNORE_INDEX
-
-AUTHENTIC = 0
-"""Label of an image without an operation; the k-th name of `heads.operations` has k, counted from 1."""
 
 FURTHER = "further_operations"
 """Key of a provenance with the edits after `operation`, where a picture has several."""
@@ -26,31 +30,53 @@ def operation_name(record: Record, image: int = 0) -> str:
     return _name_and_kind(_provenance(record, image))[0]
 
 
-def operation_labels(record: Record, names: Sequence[str]) -> list[int]:
-    """One label per image of a record, for `heads.operations`.
+def operation_map(record: Record, image: int, names: Sequence[str], mask: np.ndarray | None) -> np.ndarray | None:
+    """What was done at each pixel of an image of a record, for `heads.operations`.
+
+    What a record says applies to all its tampered images, unless `provenance.images` says it of each.
 
     Args:
         names: as configured; `retouch.grain` means that kind of retouch, `retouch` every kind that has no name of its
             own among them.
+        mask: (H, W), not 0 = tampered, of any size, as it is shown: what of it was hidden counts as authentic.
 
     Returns:
-        0 for an image labelled real; for a tampered one the place of its operation in `names`, from 1 on; -100 for an
-        image without a label, an operation that is not among the names, and one of several on the same image
-        (`provenance.further_operations`). What a record says applies to all its tampered images, unless
-        `provenance.images` says it of each.
+        (H, W) int16: 0 = authentic, k = the operation with the k-th of the names, counted from 1, -100 = one that is
+        not among them. None where nothing is known: no label, no mask, no operation that has a name, or several edits
+        and a mask file that does not number them.
     """
-    labels = []
-    for index, target in enumerate(record.targets):
-        if target.label == 1:
-            labels.append(_place(_provenance(record, index), names))
-        else:
-            labels.append(AUTHENTIC if target.label == 0 else IGNORE_INDEX)
-    return labels
+    target = record.targets[image]
+    if mask is None or target.label is None:
+        return None
+    if target.label == 0:
+        return np.zeros(mask.shape, np.int16)
+    places = _places(_provenance(record, image), names)
+    if len(places) == 1:
+        return None if places[0] == IGNORE_INDEX else (mask != 0).astype(np.int16) * np.int16(places[0])
+    numbers = load_edit_numbers(target, record.id, record.source)
+    if numbers is None or set(places) == {IGNORE_INDEX}:
+        return None
+    found = np.where(mask != 0, IGNORE_INDEX, 0).astype(np.int16)
+    for number, place in enumerate(places, start=1):
+        found[(resize_mask(numbers == number, mask.shape) & (mask != 0)) != 0] = place
+    return found
 
 
 def unused_operations(records: Sequence[Record], names: Sequence[str]) -> str | None:
     """A warning about names that label no image of these records, with what the records say instead; None if all do."""
-    used = {label for record in records for label in operation_labels(record, names)}
+    used: set[int] = set()
+    several = []
+    for record in records:
+        for index, target in enumerate(record.targets):
+            if target.label == 1:
+                places = _places(_provenance(record, index), names)
+                if len(places) == 1:
+                    used.update(places)
+                else:
+                    several.append((record, target, places))
+    for record, target, places in several:  # their masks are opened only for names that no other image has
+        if not used.issuperset(places) and load_edit_numbers(target, record.id, record.source) is not None:
+            used.update(places)
     unused = [name for place, name in enumerate(names, start=1) if place not in used]
     if not unused:
         return None
@@ -86,10 +112,16 @@ def _name_and_kind(provenance: Mapping[str, Any]) -> tuple[str, str]:
     return str(operation["name"]), str(operation.get("kind") or "")
 
 
-def _place(provenance: Mapping[str, Any], names: Sequence[str]) -> int:
-    name, kind = _name_and_kind(provenance)
-    if not provenance.get(FURTHER):
-        for wanted in (f"{name}.{kind}", name):
-            if name and wanted in names:
-                return 1 + list(names).index(wanted)
+def _places(provenance: Mapping[str, Any], names: Sequence[str]) -> list[int]:
+    """Of each edit the place of its name, from 1 on, or -100."""
+    further = provenance.get(FURTHER) or []
+    if not isinstance(further, list):
+        return [IGNORE_INDEX]
+    return [_place(*_name_and_kind(one), names) for one in (provenance, *({"operation": edit} for edit in further))]
+
+
+def _place(name: str, kind: str, names: Sequence[str]) -> int:
+    for wanted in (f"{name}.{kind}", name):
+        if name and wanted in names:
+            return 1 + list(names).index(wanted)
     return IGNORE_INDEX

@@ -73,6 +73,23 @@ def load_mask(
     return mask
 
 
+def load_edit_numbers(
+    target: ImageTarget, record_id: str | None = None, source: str | None = None
+) -> np.ndarray | None:
+    """Which edit made each pixel of a mask file, where it has a palette whose indices say so (as PASCAL VOC's objects).
+
+    Returns:
+        (H, W) uint8, 0 = authentic, k = the k-th edit; None where the target has no mask file, or one without palette.
+
+    Raises:
+        DataFormatError: unreadable mask.
+    """
+    if not target.mask_path:
+        return None
+    image = _decode_mask(target.mask_path, record_id, source)
+    return np.asarray(image) if image.mode == "P" else None
+
+
 def check_mask_size(
     target: ImageTarget, size_hw: tuple[int, int], record_id: str | None = None, source: str | None = None
 ) -> None:
@@ -215,11 +232,16 @@ def resize_mask(mask: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     return (area >= 0.5 - 1e-6).astype(np.uint8)  # float32 averages of exactly one half come out a hair below
 
 
-def _read_mask_file(path: str, record_id: str | None, source: str | None) -> np.ndarray:
+def _decode_mask(path: str, record_id: str | None, source: str | None) -> Image.Image:
     try:
-        return binarize_mask(decode(ImageInput(path=path), field="mask_path"))
+        return decode(ImageInput(path=path), field="mask_path")
     except DataFormatError as error:
         raise _about_mask(error, path, record_id, source) from error
+
+
+def _read_mask_file(path: str, record_id: str | None, source: str | None) -> np.ndarray:
+    try:
+        return binarize_mask(_decode_mask(path, record_id, source))
     except ValueError as error:
         raise DataFormatError(
             f"mask holds neither 0/1 nor 0/255 ({error})",

@@ -65,12 +65,6 @@ def contrast_anchor_count(labels: Tensor) -> int:
     return real if real > 1 and bool((labels == 1).any()) else 0
 
 
-def operation_count(operation_labels: Tensor, mask_targets: Sequence[Tensor | None]) -> int:
-    """Number of images with both a label of their operation (0 = authentic) and a pixel target."""
-    pairs = zip(operation_labels.tolist(), mask_targets, strict=True)
-    return sum(label != IGNORE_INDEX and target is not None for label, target in pairs)
-
-
 def full_precision(tensor: Tensor) -> Tensor:
     """The tensor in float32, or as it is where it is float64 already."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -59,11 +59,6 @@ def _map_labels(batch: Mapping[str, Any]) -> Tensor:
     return _looked_up(batch, "mask_image_index", "cls_labels")
 
 
-def _operations(batch: Mapping[str, Any]) -> Tensor:
-    """Operation of the image of each map of `operation_logits`, (M,)."""
-    return _looked_up(batch, "mask_image_index", "operation_labels")
-
-
 def _looked_up(batch: Mapping[str, Any], index_key: str, labels_key: str) -> Tensor:
     """Labels (images,) at an index (M,) -> (M,); -100 where the batch has no labels, empty where it has no index."""
     index, labels = batch.get(index_key), batch.get(labels_key)
@@ -72,12 +67,17 @@ def _looked_up(batch: Mapping[str, Any], index_key: str, labels_key: str) -> Ten
     return torch.full_like(index, IGNORE_INDEX) if labels is None else labels[index.to(labels.device)]
 
 
-def _masks(batch: Mapping[str, Any]) -> list[Tensor | None]:
-    """Pixel target of each map of `mask_logits`."""
-    index, masks = batch.get("mask_image_index"), batch.get("mask_targets")
+def _masks(batch: Mapping[str, Any], key: str = "mask_targets") -> list[Tensor | None]:
+    """Pixel target of the image of each map of `mask_logits`."""
+    index, masks = batch.get("mask_image_index"), batch.get(key)
     if index is None:
         return []
     return [None if masks is None else masks[i] for i in index.tolist()]
+
+
+def _operations(batch: Mapping[str, Any]) -> list[Tensor | None]:
+    """Operation at each pixel, of the image of each map of `operation_logits`."""
+    return _masks(batch, "operation_maps")
 
 
 TERMS: dict[str, TermFunction] = {
@@ -133,9 +133,9 @@ TERMS: dict[str, TermFunction] = {
     "operation": TermFunction(
         "operation_logits",
         lambda config, out, batch: functional.operation_loss(
-            out.operation_logits, _operations(batch), _masks(batch), config.operation_authentic_weight
+            out.operation_logits, _operations(batch), config.operation_authentic_weight
         ),
-        lambda batch: counting.operation_count(_operations(batch), _masks(batch)),
+        lambda batch: counting.image_count(_operations(batch), counting.has_target),
     ),
     "contrast_image": TermFunction(
         "image_features",
@@ -153,9 +153,9 @@ class Criterion:
         `cls_image_index[i]`. mask_logits: list of (h, w); mask_features: list of (C, h', w'); operation_logits: list of
         (1 + K, h', w'); entry i is of image `mask_image_index[i]`.
     Batch (mapping; a missing key supervises nothing):
-        text_targets (K,) int64 with -100; cls_labels (images,) in {0, 1, -100}; operation_labels (images,) in
-        {0, ..., K, -100}; mask_targets: list (images) of (h, w) uint8 or None, each of its logits' shape;
-        cls_image_index (N,) and mask_image_index (M,) int64.
+        text_targets (K,) int64 with -100; cls_labels (images,) in {0, 1, -100}; mask_targets: list (images) of
+        (h, w) uint8 or None, each of its logits' shape; operation_maps: list (images) of (h, w) in {0, ..., K, -100} or
+        None; cls_image_index (N,) and mask_image_index (M,) int64.
 
     Args:
         config: weights (a term of weight 0 is not computed) and parameters.

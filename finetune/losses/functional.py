@@ -26,7 +26,6 @@ from finetune.losses.counting import (
     is_mixed,
     is_tampered,
     label_count,
-    operation_count,
     paired,
     require,
     text_count,
@@ -258,45 +257,37 @@ def region_contrast(
 
 
 def operation_loss(
-    operation_logits: Sequence[Tensor],
-    operation_labels: Tensor,
-    mask_targets: Sequence[Tensor | None],
-    authentic_weight: float = 0.3,
+    operation_logits: Sequence[Tensor], operation_maps: Sequence[Tensor | None], authentic_weight: float = 0.3
 ) -> SumCount:
     """Cross-entropy of the kind of edit at every cell: mean over cells of `-w log p(kind)`, image by image.
 
-    The mask is averaged down to the grid: a cell of which at least half is tampered has the image's operation, every
-    other one is authentic (class 0). Where an edit is too thin for any such cell, the cells it covers most have it.
+    The map is averaged down to the grid: a cell of which at least half is tampered has the operation that covers most
+    of it, every other one is authentic (class 0). Where edits are too thin for any such cell, the cells they cover most
+    have theirs.
 
     Args:
         operation_logits: per image (1 + K, h, w) float.
-        operation_labels: (M,) integer, 0 for an authentic image, 1 to K for its operation, -100 takes no part.
-        mask_targets: per image (H, W) integer or bool, of any size, or None, which takes no part.
-        authentic_weight: w >= 0 of authentic cells; it is 1 for the others.
+        operation_maps: per image (H, W) integer, of any size: 0 = authentic, 1 to K the operation of the pixel, -100
+            one that is not known; or None, which takes no part.
+        authentic_weight: w >= 0 of authentic cells; it is 1 for the others, 0 where the operation is not known.
 
     Returns:
-        Sum over images of these means, each >= 0, and the number of images with a label and a mask.
+        Sum over images of these means, each >= 0, and the number of images with a map.
 
     Raises:
-        ValueError: a label above K.
+        ValueError: an operation above K.
     """
-    require(
-        operation_labels.ndim == 1 and len(operation_labels) == len(operation_logits),
-        "one operation label per map",
-        *operation_logits,
-        operation_labels,
-    )
+    require(len(operation_maps) == len(operation_logits), "one target per map", *operation_logits)
     total = zero_of(*operation_logits)
-    for logits, label, target in zip(operation_logits, operation_labels.tolist(), mask_targets, strict=True):
-        if label == IGNORE_INDEX or target is None:
+    for logits, target in zip(operation_logits, operation_maps, strict=True):
+        if target is None:
             continue
-        if label >= len(logits):
-            raise ValueError(f"operation label {label}, but the head tells {len(logits) - 1} operations apart")
-        share = _tampered_share(target, logits)  # (1, h, w)
-        cells = (share >= share.max().clamp(min=1e-6, max=0.5)).long() * label  # (1, h, w)
-        losses = F.cross_entropy(full_precision(logits)[None], cells, reduction="none")
+        cells = _operation_cells(target.to(logits.device), logits)[None]  # (1, h, w)
+        if (highest := int(cells.max())) >= len(logits):
+            raise ValueError(f"operation {highest}, but the head tells {len(logits) - 1} operations apart")
+        losses = F.cross_entropy(full_precision(logits)[None], cells, ignore_index=IGNORE_INDEX, reduction="none")
         total = total + torch.where(cells == 0, authentic_weight * losses, losses).mean()
-    return total, operation_count(operation_labels, mask_targets)
+    return total, image_count(operation_maps, has_target)
 
 
 def image_contrast(features: Tensor, labels: Tensor, temperature: float = 0.1) -> SumCount:
@@ -328,6 +319,16 @@ def image_contrast(features: Tensor, labels: Tensor, temperature: float = 0.1) -
 def _tampered_share(target: Tensor, grid: Tensor) -> Tensor:
     """Mask (H, W) -> (1, h, w): tampered share of each cell of a grid (..., h, w), on its device."""
     return F.adaptive_avg_pool2d((target.to(grid.device) != 0).float()[None], grid.shape[-2:])
+
+
+def _operation_cells(operations: Tensor, grid: Tensor) -> Tensor:
+    """Map (H, W) of operations -> (h, w) int64: the operation of each cell of a grid (..., h, w), 0 or -100."""
+    share = _tampered_share(operations, grid)[0]  # (h, w)
+    is_tampered_cell = share >= share.max().clamp(min=1e-6, max=0.5)
+    found = operations[operations != 0].unique()  # (E,)
+    areas = [_tampered_share(operations == one, grid)[0] for one in found] or [share]
+    largest = torch.stack(areas).argmax(dim=0)  # (h, w)
+    return torch.where(is_tampered_cell, found.long()[largest], 0) if len(found) else largest
 
 
 def _info_nce(anchors: Tensor, negatives: Tensor, temperature: float) -> Tensor:

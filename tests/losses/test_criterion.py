@@ -20,7 +20,7 @@ def sample_batch() -> dict[str, Any]:
     return {
         "text_targets": torch.tensor([1, -100, 2, 0]),
         "cls_labels": torch.tensor([1, 0, 0, -100, 1]),
-        "operation_labels": torch.tensor([2, 0, 0, -100, 1]),
+        "operation_maps": [2 * tampered, torch.zeros(6, 4, dtype=torch.uint8), None, None, tampered],
         "mask_targets": [tampered, torch.zeros(6, 4, dtype=torch.uint8), None, torch.ones(4, 4), tampered],
         "cls_image_index": torch.tensor([0, 1, 2, 3]),
         "mask_image_index": torch.tensor([0, 1, 3]),
@@ -74,15 +74,15 @@ def test_evidence_reads_the_label_of_the_maps_image() -> None:
     torch.testing.assert_close(found.sum, expected)
 
 
-def test_operation_reads_the_label_and_the_mask_of_the_maps_image() -> None:
+def test_operation_reads_the_operations_of_the_maps_image() -> None:
     """Maps of images 0 (operation 2), 1 (authentic) and 3 (unknown)."""
     outputs, batch = sample_outputs(), sample_batch()
-    masks = [batch["mask_targets"][i] for i in (0, 1, 3)]
-    expected, count = functional.operation_loss(outputs.operation_logits, torch.tensor([2, 0, -100]), masks, 0.5)
+    targets = [batch["operation_maps"][i] for i in (0, 1, 3)]
+    expected, count = functional.operation_loss(outputs.operation_logits, targets, 0.5)
     found = Criterion(LossConfig(operation=1.0, operation_authentic_weight=0.5))(outputs, batch)["operation"]
     assert found.count == count == 2
     torch.testing.assert_close(found.sum, expected)
-    del batch["operation_labels"]
+    del batch["operation_maps"]
     assert Criterion(LossConfig(operation=1.0))(outputs, batch)["operation"][:2] == (0.0, 0)
 
 
@@ -134,8 +134,8 @@ def test_two_halves_with_common_normalizers_equal_the_whole() -> None:
 def test_a_batch_that_supervises_nothing_gives_zero_gradients_everywhere() -> None:
     batch, outputs = sample_batch(), sample_outputs()
     batch["text_targets"] = torch.full((4,), -100)
-    batch["cls_labels"] = batch["operation_labels"] = torch.full((5,), -100)
-    batch["mask_targets"] = [None] * 5
+    batch["cls_labels"] = torch.full((5,), -100)
+    batch["mask_targets"] = batch["operation_maps"] = [None] * 5
     criterion = Criterion(ALL_ON)
     loss, means = total(criterion(outputs, batch), criterion.counts(batch))
     loss.backward()

@@ -350,10 +350,10 @@ def test_operation_loss_by_hand() -> None:
     logits = torch.randn(4, 2, 2, generator=torch.manual_seed(0))
     log_p = logits.log_softmax(dim=0)
     expected = -(log_p[3, 0, 0] + log_p[3, 0, 1] + 0.3 * (log_p[0, 1, 0] + log_p[0, 1, 1])) / 4
-    total, count = L.operation_loss([logits], torch.tensor([3]), [mask])
+    total, count = L.operation_loss([logits], [3 * mask])
     torch.testing.assert_close(total, expected)
     assert count == 1
-    authentic, _ = L.operation_loss([logits], torch.tensor([0]), [torch.zeros_like(mask)], 2.0)
+    authentic, _ = L.operation_loss([logits], [torch.zeros_like(mask)], 2.0)
     torch.testing.assert_close(authentic, -2.0 * log_p[0].mean())
 
 
@@ -363,20 +363,36 @@ def test_operation_loss_of_an_edit_too_thin_for_any_cell() -> None:
     logits = torch.randn(2, 2, 2, generator=torch.manual_seed(0))
     log_p = logits.log_softmax(dim=0)
     expected = -(log_p[1, 0, 0] + 0.3 * (log_p[0].sum() - log_p[0, 0, 0])) / 4
-    torch.testing.assert_close(L.operation_loss([logits], torch.tensor([1]), [mask])[0], expected)
+    torch.testing.assert_close(L.operation_loss([logits], [mask])[0], expected)
 
 
-def test_operation_loss_takes_labelled_images_with_a_mask_only() -> None:
+def test_operation_loss_of_several_edits_by_hand() -> None:
+    """2x2 cells of a 4x4 map: operation 2 over most of the first, an unknown one over most of the second (where 1 is
+    too), 3 over a quarter of the third, which counts as authentic."""
+    operations = torch.zeros(4, 4, dtype=torch.int16)
+    operations[:2, :2] = torch.tensor([[2, 2], [2, 1]])
+    operations[:2, 2:] = torch.tensor([[-100, -100], [1, 0]])
+    operations[2, 0] = 3
+    logits = torch.randn(4, 2, 2, generator=torch.manual_seed(0))
+    log_p = logits.log_softmax(dim=0)
+    expected = -(log_p[2, 0, 0] + 0.3 * (log_p[0, 1, 0] + log_p[0, 1, 1])) / 4
+    total, count = L.operation_loss([logits], [operations])
+    torch.testing.assert_close(total, expected)
+    assert count == 1
+
+
+def test_operation_loss_takes_images_with_a_map_only() -> None:
     maps = [torch.randn(3, *side, requires_grad=True) for side in ((4, 4), (2, 6), (4, 4))]
-    masks = [torch.ones(8, 8), torch.ones(5, 7), None]
-    total, count = L.operation_loss(maps, torch.tensor([-100, 2, 1]), masks)
+    total, count = L.operation_loss(maps, [None, torch.full((5, 7), 2), None])
     total.backward()
     assert count == 1
     torch.testing.assert_close(total, -maps[1].log_softmax(dim=0)[2].mean())
     assert [bool(leaf.grad.any()) for leaf in maps] == [False, True, False]
-    assert L.operation_loss([], torch.zeros(0, dtype=torch.long), []) == (0.0, 0)
-    with pytest.raises(ValueError, match="label 3, but the head tells 2 operations apart"):
-        L.operation_loss(maps[:1], torch.tensor([3]), masks[:1])
+    assert L.operation_loss([], []) == (0.0, 0)
+    with pytest.raises(ValueError, match="operation 3, but the head tells 2 operations apart"):
+        L.operation_loss(maps[:1], [torch.full((8, 8), 3)])
+    with pytest.raises(ValueError, match="one target per map"):
+        L.operation_loss(maps[:1], [])
 
 
 # --- all of them
@@ -404,7 +420,7 @@ def test_other_gradients_are_the_numerical_ones() -> None:
     assert check(lambda *m: L.evidence_loss(m, torch.tensor([1, 0, -100]), 0.3)[0], maps)
     features, mask = random_features(dtype=torch.float64)
     assert check(lambda x: L.region_contrast([x], [mask], 0.5)[0], (features.requires_grad_(),))
-    assert check(lambda x: L.operation_loss([x], torch.tensor([2]), [mask])[0], (tensor(3, 4, 4),))
+    assert check(lambda x: L.operation_loss([x], [2 * mask])[0], (tensor(3, 4, 4),))
 
 
 @pytest.mark.parametrize("loss", [*MASK_LOSSES, L.region_contrast])
@@ -453,5 +469,5 @@ def test_half_precision_is_computed_in_float32() -> None:
     assert L.image_contrast(torch.randn(3, 4).bfloat16(), labels)[0].dtype == torch.float32
     assert L.focal_loss(torch.randn(3).bfloat16(), labels)[0].dtype == torch.float32
     assert L.evidence_loss([half[0]], labels[:1])[0].dtype == torch.float32
-    assert L.operation_loss([features.bfloat16()], labels[2:], [mask])[0].dtype == torch.float32
+    assert L.operation_loss([features.bfloat16()], [mask])[0].dtype == torch.float32
     assert L.text_cross_entropy(torch.randn(3, 4).bfloat16(), labels)[0].dtype == torch.float32

@@ -40,7 +40,7 @@ def gradients(bundle: Bundle, records: Path) -> dict[str, torch.Tensor]:
     names = ("tampered_150x211", "real_84x140", "unmasked_140x84")
     batch = collate(bundle, samples_of(bundle, record_named(records, *names)))
     if bundle.base.heads_config.operations:
-        batch["operation_labels"] = batch["cls_labels"].clone()  # the first operation
+        batch["operation_maps"] = batch["mask_targets"]  # the first operation
     bundle.model.train()
     inputs = {key: batch[key] for key in MODEL_KEYS if key in batch}
     if bundle.base.reads_tower:

@@ -35,7 +35,14 @@ from finetune.data.synthesis.answers import (
     source_place,
 )
 from finetune.data.synthesis.config import SynthConfig
-from finetune.data.synthesis.image_files import IMAGE_FORMATS, encode_image, encode_png, photo_exif, write_whole
+from finetune.data.synthesis.image_files import (
+    IMAGE_FORMATS,
+    encode_image,
+    encode_numbers,
+    encode_png,
+    photo_exif,
+    write_whole,
+)
 from finetune.data.synthesis.partial import Entry, PartialSet
 from finetune.data.synthesis.photos import SPLITS, PhotoSet, find_photos
 from finetune.data.synthesis.record_files import write_record_files
@@ -162,7 +169,7 @@ def write_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet, root: 
     mask_path = f"{task.split}/masks/{task.index:06d}.png" if mask is not None else f"{height}x{width}"
     files = {image_path: encode_image(sample.image, container, exif if config.metadata == "carry" else b"")}
     if mask is not None:
-        files[mask_path] = encode_png(mask.astype(np.uint8) * 255)
+        files[mask_path] = _encode_mask(sample)
     for name, data in files.items():
         write_whole(root / name, data)
     provenance = {
@@ -183,6 +190,16 @@ def write_sample(task: SampleTask, config: SynthConfig, photos: PhotoSet, root: 
         "provenance": provenance,
     }
     return {"record": record, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
+
+
+def _encode_mask(sample: Sample) -> bytes:
+    """The mask file: 0 and 255; of several edits their numbers, the later ones on top."""
+    if len(sample.edits) == 1:
+        return encode_png(sample.edits[0].mask.astype(np.uint8) * 255)
+    numbers = np.zeros(sample.image.shape[:2], dtype=np.uint8)
+    for number, edit in enumerate(sample.edits, start=1):
+        numbers[edit.mask] = number
+    return encode_numbers(numbers)
 
 
 def _finding(edit: AppliedEdit, sample: Sample) -> dict[str, Any]:

@@ -43,6 +43,10 @@ _CAMERA_TAGS = {
 _SUMMARY = ("make", "model", "lens_model", "exposure_time", "f_number", "iso", "focal_length", "date_time_original")
 
 
+_NUMBER_COLOURS = [*(0, 0, 0), *(255, 255, 255), *(255, 255, 0), *(0, 255, 255)]
+"""Red, green and blue of black, white, yellow and cyan: each but black is above 127 as a grey level too."""
+
+
 def draw_container(image_format: str, quality_range: tuple[int, int], rng: np.random.Generator) -> dict[str, Any]:
     """The container's parameters as JSON values for the provenance: `{"format": "jpeg", "quality": 91, ...}`."""
     if image_format == "png":
@@ -71,6 +75,16 @@ def encode_image(image: np.ndarray, container: dict[str, Any], exif: bytes = b""
         options["subsampling"] = container["subsampling"]
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, container["format"].upper(), **options)
+    return buffer.getvalue()
+
+
+def encode_numbers(numbers: np.ndarray) -> bytes:
+    """A mask (H, W) uint8 of 0, 1, 2, ... as PNG with a palette: pixels are the numbers, colours black, then bright
+    ones, so that it reads as a mask of 0 and 255 too."""
+    picture = Image.fromarray(numbers)
+    picture.putpalette(_NUMBER_COLOURS)  # from grey levels to indices
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

@@ -239,9 +239,14 @@ def test_further_edits_are_in_mask_and_evidence_and_stay_in_training(tmp_path: P
         if further:
             several += 1
             first, both = (Image.open(tmp_path / name / more["masks"][0]) for name in ("off", "on"))
-            assert not (np.asarray(first) > np.asarray(both)).any()
-            assert (np.asarray(both) > np.asarray(first)).any()
-            assert (np.asarray(both) > 0).mean() <= 0.46
+            assert (first.mode, both.mode) == ("L", "P")
+            alone, numbers = np.asarray(first), np.asarray(both)  # 0 and 255; of a palette, which edit
+            assert not ((alone > 0) & (numbers == 0)).any()
+            assert (numbers[alone == 0] > 0).any()
+            assert (numbers > 0).mean() <= 0.46
+            assert set(np.unique(numbers)) == set(range(2 + len(further)))
+            for number, edit in enumerate((more["provenance"]["operation"], *further), start=1):
+                assert (numbers == number).mean() >= 0.5 * edit["area"]
             assert all({"name", "area", "region", "difficulty"} <= set(edit) for edit in further)
     assert several > 6
 
