@@ -5,8 +5,8 @@
 {"provenance": {"images": [{"operation": null}, {"operation": {...}}]}}  of each image of a record, its own
 {"provenance": {"operation": {...}, "further_operations": [{...}]}}      several edits of one image, in their order
 
-Where each of several edits is, a mask file with numbers says: a PNG with a palette, as the masks of objects in PASCAL
-VOC, whose pixels are 0 where nothing was done and k where the k-th edit was.
+Where each of several edits is, a mask file with numbers says (`load_edit_numbers`): 0 where nothing was done, k where
+the k-th edit was.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from finetune.special_tokens import IGNORE_INDEX
 
 FURTHER = "further_operations"
 """Key of a provenance with the edits after `operation`, where a picture has several."""
+
+_MOST_OPENED = 100
+"""Masks without numbers that are opened in search of an operation that no image with a single edit has."""
 
 
 def operation_name(record: Record, image: int = 0) -> str:
@@ -53,7 +56,7 @@ def operation_map(record: Record, image: int, names: Sequence[str], mask: np.nda
     places = _places(_provenance(record, image), names)
     if len(places) == 1:
         return None if places[0] == IGNORE_INDEX else (mask != 0).astype(np.int16) * np.int16(places[0])
-    numbers = load_edit_numbers(target, record.id, record.source)
+    numbers = load_edit_numbers(target, len(places), record.id, record.source)
     if numbers is None or set(places) == {IGNORE_INDEX}:
         return None
     found = np.where(mask != 0, IGNORE_INDEX, 0).astype(np.int16)
@@ -74,9 +77,13 @@ def unused_operations(records: Sequence[Record], names: Sequence[str]) -> str | 
                     used.update(places)
                 else:
                     several.append((record, target, places))
+    without_numbers = 0
     for record, target, places in several:  # their masks are opened only for names that no other image has
-        if not used.issuperset(places) and load_edit_numbers(target, record.id, record.source) is not None:
-            used.update(places)
+        if without_numbers < _MOST_OPENED and not used.issuperset(places):
+            if load_edit_numbers(target, len(places), record.id, record.source) is None:
+                without_numbers += 1
+            else:
+                used.update(places)
     unused = [name for place, name in enumerate(names, start=1) if place not in used]
     if not unused:
         return None

@@ -19,6 +19,7 @@ from finetune.schema import ImageInput, ImageTarget, Polygon
 
 _MAX_INDEX = 31
 _MAX_COMPRESSION_NOISE = 16
+_LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
 
 
 def load_mask(
@@ -74,12 +75,19 @@ def load_mask(
 
 
 def load_edit_numbers(
-    target: ImageTarget, record_id: str | None = None, source: str | None = None
+    target: ImageTarget, num_edits: int, record_id: str | None = None, source: str | None = None
 ) -> np.ndarray | None:
-    """Which edit made each pixel of a mask file, where it has a palette whose indices say so (as PASCAL VOC's objects).
+    """Which of several edits made each pixel of a mask file, where it says so: by the indices of a palette (as the
+    masks of objects in PASCAL VOC), or by grey values up to 31 of a lossless file.
+
+    Args:
+        target: whose mask file it is.
+        num_edits: how many edits there are; a file that has none of the numbers 2 to this only tells 0 from 1.
+        record_id, source: named in the error.
 
     Returns:
-        (H, W) uint8, 0 = authentic, k = the k-th edit; None where the target has no mask file, or one without palette.
+        (H, W) uint8, 0 = authentic, k = the k-th edit, anything above `num_edits` unknown; None where the target has
+        no mask file, or one that does not number them.
 
     Raises:
         DataFormatError: unreadable mask.
@@ -87,7 +95,12 @@ def load_edit_numbers(
     if not target.mask_path:
         return None
     image = _decode_mask(target.mask_path, record_id, source)
-    return np.asarray(image) if image.mode == "P" else None
+    if image.mode != "P" and (image.mode != "L" or image.format in _LOSSY_FORMATS):
+        return None
+    numbers = np.asarray(image)
+    if image.mode == "L" and numbers.max(initial=0) > _MAX_INDEX:
+        return None
+    return numbers if ((numbers >= 2) & (numbers <= num_edits)).any() else None
 
 
 def check_mask_size(
@@ -134,7 +147,7 @@ def binarize_mask(image: Image.Image) -> np.ndarray:
         # Channel by channel: a maximum along the short last axis takes ten times as long.
         largest = np.maximum(np.maximum(rgba[..., 0], rgba[..., 1]), rgba[..., 2])  # (H, W)
         values = np.where(rgba[..., 3] > 127, largest, 0)  # (H, W)
-    is_lossy = image.format in ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
+    is_lossy = image.format in _LOSSY_FORMATS
     peak = float(values.max(initial=0))
     if peak <= _MAX_INDEX and not is_lossy:
         return (values > 0).astype(np.uint8)

@@ -262,8 +262,8 @@ def operation_loss(
     """Cross-entropy of the kind of edit at every cell: mean over cells of `-w log p(kind)`, image by image.
 
     The map is averaged down to the grid: a cell of which at least half is tampered has the operation that covers most
-    of it, every other one is authentic (class 0). Where edits are too thin for any such cell, the cells they cover most
-    have theirs.
+    of it, every other one is authentic (class 0). Where an edit is too thin for any such cell, the cells it covers most
+    have its operation.
 
     Args:
         operation_logits: per image (1 + K, h, w) float.
@@ -323,12 +323,19 @@ def _tampered_share(target: Tensor, grid: Tensor) -> Tensor:
 
 def _operation_cells(operations: Tensor, grid: Tensor) -> Tensor:
     """Map (H, W) of operations -> (h, w) int64: the operation of each cell of a grid (..., h, w), 0 or -100."""
+    pixels_of = torch.bincount(operations.flatten().int() - IGNORE_INDEX)  # a pass, where `unique` sorts
+    found = pixels_of.nonzero().flatten() + IGNORE_INDEX
+    found = found[found != 0]  # (E,)
     share = _tampered_share(operations, grid)[0]  # (h, w)
-    is_tampered_cell = share >= share.max().clamp(min=1e-6, max=0.5)
-    found = operations[operations != 0].unique()  # (E,)
-    areas = [_tampered_share(operations == one, grid)[0] for one in found] or [share]
-    largest = torch.stack(areas).argmax(dim=0)  # (h, w)
-    return torch.where(is_tampered_cell, found.long()[largest], 0) if len(found) else largest
+    if not len(found):
+        return torch.zeros_like(share, dtype=torch.long)
+    areas = torch.cat([_tampered_share(operations == one, grid) for one in found])  # (E, h, w)
+    cells = found[areas.argmax(dim=0)].masked_fill(share < share.max().clamp(max=0.5), 0)
+    for one, area in zip(found, areas, strict=True):  # beside a large edit, one too thin for any cell
+        if not (cells == one).any():
+            free = area * (cells == 0)
+            cells[(free > 0) & (free == free.max())] = one
+    return cells
 
 
 def _info_nce(anchors: Tensor, negatives: Tensor, temperature: float) -> Tensor:

@@ -232,7 +232,7 @@ def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, Fore
             looks = bundle.base.config.region_features
             found.append(checked_dataset(own, what, bundle.processor, bundle.tokens, data, kind, region_features=looks))
             found[-1].heads_read_text = config.heads.source != "vision"
-            found[-1].operations = config.heads.operations
+            found[-1].operations = config.heads.operations if config.loss.operation else ()
             if bundle.base.has_heads:
                 found[-1].warn_of_leaks()
     _warn_of_operations(config, bundle, records)

@@ -22,6 +22,7 @@ from finetune.data.dataset import (
 )
 from finetune.data.readers import read_records
 from finetune.data.sources import read_sources, spread
+from finetune.data.synthesis.image_files import encode_numbers
 from finetune.errors import DataFormatError
 from finetune.models.loading import add_forensic_tokens, load_processor
 from finetune.schema import ImageInput, ImageTarget, Record, Turn
@@ -68,6 +69,35 @@ def text(sample: Any, processor: Any) -> str:
 
 
 # ---- samples ----
+
+
+def test_several_edits_arrive_at_the_size_of_the_mask(
+    processor: Any, records: dict[str, Record], tmp_path: Path
+) -> None:
+    """Two edits one beside the other, numbered by the mask; beside it an authentic image and one without a mask."""
+    numbers = np.zeros((150, 211), dtype=np.uint8)
+    numbers[20:90, 100:140], numbers[20:90, 140:180] = 1, 2
+    path = tmp_path / "mask.png"
+    path.write_bytes(encode_numbers(numbers))
+    several = dataclasses.replace(
+        records["tampered_150x211"],
+        targets=(ImageTarget(label=1, mask_path=str(path)),),
+        provenance={"operation": {"name": "erase"}, "further_operations": [{"name": "splice"}]},
+    )
+    dataset = ForensicDataset(
+        [several, records["real_84x140"], records["unmasked_140x84"]], processor, TOKENS, DataConfig()
+    )
+    dataset.operations = ["splice", "erase"]
+    batch = ForensicCollator(processor, TOKENS)([dataset[i] for i in range(3)])
+    found, authentic, unknown = batch["operation_maps"]
+    assert torch.equal(found != 0, batch["mask_targets"][0] != 0)
+    row = found[50][found[50] != 0].tolist()
+    edge = row.index(1)
+    assert row == [2] * edge + [1] * (len(row) - edge)
+    assert abs(2 * edge - len(row)) <= 1
+    assert torch.equal(authentic, batch["mask_targets"][1])
+    assert not authentic.any()
+    assert unknown is None
 
 
 def test_sample_of_a_tampered_image(make: Any, processor: Any) -> None:

@@ -95,6 +95,7 @@ def test_several_edits_are_told_apart_by_the_numbers_of_the_mask(tmp_path: Path)
     numbers = np.array([[0, 1, 1], [3, 2, 4]], dtype=np.uint8)
     path = tmp_path / "mask.png"
     path.write_bytes(encode_numbers(numbers))
+    assert (np.asarray(Image.open(path)) == numbers).all()
     several = several_edits(path, {"name": "remove"}, {"name": "retouch", "kind": "grain"})
     found = operation_map(several, 0, NAMES, (numbers > 0).astype(np.uint8))
     assert found is not None
@@ -107,29 +108,37 @@ def test_several_edits_are_told_apart_by_the_numbers_of_the_mask(tmp_path: Path)
     assert larger is not None
     assert larger[2:].tolist() == [[2, 2, -100, -100, -100, -100]] * 2
     assert larger[0].tolist() == [-100, -100, 1, 1, 1, 1]  # the mask says tampered, no number what
+    half = operation_map(several, 0, NAMES, np.ones((1, 3), dtype=np.uint8))  # smaller: at least half of each pixel
+    assert half is not None
+    assert half.tolist() == [[2, -100, 1]]
     assert operation_map(several, 0, ["erase"], numbers) is None
     assert unused_operations([several], ["splice", "retouch"]) is None
+    Image.fromarray(numbers).save(path)  # small grey levels are numbers too
+    found = operation_map(several, 0, NAMES, (numbers > 0).astype(np.uint8))
+    assert found is not None
+    assert found.tolist() == [[0, 1, 1], [2, -100, -100]]
 
 
 def test_numbered_masks_read_as_masks(tmp_path: Path) -> None:
-    numbers = np.arange(4, dtype=np.uint8).reshape(2, 2)
+    numbers = np.arange(31, dtype=np.uint8)[None]
     path = tmp_path / "mask.png"
     path.write_bytes(encode_numbers(numbers))
-    mask = load_mask(ImageTarget(label=1, mask_path=str(path)), (2, 2))
+    mask = load_mask(ImageTarget(label=1, mask_path=str(path)), (1, 31))
     assert mask is not None
-    assert mask.tolist() == [[0, 1], [1, 1]]
+    assert (mask == (numbers > 0)).all()
     assert ((np.asarray(Image.open(path).convert("L")) > 127) == (numbers > 0)).all()
     assert (np.asarray(Image.open(path)) == numbers).all()
+    with pytest.raises(ValueError, match="number 31 in a mask, there are colours for 30"):
+        encode_numbers(numbers + 1)
 
 
 def test_of_several_edits_no_place_is_known_without_numbers(tmp_path: Path) -> None:
-    path = tmp_path / "mask.png"
-    Image.fromarray(MASK * 255).save(path)
-    for several in (
-        several_edits(path, {"name": "splice"}),
-        several_edits(None, "splice"),
-        several_edits(path, 1, None),
-    ):
+    white = Image.fromarray(MASK * 255)
+    paths = [tmp_path / name for name in ("grey.png", "palette.png", "two.gif", "lossy.jpg")]
+    for path, picture in zip(paths, (white, white.convert("P"), white.convert("1"), white), strict=True):
+        picture.save(path)
+    cases = [several_edits(path, {"name": "splice"}) for path in paths]
+    for several in (*cases, several_edits(None, "splice"), several_edits(paths[0], 1, None)):
         assert operations(several) == [None]
         found = unused_operations([several, several], NAMES)
         assert found is not None

@@ -367,15 +367,15 @@ def test_operation_loss_of_an_edit_too_thin_for_any_cell() -> None:
 
 
 def test_operation_loss_of_several_edits_by_hand() -> None:
-    """2x2 cells of a 4x4 map: operation 2 over most of the first, an unknown one over most of the second (where 1 is
-    too), 3 over a quarter of the third, which counts as authentic."""
+    """2x2 cells of a 4x4 map: operation 2 over most of the first, an unknown one over most of the second; 1, too thin
+    for any cell, in these alone; 3, as thin, in the third."""
     operations = torch.zeros(4, 4, dtype=torch.int16)
     operations[:2, :2] = torch.tensor([[2, 2], [2, 1]])
     operations[:2, 2:] = torch.tensor([[-100, -100], [1, 0]])
     operations[2, 0] = 3
     logits = torch.randn(4, 2, 2, generator=torch.manual_seed(0))
     log_p = logits.log_softmax(dim=0)
-    expected = -(log_p[2, 0, 0] + 0.3 * (log_p[0, 1, 0] + log_p[0, 1, 1])) / 4
+    expected = -(log_p[2, 0, 0] + log_p[3, 1, 0] + 0.3 * log_p[0, 1, 1]) / 4
     total, count = L.operation_loss([logits], [operations])
     torch.testing.assert_close(total, expected)
     assert count == 1

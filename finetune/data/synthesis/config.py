@@ -45,9 +45,9 @@ class SynthConfig:
         scene_variation: chance that a training picture shows a varied scene (`scenes`), for content that few
             photographs lack. `val` and `eval` never do.
         further_edits: chance that a tampered training picture has one or two more edits, of operations drawn for
-            themselves (`provenance.further_operations`), which its mask, polygons and evidence hold too. One that would
-            cover more than 0.3 of an earlier one, or 0.45 of the picture with it, is left out. `val` and `eval` never
-            have; only with `record_kinds` of `single`.
+            themselves (`provenance.further_operations`), which its mask, polygons and evidence hold too; the mask then
+            numbers them (`image_files.encode_numbers`). One that would cover more than 0.3 of an earlier one, or 0.45
+            of the picture with it, is left out. `val` and `eval` never have; only with `record_kinds` of `single`.
         language: of the evidence text and of conversations: `zh`, `en`, or `both` (drawn per record).
         evidence_detail: `short`: what was done, where, how hard to see; `full`: also how large, shape and origin.
         record_kinds: records of each kind (`conversations.RECORD_KINDS`) per image; `single` is 1 where not given, and

@@ -43,8 +43,8 @@ _CAMERA_TAGS = {
 _SUMMARY = ("make", "model", "lens_model", "exposure_time", "f_number", "iso", "focal_length", "date_time_original")
 
 
-_NUMBER_COLOURS = [*(0, 0, 0), *(255, 255, 255), *(255, 255, 0), *(0, 255, 255)]
-"""Red, green and blue of black, white, yellow and cyan: each but black is above 127 as a grey level too."""
+_NUMBER_COLOURS = [*(0, 0, 0), *([*(255, 255, 255), *(255, 255, 0), *(0, 255, 255)] * 10)]
+"""Red, green and blue of black, then white, yellow and cyan in turn: all but black are above 127 as grey levels too."""
 
 
 def draw_container(image_format: str, quality_range: tuple[int, int], rng: np.random.Generator) -> dict[str, Any]:
@@ -80,7 +80,13 @@ def encode_image(image: np.ndarray, container: dict[str, Any], exif: bytes = b""
 
 def encode_numbers(numbers: np.ndarray) -> bytes:
     """A mask (H, W) uint8 of 0, 1, 2, ... as PNG with a palette: pixels are the numbers, colours black, then bright
-    ones, so that it reads as a mask of 0 and 255 too."""
+    ones, so that it reads as a mask of 0 and 255 too.
+
+    Raises:
+        ValueError: a number above 30, for which there is no colour.
+    """
+    if numbers.max(initial=0) >= len(_NUMBER_COLOURS) // 3:
+        raise ValueError(f"number {numbers.max()} in a mask, there are colours for {len(_NUMBER_COLOURS) // 3 - 1}")
     picture = Image.fromarray(numbers)
     picture.putpalette(_NUMBER_COLOURS)  # from grey levels to indices
     buffer = io.BytesIO()
