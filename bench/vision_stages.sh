@@ -6,12 +6,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/../script/lib.sh"
 
 usage() {
     cat <<'TXT'
-usage: bash bench/vision_stages.sh [--quickstart DIR] [--out DIR] [--num-train N] [--train-photos DIR] [KEY=VALUE ...]
+usage: bash bench/vision_stages.sh [--quickstart DIR] [--out DIR] [--num-train N] [--further-edits P] [--photos DIR]
+                                   [--train-photos DIR] [KEY=VALUE ...]
 
   --quickstart DIR   output of script/quickstart.sh (default runs/quickstart); it is made if it is not there
   --out DIR          where the stages and their metrics go (default runs/vision_quickstart)
   --num-train N      train on N images made anew from the same photographs (default 24000; 0: the quick start's own,
                      which 4000 steps go over five times and learn by heart)
+  --further-edits P  share of tampered ones of these images that have two or three edits (default 0)
   --photos DIR       as it was given to the quick start: what is held out depends on it
   --train-photos DIR further photographs of the images made here, and of the quick start where that is made too
   KEY=VALUE          overrides of configs/train/vision_quickstart.yaml, e.g. stages.b.train.max_steps=2000
@@ -21,12 +23,13 @@ called again. About two hours on two CPU cores: making images 6 minutes, searchi
 TXT
 }
 
-QUICK="runs/quickstart" OUT="runs/vision_quickstart" IMAGES=24000 photos=() extra=()
+QUICK="runs/quickstart" OUT="runs/vision_quickstart" IMAGES=24000 EDITS=0 photos=() extra=()
 while (($#)); do
     case "$1" in
         --quickstart) QUICK="$(value "$@")"; shift 2 ;;
         --out) OUT="$(value "$@")"; shift 2 ;;
         --num-train) IMAGES="$(value "$@")"; shift 2 ;;
+        --further-edits) EDITS="$(value "$@")"; shift 2 ;;
         --photos | --train-photos) named="$(folder "$1" "$(value "$@")")"; photos+=("$1" "$named"); shift 2 ;;
         -h | --help) usage; exit 0 ;;
         *=*) extra+=("$1"); shift ;;
@@ -56,7 +59,7 @@ overrides=("output_dir=$(yaml "$OUT")" "model.path=$(yaml "$QUICK/best")" "data.
 if ((IMAGES > 0)); then # the same photographs are held out whatever the number of images
     TRAIN="$OUT/data/train.jsonl"
     if [[ ! -f "$OUT/data/manifest.json" ]]; then
-        forensics synth --out "$OUT/data" --num-train "$IMAGES" --scene-variation 0.75 "${photos[@]}"
+        forensics synth --out "$OUT/data" --num-train "$IMAGES" --scene-variation 0.75 "${photos[@]}" "further_edits=$EDITS"
     fi
 fi
 overrides+=("data.train=[$(yaml "$TRAIN")]")
