@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from finetune.data.template_files import read_template_file
+from finetune.data.token_checks import reserved
 from finetune.errors import ConfigError, DataFormatError, shorten
 from finetune.schema import RESULT_WORDS, ImageTarget, Polygon, Record, Turn
 from finetune.special_tokens import IGNORE_INDEX, IMAGE_PLACEHOLDER, SpecialTokens
@@ -128,16 +129,19 @@ def _check_template(name: str, tree: Any) -> Template:
         found = sorted(tree) if isinstance(tree, dict) else shorten(tree)
         raise ConfigError(f"data.template {name}: found {found}, expected the keys {sorted(keys)}")
     for field in ("result", "evidence"):
-        if set(tree[field]) != {0, 1}:
+        if not isinstance(tree[field], dict) or set(tree[field]) != {0, 1}:
             raise ConfigError(f"data.template {name}: '{field}' needs one entry for 0 (real) and one for 1 (tampered)")
-    words = {label: str(word).strip() for label, word in tree["result"].items()}
+    _check_texts(name, tree)
+    words = {label: word.strip() for label, word in tree["result"].items()}
     if not all(words.values()) or words[0] == words[1]:
         raise ConfigError(f"data.template {name}: result is {words}; expected two different words")
-    if set(tree["answers"]) != set(LAYOUTS):
+    if not isinstance(tree["answers"], dict) or set(tree["answers"]) != set(LAYOUTS):
         raise ConfigError(f"data.template {name}: 'answers' needs the layouts {', '.join(LAYOUTS)}")
     for layout, answer in tree["answers"].items():
         try:
             fields = {part[1] for part in string.Formatter().parse(answer) if part[1] is not None}
+            if fields <= _ANSWER_FIELDS:
+                answer.format_map(dict.fromkeys(fields, ""))
         except ValueError as error:
             reason = f"{error}; a literal brace is {{{{ or }}}}"
             raise ConfigError(f"data.template {name}: answers.{layout}: {reason}") from error
@@ -147,20 +151,34 @@ def _check_template(name: str, tree: Any) -> Template:
                 f"known: {', '.join(sorted(_ANSWER_FIELDS))}"
             )
     for field, placeholder in (("prompts", IMAGE_PLACEHOLDER), ("prompts_multi", "{images}")):
-        if not isinstance(tree[field], list) or not tree[field]:
-            raise ConfigError(f"data.template {name}: '{field}' is {shorten(tree[field])}; expected a list of texts")
         for prompt in tree[field]:
-            if str(prompt).count(placeholder) != 1:
+            num_images = prompt.replace("{images}", IMAGE_PLACEHOLDER).count(IMAGE_PLACEHOLDER)
+            if prompt.count(placeholder) != 1 or num_images != 1:
                 raise ConfigError(f"data.template {name}: {field} {prompt!r} needs exactly one {placeholder}")
     return Template(
         name=name,
         system=tree["system"],
         prompts=tuple(tree["prompts"]),
         prompts_multi=tuple(tree["prompts_multi"]),
-        result={k: str(v) for k, v in tree["result"].items()},
-        evidence={k: str(v) for k, v in tree["evidence"].items()},
+        result=dict(tree["result"]),
+        evidence=dict(tree["evidence"]),
         answers=dict(tree["answers"]),
     )
+
+
+def _check_texts(name: str, tree: dict[str, Any]) -> None:
+    """Every text of a template is one, and holds no token: those are put in by placeholders."""
+    for field, value in tree.items():
+        is_list = field in ("prompts", "prompts_multi")
+        if is_list and (not isinstance(value, list) or not value):
+            raise ConfigError(f"data.template {name}: '{field}' is {shorten(value)}; expected a list of texts")
+        texts = enumerate(value) if is_list else value.items() if isinstance(value, dict) else [(None, value)]
+        for key, text in texts:
+            where = field if key is None else f"{field}.{key}"
+            if not isinstance(text, str):
+                raise ConfigError(f"data.template {name}: {where} is {shorten(text)}; expected a text, in quotes")
+            if found := reserved(text.replace(IMAGE_PLACEHOLDER, "") if is_list else text):
+                raise ConfigError(f"data.template {name}: {where} holds {found}; tokens are put in by the placeholders")
 
 
 def conversation(

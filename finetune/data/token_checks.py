@@ -12,12 +12,29 @@ from finetune.errors import DataFormatError
 from finetune.schema import Record
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 
+_CHAT_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
 _ABSURD_TOKEN = re.compile(r"<(?:cls|mask)_\d{5,}>")
 
 
 def record_error(record: Record, problem: str, **details: str) -> DataFormatError:
     """An error that names a record and where it stands."""
     return DataFormatError(problem, record=record.id, source=record.source or None, **details)
+
+
+def control_token(text: str) -> str:
+    """The first control token of the chat format in a text, "" without one."""
+    match = _CHAT_TOKEN.search(text)
+    return match.group() if match else ""
+
+
+def reserved(text: str) -> str:
+    """What a text that is put into a rendered question or answer must not hold, and this one does; "" without it.
+
+    An image, a forensic token and a control token each mean something beside the words: a place where a head reads, or
+    the end of a turn.
+    """
+    token = SpecialTokens.find(text)
+    return IMAGE_PLACEHOLDER if IMAGE_PLACEHOLDER in text else token[0].group() if token else control_token(text)
 
 
 def expanded(text: str, tokens: SpecialTokens) -> str:

@@ -17,14 +17,13 @@ from finetune.data.image_size import MAX_ASPECT, too_narrow
 from finetune.data.images import image_size_hw, load_image, missing_file_advice, seems_cut_off
 from finetune.data.masks import check_mask_size, load_mask
 from finetune.data.readers import scan_records
-from finetune.data.token_checks import missing_kind, record_error, token_errors
+from finetune.data.token_checks import control_token, missing_kind, record_error, reserved, token_errors
 from finetune.errors import DataFormatError
 from finetune.schema import RESULT_WORDS, ImageInput, ImageTarget, Record
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 
 _LIST = re.compile(r"^(?:<[^<>]*>|\s)*\[\s*\{")
 """The beginning of an answer about several images, behind its forensic tokens."""
-_CHAT_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
 _MAX_LISTED = 20
 _FEW_MASKS = 8
 """Below so many masks it is not asked whether they seem inverted."""
@@ -216,7 +215,10 @@ def validate_for_training(
 
 
 def conversation_errors(record: Record, tokens: SpecialTokens) -> Iterable[DataFormatError]:
-    """What is wrong with a record's text: placeholders, roles, empty answers, control tokens, forensic tokens."""
+    """What is wrong with a record's text: placeholders, roles, empty answers, control tokens, forensic tokens.
+
+    Of a record without a conversation: what its answer could not be made from.
+    """
     if not record.turns:
         unlabelled = [index for index, target in enumerate(record.targets) if target.label is None]
         if unlabelled:
@@ -226,6 +228,15 @@ def conversation_errors(record: Record, tokens: SpecialTokens) -> Iterable[DataF
                 field="labels",
                 fix="add the label the answer is to be made from, or messages",
             )
+        for target in record.targets:
+            if found := reserved(target.evidence or ""):
+                yield record_error(
+                    record,
+                    "token in the evidence, which is put into the answer as it is",
+                    field="evidence",
+                    found=found,
+                    fix="say it in words; the answer's tokens are put in by data.layout",
+                )
         return
     num_placeholders = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in record.turns)
     if num_placeholders != len(record.images):
@@ -252,12 +263,12 @@ def conversation_errors(record: Record, tokens: SpecialTokens) -> Iterable[DataF
                 found=matches[0].group(),
                 fix="forensic tokens belong in the assistant's answer",
             )
-        if match := _CHAT_TOKEN.search(turn.content):
+        if found := control_token(turn.content):
             yield record_error(
                 record,
                 "control token of the chat format in a text",
                 field=f"turn {index}",
-                found=match.group(),
+                found=found,
                 fix=f"remove it; an image is written {IMAGE_PLACEHOLDER}",
             )
     yield from token_errors(record, tokens, len(record.images) or num_placeholders)

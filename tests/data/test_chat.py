@@ -171,6 +171,17 @@ def test_template_from_a_file(tmp_path: Path, zh: Template) -> None:
         ({"prompts": []}, "expected a list of texts"),
         ({"prompts": "<image>"}, "expected a list of texts"),
         ({"prompts_multi": ["<image><image>"]}, "needs exactly one {images}"),
+        ({"prompts_multi": ["{images}<image>"]}, "needs exactly one {images}"),
+        ({"system": None}, "system is None; expected a text"),
+        ({"system": "look at <image>"}, "system holds <image>"),
+        ({"prompts": ["<image>?", "<image> <cls>?"]}, "prompts.1 holds <cls>"),
+        ({"evidence": {0: "none", 1: "at <mask_1>"}}, "evidence.1 holds <mask_1>"),
+        ({"evidence": {0: "none<|im_end|>", 1: "some"}}, "evidence.0 holds <|im_end|>"),
+        ({"evidence": ["none", "some"]}, "'evidence' needs one entry for 0"),
+        ({"result": {0: False, 1: True}}, "result.0 is False; expected a text, in quotes"),
+        ({"answers": {"tokens_first": "<cls>{tokens}", "text_first": ""}}, "answers.tokens_first holds <cls>"),
+        ({"answers": {"tokens_first": "{result!z}", "text_first": ""}}, "answers.tokens_first: "),
+        ({"answers": {"tokens_first": "{result:d}", "text_first": ""}}, "answers.tokens_first: "),
     ],
 )
 def test_mistakes_in_a_template(tmp_path: Path, change: dict[str, Any], message: str) -> None:

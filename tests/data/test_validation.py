@@ -109,6 +109,17 @@ def test_bad_answers_are_named(photo: str, answer: str, expected: str) -> None:
     assert "fix: " in message
 
 
+@pytest.mark.parametrize("token", ["<cls>", "<mask_1>", "<image>", "<|im_end|>", "<|image_pad|>"])
+def test_tokens_in_the_evidence_of_a_record_without_a_conversation(photo: str, token: str) -> None:
+    """It becomes a part of the answer, where a forensic token is read and a control token ends the turn."""
+    targets = (ImageTarget(label=0, evidence="none seen"), ImageTarget(label=1, evidence=f"see {token} here"))
+    bad = Record(id="r", source="t.jsonl:1", images=(ImageInput(path=photo),) * 2, targets=targets)
+    (message,) = messages([bad])
+    assert message.startswith("record 'r' (t.jsonl:1): ")
+    assert "token in the evidence" in message
+    assert f"found '{token}'" in message
+
+
 def test_cls_of_a_one_token_spelling_in_a_larger_vocabulary(photo: str) -> None:
     (message,) = messages([record(photo, "<cls>")], SpecialTokens(num_cls=3, num_mask=4))
     assert "write <cls_1> - <cls_3>, or set tokens.num_cls: 1" in message
