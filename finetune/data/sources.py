@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def _read_each(sources: Sequence[SourceConfig], what: str) -> list[list[Record]]
     records: list[list[Record]] = []
     for source in sources:
         own = read_records(source.path, source.format, source.root, source.options)
-        if source.weight <= 0:
+        if not (source.weight > 0 and math.isfinite(source.weight)):
             raise ConfigError(f"data.{what}: weight of {source.path} is {source.weight}; expected a number above 0")
         wholes, rest = divmod(max(1, round(len(own) * source.weight)), max(1, len(own)))
         records.append([*own * wholes, *spread(own, rest)])

@@ -131,6 +131,7 @@ def check_heads(config: QwenForensicsConfig) -> None:
             f"heads.vision_layers is {heads.vision_layers}; expected blocks of the vision tower, 0 to {depth - 1} "
             "(or -1, -2, ... from the end)"
         )
+    _check_widths(heads)
     if len(set(heads.operations)) < len(heads.operations):
         raise ConfigError(f"heads.operations is {heads.operations}, a name twice; expected each operation once")
     if heads.source == "vision":
@@ -139,6 +140,33 @@ def check_heads(config: QwenForensicsConfig) -> None:
         raise ConfigError("heads.source: tokens reads the language model, which is left out; use model.language: load")
     elif heads.mask == "none":
         raise ConfigError("heads.mask: none goes with heads.source: vision only; expected query or grid")
+
+
+def _check_widths(heads: HeadsConfig) -> None:
+    """Sizes of the heads' layers, and how they divide."""
+    stream = heads.noise_residual
+    for name, value, least in (
+        ("hidden_size", heads.hidden_size, 1),
+        ("num_heads", heads.num_heads, 1),
+        ("num_layers", heads.num_layers, 1),
+        ("grid_size", heads.grid_size, 1),
+        ("noise_residual.channels", stream.channels, 1),
+        ("noise_residual.stem_width", stream.stem_width, 0),
+        ("noise_residual.global_blocks", stream.global_blocks, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"heads.{name} is {value}; expected at least {least}")
+    if heads.mask == "query" and heads.hidden_size % heads.num_heads:
+        raise ConfigError(
+            f"heads.hidden_size is {heads.hidden_size}; expected a multiple of heads.num_heads, {heads.num_heads}"
+        )
+    widths = stream.widths
+    has_groups = len(widths) == 3 and min(widths) >= 1 and not any(width % max(1, width // 16) for width in widths)
+    if not has_groups or widths[-1] % 4:  # of the normalisations, and of the attention at 1/16
+        raise ConfigError(
+            f"heads.noise_residual.widths is {widths}; expected three numbers that divide into groups of 16 or a few "
+            "more (multiples of 16 do), the last one a multiple of 4"
+        )
 
 
 def _check_vision(heads: HeadsConfig, depth: int) -> None:

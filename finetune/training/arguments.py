@@ -9,10 +9,16 @@ import os
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
-from finetune.config import RunConfig
-from finetune.errors import ConfigError
+from finetune.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()
+
+from transformers import TrainingArguments  # noqa: E402
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # noqa: E402
+
+from finetune.config import RunConfig  # noqa: E402
+from finetune.errors import ConfigError  # noqa: E402
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
@@ -78,8 +84,11 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
 
 
 def trainer_argument_problems(config: RunConfig) -> list[str]:
-    """What is wrong with the names in `train.trainer_args`, one line each."""
+    """What is wrong with the names in `train.trainer_args` and `train.report_to`, one line each."""
     known, problems = _known(), []
+    for name in config.train.report_to:
+        if name not in _REPORTERS:
+            problems.append(f"train.report_to names '{name}'; choose from: {', '.join(sorted(_REPORTERS))}")
     for key in config.train.trainer_args:
         if key in _OF_OUR_SCHEDULE:
             problems.append(
@@ -91,6 +100,8 @@ def trainer_argument_problems(config: RunConfig) -> list[str]:
             problems.append(f"train.trainer_args: '{key}' is no field of transformers.TrainingArguments{advice}")
     return problems
 
+
+_REPORTERS = {*INTEGRATION_TO_CALLBACK, "all", "none"}
 
 _OF_OUR_SCHEDULE = {
     "lr_scheduler_type": "train.lr_scheduler",

@@ -18,11 +18,9 @@ from finetune.training.adversarial import adversarial_problems
 from finetune.training.arguments import trainer_argument_problems
 from finetune.training.evaluation import METRICS
 from finetune.training.feature_cache import cache_problems
+from finetune.training.ranges import range_problems
 from finetune.training.region_masking import masking_problems
 from finetune.training.search_cache import search_cache_problems
-
-_AT_LEAST_ONE = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "eval_steps", "logging_steps")
-_NOT_NEGATIVE = ("learning_rate", "muon_learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio")
 
 
 def check_run(config: RunConfig) -> None:
@@ -54,12 +52,13 @@ def check_best(config: RunConfig, records: Sequence[Record]) -> None:
 
 
 def run_problems(config: RunConfig) -> list[str]:
-    """Every problem of the sections `train` and `loss` and of the template, one line each; [] when there is none."""
+    """Every problem that the configuration alone tells of, one line each; [] when there is none."""
     if config.stages:
         return [f"stage '{run.name}': {problem}" for run in stage_runs(config) for problem in run_problems(run.config)]
     return [
         *_group_problems(config),
-        *_number_problems(config),
+        *range_problems(config),
+        *_length_problems(config),
         *trainer_argument_problems(config),
         *_metric_problems(config),
         *_data_problems(config),
@@ -90,30 +89,12 @@ def _group_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _number_problems(config: RunConfig) -> list[str]:
+def _length_problems(config: RunConfig) -> list[str]:
+    """A run that would not end, or not learn."""
     train = config.train
-    problems = [
-        f"train.{name} is {getattr(train, name)}; expected at least 1"
-        for name in _AT_LEAST_ONE
-        if getattr(train, name) < 1
-    ]
-    for name in _NOT_NEGATIVE:
-        value = getattr(train, name)
-        if not (value >= 0 and math.isfinite(value)):
-            problems.append(f"train.{name} is {value}; expected a number from 0 on")
-    for group, rate in train.group_learning_rates.items():
-        if not (rate >= 0 and math.isfinite(rate)):
-            problems.append(f"train.group_learning_rates.{group} is {rate}; expected a number from 0 on")
-    if train.warmup_ratio > 1:
-        problems.append(f"train.warmup_ratio is {train.warmup_ratio}; expected a share of all steps, at most 1")
-    if train.warmup_steps is not None and train.warmup_steps < 0:
-        problems.append(f"train.warmup_steps is {train.warmup_steps}; expected a number from 0 on, or null")
-    if train.max_steps == 0 or train.max_steps < -1:
-        problems.append(f"train.max_steps is {train.max_steps}; expected a positive number, or -1 to count epochs")
+    problems = []
     if train.max_steps == -1 and not train.epochs > 0:
         problems.append(f"train.epochs is {train.epochs}; expected a number above 0, or set train.max_steps")
-    if train.max_seconds is not None and not train.max_seconds > 0:
-        problems.append(f"train.max_seconds is {train.max_seconds}; expected a number above 0, or null for no limit")
     if not any(getattr(config.loss, name) for name in TERMS):
         problems.append(f"every weight under loss is 0; set one of: {', '.join(TERMS)}")
     return problems
@@ -127,13 +108,8 @@ def _metric_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"train.metric_for_best is '{train.metric_for_best}'; {_advice(train.metric_for_best, metrics)}"
         )
-    if train.early_stopping_patience is not None:
-        if train.early_stopping_patience < 1:
-            problems.append(
-                f"train.early_stopping_patience is {train.early_stopping_patience}; expected 1 or more, or null"
-            )
-        if not config.data.has_eval:
-            problems.append("train.early_stopping_patience needs data.eval: without it nothing is evaluated")
+    if train.early_stopping_patience is not None and not config.data.has_eval:
+        problems.append("train.early_stopping_patience needs data.eval: without it nothing is evaluated")
     for folder, metric in train.best_folders.items():
         if metric not in metrics:
             problems.append(f"train.best_folders.{folder} is '{metric}'; {_advice(metric, metrics)}")
@@ -142,27 +118,14 @@ def _metric_problems(config: RunConfig) -> list[str]:
     for name, is_set in (("best_folders", train.best_folders), ("heatmap_snapshots", train.heatmap_snapshots)):
         if is_set and not config.data.has_eval:
             problems.append(f"train.{name} needs data.eval or data.val_ratio: without one nothing is evaluated")
-    if train.heatmap_snapshots < 0:
-        problems.append(f"train.heatmap_snapshots is {train.heatmap_snapshots}; expected a number from 0 on")
     return problems
 
 
 def _data_problems(config: RunConfig) -> list[str]:
-    data, loss = config.data, config.loss
+    data = config.data
     problems = []
-    if not 0 <= data.val_ratio < 1:
-        problems.append(f"data.val_ratio is {data.val_ratio}; expected a share of the training data, from 0 to below 1")
-    for name in ("image_short_side", "max_regions"):
-        if getattr(data, name) is not None and getattr(data, name) < 1:
-            problems.append(f"data.{name} is {getattr(data, name)}; expected at least 1, or null")
-    for name in ("bce_pos_weight", "cls_pos_weight", "temperature"):
-        if not (getattr(loss, name) > 0 and math.isfinite(getattr(loss, name))):
-            problems.append(f"loss.{name} is {getattr(loss, name)}; expected a number above 0")
-    if not (loss.operation_authentic_weight >= 0 and math.isfinite(loss.operation_authentic_weight)):
-        found = loss.operation_authentic_weight
-        problems.append(f"loss.operation_authentic_weight is {found}; expected a number from 0 on")
-    if not 0 < loss.evidence_share <= 1:
-        problems.append(f"loss.evidence_share is {loss.evidence_share}; expected a share of the pixels, up to 1")
+    if data.max_pixels < data.min_pixels:
+        problems.append(f"data.max_pixels is {data.max_pixels}; expected at least data.min_pixels, {data.min_pixels}")
     share = config.heads.noise_residual.similarity_share
     if not 0 <= share <= 1 or (share == 0 and not config.train.search_cache):
         problems.append(

@@ -230,6 +230,27 @@ def test_operations_that_cannot_be_are_refused(tied: Path) -> None:
     assert not hasattr(load(tied, source="vision", mask="none", operations=["splice"]).base, "operation_head")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, r"heads\.hidden_size is \d+; expected a multiple of heads\.num_heads, 5"),
+        ({"num_layers": 0}, r"heads\.num_layers is 0; expected at least 1"),
+        ({"noise_residual": replace(STREAM, channels=0)}, r"noise_residual\.channels is 0; expected at least 1"),
+        ({"noise_residual": replace(STREAM, widths=[8, 8])}, r"widths is \[8, 8\]; expected three numbers"),
+        ({"noise_residual": replace(STREAM, widths=[33, 48, 64])}, r"widths is \[33, 48, 64\]; expected three numbers"),
+        ({"noise_residual": replace(STREAM, widths=[8, 8, 10])}, r"the last one a multiple of 4"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(tied: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tied, **changes)
+
+
+@pytest.mark.parametrize("widths", [[8, 24, 28], [32, 64, 96], [34, 46, 40]])
+def test_sizes_that_divide_are_taken(tied: Path, widths: list[int]) -> None:
+    load(tied, noise_residual=replace(STREAM, widths=widths))
+
+
 def test_output_is_typed(tied: Path, photo_records: Path) -> None:
     bundle = load(tied)
     output = forward(bundle.model, batch_of(bundle, photo_records), return_dict=False)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from finetune.cli import train_main
-from finetune.config import RunConfig
+from finetune.config import RunConfig, SourceConfig
 from finetune.data.chat import load_template
 from finetune.errors import ConfigError
 from finetune.training.checks import check_run, run_problems
@@ -143,6 +143,19 @@ def test_launched_as_a_process(repo_root: Path, write_config: Callable[..., Path
         ("train", {"early_stopping_patience": 3}, "needs data.eval"),
         ("loss", dict.fromkeys(("text", "focal", "dice", "boundary", "authentic", "contrast_region"), 0.0), "is 0"),
         ("loss", {"operation_authentic_weight": -0.3}, "loss.operation_authentic_weight is -0.3"),
+        ("loss", {"focal_alpha": 2.0}, "loss.focal_alpha is 2.0; expected a weight of tampered images from 0 to 1, or"),
+        ("loss", {"focal_gamma": -1.0}, "loss.focal_gamma is -1.0"),
+        ("data", {"num_workers": -1}, "data.num_workers is -1"),
+        ("data", {"max_eval_samples": 0}, "data.max_eval_samples is 0; expected at least 1, or null"),
+        ("data", {"max_pixels": 100}, "data.max_pixels is 100; expected at least data.min_pixels, 3136"),
+        ("data", {"train": [SourceConfig("a.jsonl", weight=float("nan"))]}, "weight of a.jsonl is nan"),
+        ("data", {"eval": [SourceConfig("a.jsonl", weight=float("inf"))]}, "weight of a.jsonl is inf"),
+        ("lora", {"r": 0}, "lora.r is 0; expected at least 1"),
+        ("lora", {"dropout": 2.0}, "lora.dropout is 2.0; expected a share from 0 to below 1"),
+        ("vision_lora", {"alpha": 0}, "vision_lora.alpha is 0"),
+        ("train", {"report_to": ["tensorboard", "foo"]}, "train.report_to names 'foo'; choose from: all, "),
+        ("", {"seed": -1}, "seed is -1; expected a whole number from 0"),
+        ("", {"seed": 2**40}, "seed is 1099511627776"),
         ("loss", {"operation": 0.5}, "loss.operation is 0.5, but heads.operations names none"),
     ],
 )
@@ -150,7 +163,7 @@ def test_every_problem_is_found(section: str, values: dict[str, Any], expected: 
     config = RunConfig()
     assert run_problems(config) == []
     for name, value in values.items():
-        setattr(getattr(config, section), name, value)
+        setattr(getattr(config, section) if section else config, name, value)
     problems = run_problems(config)
     assert len(problems) == 1
     assert expected in problems[0]
