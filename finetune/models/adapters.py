@@ -304,8 +304,11 @@ def _outermost(paths: Sequence[str]) -> list[str]:
 
 
 def _target(layers: Mapping[str, Rank], pattern: str, model: nn.Module) -> str:
-    """A regular expression that matches exactly `layers`: the configured one where that is so, else their names."""
-    if set(lora_matches(model, pattern)) == set(layers):
+    """A regular expression that matches exactly `layers`: the configured one where that is so, else their names.
+
+    PEFT matches it against every module, containers and norms among them, and has no LoRA for those.
+    """
+    if {name for name, _ in model.named_modules() if re.fullmatch(pattern, name)} == set(layers):
         return pattern
     grouped: dict[str, list[str]] = {}
     for name in layers:

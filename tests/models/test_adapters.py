@@ -113,6 +113,21 @@ def test_lora_goes_on(untied: Path, photo_records: Path, tmp_path: Path, lora: L
     assert_close(outputs(reopened(tmp_path / "two"), photo_records), expected)
 
 
+def test_a_pattern_that_matches_containers_too_gives_their_linear_layers_lora(untied: Path, tmp_path: Path) -> None:
+    """PEFT alone refuses: it would put LoRA on whole decoder layers and norms."""
+    wide = LoraConfig(r=4, alpha=8, target_modules=r".*language_model\.layers.*")
+    bundle = set_trainable(load(untied), STAGE_2, wide)
+    found = {name.split(".lora_")[0] for name in trained_names(bundle) if ".lora_" in name}
+    layers = [
+        n
+        for n, m in load(untied).base.named_modules()
+        if "language_model.layers." in n and isinstance(m, torch.nn.Linear)
+    ]
+    assert found == set(layers)
+    save_bundle(disturbed(bundle), tmp_path / "one")
+    assert {n.split(".lora_")[0] for n, _ in reopened(tmp_path / "one").model.named_parameters() if ".lora_A" in n}
+
+
 def test_language_lora_stays_while_the_vision_tower_gets_its_own(
     untied: Path, photo_records: Path, tmp_path: Path
 ) -> None:
