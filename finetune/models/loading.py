@@ -132,13 +132,12 @@ def load_bundle(
         return open_vision(
             config, heads, min_pixels=min_pixels, max_pixels=max_pixels, device_map=device_map, build_base=build_base
         )
+    check_continuation(source, saved, tokens, heads)
     processor, tokens, new_ids = load_vocabulary(source, tokens, min_pixels, max_pixels)
     base_path = base_model_path(adapter) if adapter and adapter == config.path else config.path
     check_folder(base_path)
     if adapter and read_config(base_path) is None:  # a plain base lacks rows for the tokens the adapter brings
         new_ids = processor.tokenizer.convert_tokens_to_ids(list(tokens.all))
-    if saved is not None and saved.heads_config.enabled and heads is not None and heads.enabled:
-        check_same_heads(source, {"operations": (saved.heads_config.operations, heads.operations)})
     settings_of_model = _model_settings(saved, heads, processor, tokens)
     settings_of_model["region_features"] = config.region_features or (saved is not None and saved.region_features)
     settings_of_model["has_language"] = config.language != "skip" and (saved is None or saved.has_language)
@@ -214,6 +213,46 @@ def _model_settings(
     elif saved is not None:
         settings["heads"] = saved.heads
     return settings
+
+
+def check_continuation(
+    source: str | Path, saved: QwenForensicsConfig | None, tokens: SpecialTokens | None, heads: HeadsConfig | None
+) -> None:
+    """Refuse tokens and heads that a folder with trained heads does not have, before anything else is read of it.
+
+    Args:
+        saved: the folder's configuration. tokens, heads: as asked for; None takes the folder's.
+
+    Raises:
+        ModelLoadError: they differ, where heads that stand on tokens go on.
+    """
+    if saved is None or heads is None or not (saved.heads_config.enabled and heads.enabled):
+        return
+    then, depth = saved.heads_config, saved.vision_config.depth
+    same: dict[str, tuple[Any, Any]] = {"operations": (then.operations, heads.operations)}
+    if then.source == heads.source == "tokens":
+        if tokens is not None and saved.cls_token_ids and (tokens.num_cls, tokens.num_mask) != _counts(saved):
+            found = "{{num_cls: {}, num_mask: {}}}".format(*_counts(saved))
+            raise ModelLoadError(
+                f"{source}: its heads stand on the tokens {found}, the configuration asks for tokens: "
+                f"{{num_cls: {tokens.num_cls}, num_mask: {tokens.num_mask}}}; set them as they were, or start from "
+                "another folder"
+            )
+        last = saved.text_config.num_hidden_layers
+        same["layer"] = (_layer_number(then.layer, last), _layer_number(heads.layer, last))
+        same["vision_layers"] = ([n % depth for n in then.vision_layers], [n % depth for n in heads.vision_layers])
+    check_same_heads(source, same)
+
+
+def _counts(saved: QwenForensicsConfig) -> tuple[int, int]:
+    return saved.num_cls, saved.num_mask
+
+
+def _layer_number(layer: str | int, last: int) -> str | int:
+    """`heads.layer` counted from the embeddings, so that one layer has one name."""
+    if layer == "weighted":
+        return layer
+    return last if layer == "last" else int(layer) % (last + 1)
 
 
 def check_same_heads(folder: str | Path, same: Mapping[str, tuple[Any, Any]]) -> None:

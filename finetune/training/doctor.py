@@ -17,9 +17,10 @@ from finetune.data.pictures import PictureDataset
 from finetune.data.readers.options import options_from
 from finetune.data.regions.limit import fitted_records
 from finetune.data.validation import Problem, check_file
-from finetune.errors import ConfigError, ForensicsError
+from finetune.errors import ConfigError, ForensicsError, ModelLoadError
 from finetune.models.configuration import check_heads
-from finetune.models.loading import load_processor
+from finetune.models.loading import check_continuation, load_processor
+from finetune.models.plain import read_config
 from finetune.progress import progress_bar
 from finetune.schema import Record
 from finetune.special_tokens import SpecialTokens
@@ -92,6 +93,11 @@ def check_config(config: RunConfig) -> list[Problem]:
     except ForensicsError as error:
         problems.append(_error(str(error)))
     problems += _impossible_heads(config)
+    source = config.model.adapter or config.model.path
+    try:
+        check_continuation(source, read_config(source), tokens, config.heads)
+    except ModelLoadError as error:
+        problems.append(_error(str(error)))
     try:
         template = load_template(config.data.template)
     except ConfigError:

@@ -197,6 +197,29 @@ def test_heads_without_operations_gain_none(untied: Path, tmp_path: Path) -> Non
         load(tmp_path, operations=["splice"])
 
 
+def test_other_tokens_or_layers_than_trained_heads_have_are_refused(full_dir: Path, adapter_dir: Path) -> None:
+    """Not said, a run would record 32 mask tokens and train on 8, or let trained heads read a layer new to them."""
+    for folder in (full_dir, adapter_dir):
+        saved = load(folder, **RICH)
+        heads = replace(saved.base.heads_config)
+        own, other = saved.tokens, SpecialTokens(saved.tokens.num_cls, saved.tokens.num_mask + 1)
+        path = ModelConfig(path=str(folder))
+        for asked in (own, None):
+            assert load_bundle(path, asked, heads).tokens == own
+        with pytest.raises(
+            ModelLoadError, match=rf"num_mask: {own.num_mask}\}}, the configuration asks for tokens"
+        ) as found:
+            load_bundle(path, other, heads)
+        assert "\n" not in str(found.value)
+        depth = saved.base.config.vision_config.depth
+        same = [n - depth if n >= 0 else n + depth for n in heads.vision_layers]
+        load_bundle(path, own, replace(heads, vision_layers=same))  # the same blocks, counted from the other end
+        with pytest.raises(ModelLoadError, match=r"heads\.layer .*, the configuration asks for 1"):
+            load_bundle(path, own, replace(heads, layer=1))
+        with pytest.raises(ModelLoadError, match=r"heads\.vision_layers .*, the configuration asks for"):
+            load_bundle(path, own, replace(heads, vision_layers=[n + 1 for n in same]))
+
+
 # ---- new heads ----
 
 
