@@ -19,6 +19,8 @@ from finetune.schema import ImageInput, ImageTarget, Polygon
 
 _MAX_INDEX = 31
 _MAX_COMPRESSION_NOISE = 16
+_SMALL_AREA = 16.0
+"""Pixels; polygons of so little may lie between the centres of all pixels."""
 _LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
 
 
@@ -122,6 +124,24 @@ def check_mask_size(
     elif target.mask_size_hw:
         height, width = target.mask_size_hw
         _check_size((height, width), size_hw, f"{height}x{width}", record_id, source)
+
+
+def may_contradict_label(target: ImageTarget) -> bool:
+    """Whether polygons or `HxW` may mark pixels of a real image or none of a tampered one: worth drawing them to see.
+
+    False where a mask file decides, and for what is plain: polygons of some area on a tampered image.
+    """
+    if target.mask_path or target.label is None:
+        return False
+    if target.polygons is None:
+        return target.label == 1 and target.mask_size_hw is not None
+    return bool(target.polygons) if target.label == 0 else sum(map(_area, target.polygons)) < _SMALL_AREA
+
+
+def _area(polygon: Polygon) -> float:
+    """Pixels inside a polygon that does not cross itself (the shoelace formula)."""
+    x, y = np.asarray(polygon, np.float64).T
+    return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
 
 
 def binarize_mask(image: Image.Image) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from finetune.data.containers import backing_file
 from finetune.data.image_size import MAX_ASPECT, too_narrow
 from finetune.data.images import image_size_hw, load_image, missing_file_advice, seems_cut_off
-from finetune.data.masks import check_mask_size, load_mask
+from finetune.data.masks import check_mask_size, load_mask, may_contradict_label
 from finetune.data.readers import scan_records
 from finetune.data.token_checks import control_token, missing_kind, record_error, reserved, token_errors
 from finetune.errors import DataFormatError
@@ -328,11 +328,12 @@ def file_errors(
 
 
 def _header_errors(record: Record, image: ImageInput, target: ImageTarget) -> Iterable[DataFormatError]:
-    """What the headers of an image and its mask bring to light: the first error."""
+    """What the headers of an image and its mask, or its polygons, bring to light: the first error."""
     try:
-        check_mask_size(
-            target, image_size_hw(image, record.id, record.source or None), record.id, record.source or None
-        )
+        size_hw = image_size_hw(image, record.id, record.source or None)
+        check_mask_size(target, size_hw, record.id, record.source or None)
+        if may_contradict_label(target):
+            load_mask(target, size_hw, record.id, record.source or None)
     except DataFormatError as error:
         yield error
 

@@ -362,6 +362,32 @@ def test_a_file_that_only_seems_cut_off_is_decoded_and_kept(photo: str, tmp_path
         assert "image is truncated or damaged" in message or "not an image that Pillow can open" in message
 
 
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (ImageTarget(label=1, polygons=()), "label 1 (tampered) with an empty mask"),
+        (ImageTarget(label=1, polygons=(((4.0, 4.0), (20.0, 20.0), (12.0, 12.0)),)), "polygons without a pixel"),
+        (ImageTarget(label=1, mask_size_hw=(40, 60)), "label 1 (tampered) with an empty mask"),
+        (ImageTarget(label=0, polygons=(((4.0, 4.0), (20.0, 4.0), (20.0, 20.0)),)), "label 0 (real) with a mask"),
+        (ImageTarget(label=0, polygons=()), ""),
+        (ImageTarget(label=0, mask_size_hw=(40, 60)), ""),
+        (ImageTarget(label=1, polygons=(((4.0, 4.0), (7.0, 4.0), (7.0, 7.0), (4.0, 7.0)),)), ""),
+        (ImageTarget(label=1, polygons=(((4.0, 4.0), (40.0, 4.0), (40.0, 30.0)),)), ""),
+        (ImageTarget(label=None, polygons=()), ""),
+    ],
+)
+def test_what_contradicts_a_label_without_a_file_is_found_before_training(
+    photo: str, target: ImageTarget, expected: str
+) -> None:
+    turns = (Turn("user", "<image>?"), Turn("assistant", RUN))
+    bad = Record(id="r", source="t.jsonl:1", images=(ImageInput(path=photo),), targets=(target,), turns=turns)
+    for check_pixels in (False, True):
+        found = [problem.message for problem in check_records([bad], TOKENS, check_pixels=check_pixels)]
+        errors = [message for message in found if "only one class" not in message]
+        assert len(errors) == bool(expected)
+        assert all(expected in message and "record 'r'" in message for message in errors)
+
+
 def test_a_strip_is_refused_by_the_doctor_too(tmp_path: Path) -> None:
     Image.new("RGB", (3000, 3)).save(tmp_path / "strip.png")
     (message,) = messages([record(str(tmp_path / "strip.png"), RUN)])
