@@ -207,11 +207,41 @@ def validate_for_training(
     problems = check_records(
         records, tokens, check_pixels=check_pixels, has_text=has_text, words=words, progress=progress
     )
-    errors = [problem for problem in problems if problem.severity == "error"]
+    _refuse([problem for problem in problems if problem.severity == "error"], len(records))
+    return problems
+
+
+def validate_for_evaluation(
+    records: Sequence[Record],
+    *,
+    has_text: bool = True,
+    progress: Callable[[Sequence[Record]], Iterable[Record]] | None = None,
+) -> None:
+    """What keeps a model from judging a data set and its figures from being taken: questions, images and masks.
+
+    Headers are read, and files that seem cut off decoded. An image may lack its label, a question its answer, and an
+    answer may hold another model's tokens: none of that is read.
+
+    Args:
+        has_text: whether the model is asked in words at all. progress: as of `check_records`.
+
+    Raises:
+        InvalidDataError: lists the first 20 errors, one line each.
+    """
+    problems = []
+    for record in progress(records) if progress else records:
+        errors = [*(question_errors(record) if has_text else ()), *file_errors(record, check_pixels=False)]
+        if not record.images:
+            errors.append(record_error(record, "no image, so there is nothing to judge", fix="remove the record"))
+        problems += [Problem("error", record.id, str(error)) for error in errors]
+    _refuse(problems, len(records))
+
+
+def _refuse(errors: Sequence[Problem], num_records: int) -> None:
+    """Raise where there is any."""
     if errors:
         num_bad = len({problem.record for problem in errors})
-        raise InvalidDataError(f"{len(errors)} problems in {num_bad} of {len(records)} records", errors)
-    return problems
+        raise InvalidDataError(f"{len(errors)} problems in {num_bad} of {num_records} records", errors)
 
 
 def conversation_errors(record: Record, tokens: SpecialTokens) -> Iterable[DataFormatError]:
@@ -238,8 +268,22 @@ def conversation_errors(record: Record, tokens: SpecialTokens) -> Iterable[DataF
                     fix="say it in words; the answer's tokens are put in by data.layout",
                 )
         return
-    num_placeholders = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in record.turns)
-    if num_placeholders != len(record.images):
+    yield from question_errors(record)
+    if all(turn.role != "assistant" for turn in record.turns):
+        yield record_error(record, "conversation without an assistant turn", fix="add the answer to learn from")
+    for index, turn in enumerate(record.turns):
+        if turn.role == "assistant" and not turn.content.strip():
+            yield record_error(
+                record, "assistant turn is empty", field=f"turn {index}", fix="write the answer or remove the turn"
+            )
+    yield from token_errors(record, tokens, len(record.images) or _num_placeholders(record))
+
+
+def question_errors(record: Record) -> Iterable[DataFormatError]:
+    """What is wrong with a conversation whatever its answers are worth: images that have no place, tokens in a text
+    that is not an answer, control tokens."""
+    num_placeholders = _num_placeholders(record)
+    if record.turns and num_placeholders != len(record.images):
         yield record_error(
             record,
             f"{num_placeholders} {IMAGE_PLACEHOLDER} placeholders but {len(record.images)} images",
@@ -248,14 +292,8 @@ def conversation_errors(record: Record, tokens: SpecialTokens) -> Iterable[DataF
             if num_placeholders > len(record.images)
             else f"write {IMAGE_PLACEHOLDER} in the conversation where each image stands",
         )
-    if all(turn.role != "assistant" for turn in record.turns):
-        yield record_error(record, "conversation without an assistant turn", fix="add the answer to learn from")
     for index, turn in enumerate(record.turns):
-        if turn.role == "assistant" and not turn.content.strip():
-            yield record_error(
-                record, "assistant turn is empty", field=f"turn {index}", fix="write the answer or remove the turn"
-            )
-        if turn.role != "assistant" and (matches := tokens.find(turn.content)):
+        if turn.role != "assistant" and (matches := SpecialTokens.find(turn.content)):
             yield record_error(
                 record,
                 f"forensic token in a {turn.role} turn",
@@ -271,7 +309,10 @@ def conversation_errors(record: Record, tokens: SpecialTokens) -> Iterable[DataF
                 found=found,
                 fix=f"remove it; an image is written {IMAGE_PLACEHOLDER}",
             )
-    yield from token_errors(record, tokens, len(record.images) or num_placeholders)
+
+
+def _num_placeholders(record: Record) -> int:
+    return sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in record.turns)
 
 
 def _picture_errors(record: Record) -> Iterable[DataFormatError]:

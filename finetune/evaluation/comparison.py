@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from finetune.config import SourceConfig
 from finetune.data.dataset import read_sources, spread
 from finetune.data.images import load_image
 from finetune.data.masks import load_mask
-from finetune.evaluation.baselines import fit_baselines, run_baselines
+from finetune.evaluation.baselines import Thresholds, fit_baselines, run_baselines
 from finetune.evaluation.results import EvaluationResults
 from finetune.metrics.classification import image_metrics
 from finetune.schema import Record
@@ -19,19 +19,26 @@ from finetune.schema import Record
 NUM_FIT_IMAGES = 200
 
 
+def fitted_thresholds(fit_data: str | None) -> dict[str, Thresholds] | None:
+    """Thresholds of every baseline, fitted on evenly spread images of a data file; None without one.
+
+    Raises:
+        DataFormatError: the file, or an image or mask of these, cannot be used.
+    """
+    if fit_data is None:
+        return None
+    images, masks, labels = _labelled(spread(read_sources([SourceConfig(fit_data)], "train"), NUM_FIT_IMAGES))
+    return fit_baselines(images, masks, labels)
+
+
 def compare_baselines(
-    records: Sequence[Record], fit_data: str | None
+    records: Sequence[Record], thresholds: Mapping[str, Thresholds] | None
 ) -> tuple[dict[str, Any], dict[str, tuple[list[int], list[float]]], dict[str, Any]]:
     """Metrics, score sets and bootstrap intervals of every baseline.
 
     Args:
-        fit_data: data file, evenly spread images of which fit each baseline's thresholds; without it their documented
-            default thresholds are used.
+        thresholds: see `fitted_thresholds`; without them those that are documented.
     """
-    thresholds = None
-    if fit_data is not None:
-        images, masks, labels = _labelled(spread(read_sources([SourceConfig(fit_data)], "train"), NUM_FIT_IMAGES))
-        thresholds = fit_baselines(images, masks, labels)
     gathered: dict[str, EvaluationResults] = {}
     for record in records:
         images, masks, labels = _labelled([record])

@@ -22,9 +22,9 @@ from finetune.data.edit_operations import operation_name
 from finetune.data.images import load_image
 from finetune.data.masks import load_mask
 from finetune.data.readers.options import options_from
-from finetune.data.validation import validate_for_training
+from finetune.data.validation import validate_for_evaluation
 from finetune.errors import DataFormatError
-from finetune.evaluation.comparison import compare_baselines
+from finetune.evaluation.comparison import compare_baselines, fitted_thresholds
 from finetune.evaluation.results import EvaluationResults, Origin
 from finetune.inference.commands import load_predictor
 from finetune.inference.output import PredictionWriter
@@ -46,13 +46,15 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     predictor = load_predictor(arguments)
     with_text = predictor.writes_text and not arguments.no_text
     refuse_unusable(records, predictor)
+    warn_of_known_data(arguments.data, predictor)
+    thresholds = None if arguments.no_baselines else fitted_thresholds(arguments.baseline_data)
     start = time.monotonic()
     results, samples = run_model(predictor, records, arguments, with_text)
     metrics = results.metrics(arguments.threshold)
     score_sets = {"model": results.score_set()}
     if not arguments.no_baselines:
         print("baselines: error-level analysis and local noise variance on the same images", flush=True)
-        metrics["baselines"], baseline_scores, intervals = compare_baselines(records, arguments.baseline_data)
+        metrics["baselines"], baseline_scores, intervals = compare_baselines(records, thresholds)
         metrics["intervals"] |= intervals
         score_sets |= baseline_scores
     metrics["run"] = run_facts(predictor, arguments, time.monotonic() - start)
@@ -128,14 +130,28 @@ def refuse_unusable(records: Sequence[Record], predictor: Predictor) -> None:
             expected="labels 0 (real) or 1 (tampered)",
             fix="use forensics predict for unlabelled images",
         )
-    has_text = not predictor.bundle.base.reads_tower
-    validate_for_training(records, predictor.bundle.tokens, check_pixels=False, has_text=has_text, progress=_checked)
+    validate_for_evaluation(records, has_text=not predictor.bundle.base.reads_tower, progress=_checked)
     if len(labels) == 1:
         only = "tampered" if 1 in labels else "authentic"
         print(
             f"warning: every labelled image is {only}, so what needs both classes (AUROC ...) stays empty",
             file=sys.stderr,
         )
+
+
+def warn_of_known_data(data: str, predictor: Predictor) -> None:
+    """Say so where the evaluated file is one that the model was trained or chosen on."""
+    if _is_known(data, predictor):
+        print(
+            f"warning: the model was trained or chosen on {data} itself, so its figures say nothing about new pictures",
+            file=sys.stderr,
+        )
+
+
+def _is_known(data: str, predictor: Predictor) -> bool:
+    known = predictor.bundle.settings.get("trained", {}).get("data_hash") or {}
+    own = file_hash(data)
+    return own is not None and own in known.values()
 
 
 def _checked(records: Sequence[Record]) -> Iterable[Record]:
@@ -154,6 +170,7 @@ def run_facts(predictor: Predictor, arguments: argparse.Namespace, seconds: floa
         "config_hash": trained.get("config_hash"),
         "trained_commit": trained.get("commit"),
         "data_hash": file_hash(arguments.data),
+        "seen_in_training": _is_known(arguments.data, predictor),
         "device": str(predictor.device),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "layout": predictor.layout,

@@ -26,6 +26,7 @@ from finetune.evaluation.evaluate import (
     report_sample,
     run_facts,
     training_history,
+    warn_of_known_data,
     write_json,
 )
 from finetune.evaluation.results import EvaluationResults, Origin
@@ -73,6 +74,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         records = spread(records, config.max_samples)
     predictor, models = open_vision_predictor(config)
     refuse_unusable(records, predictor)
+    warn_of_known_data(config.ann_eval, predictor)
     take_folder(config, outputs, models, overwrite=arguments.overwrite)
     start = time.monotonic()
     results, pixels, judged = run_model(predictor, records, config, outputs)

@@ -16,6 +16,7 @@ from finetune.cli import main
 from finetune.evaluation.results import EvaluationResults, Origin
 from finetune.metrics.localization import authentic_metrics, localization_metrics
 from finetune.schema import Prediction
+from finetune.training.reproducibility import file_hash
 
 
 def prediction(score: float, mask_scores: np.ndarray | None, text_label: int | None = None) -> Prediction:
@@ -289,3 +290,64 @@ def test_one_class_alone_is_said(
     where = ["--data-root", str(manifest.parent.parent), "--no-text", "--no-baselines"]
     assert main(["evaluate", *arguments, *where]) == 0
     assert "every labelled image is authentic" in capsys.readouterr().err
+
+
+def test_a_benchmark_that_could_not_be_trained_on_is_evaluated(
+    saved_model: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image without a label, a question without an answer, an answer with another model's tokens."""
+    images = [str(path) for path in sorted((manifest.parent.parent / "image").iterdir())[:4]]
+    ask = [{"role": "user", "content": "<image>真假?"}]
+    other = "<cls>" + "".join(f"<mask_{n}>" for n in range(1, 33)) + '{"result": "fake"}'
+    rows = [
+        {"id": "unknown", "images": images[:1]},
+        {"id": "asked", "images": images[1:2], "labels": [1], "messages": ask},
+        {"id": "answered", "images": images[2:3], "labels": [0], "messages": ask},
+        {"id": "plain", "images": images[3:4], "labels": [1]},
+    ]
+    rows[2]["messages"] = [*ask, {"role": "assistant", "content": other}]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["evaluate", "--model", str(saved_model), "--data", str(data), "--out", str(tmp_path / "out")]
+    assert main([*command, "--max-new-tokens", "4", "--no-baselines", "--device", "cpu"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["label_true"] for line in lines] == [None, 1, 0, 1]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["image"]["n_real"], metrics["image"]["n_fake"], metrics["text"]["n"]) == (1, 2, 4)
+    assert metrics["run"]["seen_in_training"] is False
+    rows[1]["messages"] = [{"role": "user", "content": "<image><image>?"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "empty", "images": [], "messages": ask}]))
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "2 <image> placeholders but 1 images" in error
+    assert "no image, so there is nothing to judge" in error
+
+
+def test_baseline_data_that_cannot_be_used_is_named_before_the_first_prediction(
+    saved_model: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(saved_model), "--data", str(manifest), "--data-root", str(manifest.parent.parent)]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"images": ["not_there.png"], "labels": [0]}) + "\n")
+    for data, expected in ((tmp_path / "nowhere.json", "data file not found"), (bad, "image file not found")):
+        where = ["--out", str(tmp_path / "out"), "--baseline-data", str(data)]
+        assert main(["evaluate", *arguments, *where, "--no-text"]) == 2
+        assert expected in capsys.readouterr().err
+        assert not (tmp_path / "out" / "predictions.jsonl").exists()
+    assert main(["evaluate", *arguments, *where, "--no-text", "--no-baselines"]) == 0  # not read
+
+
+def test_the_file_a_model_was_trained_on_is_known_again(
+    saved_model: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(saved_model, model)
+    settings = json.loads((model / "forensics.json").read_text())
+    settings["trained"]["data_hash"] = {"elsewhere/train.json": file_hash(str(manifest))}
+    (model / "forensics.json").write_text(json.dumps(settings))
+    where = ["--data-root", str(manifest.parent.parent), "--no-text", "--no-baselines", "--device", "cpu"]
+    for folder, is_known in ((model, True), (saved_model, False)):
+        out = tmp_path / f"out_{is_known}"
+        assert main(["evaluate", "--model", str(folder), "--data", str(manifest), "--out", str(out), *where]) == 0
+        assert ("trained or chosen on" in capsys.readouterr().err) is is_known
+        assert json.loads((out / "metrics.json").read_text())["run"]["seen_in_training"] is is_known
