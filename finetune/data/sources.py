@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import logging
 import math
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,11 +132,28 @@ def _warn_of_neighbours(kept: Sequence[Record], held: Sequence[Record]) -> None:
             "and its tampered version may fall on both sides; give `group`, or a validation file in data.eval",
             alone, len(kept) + len(held),
         )  # fmt: skip
-    known = {image.path for record in kept for image in record.images if image.path}
-    shared = {image.path for record in held for image in record.images if image.path} & known
-    if shared:
+    if shared := shared_pictures(kept, held):
         logger.warning(
             "data.val_ratio: %d pictures are in training and in validation records, e.g. %s; give records that share a "
             "picture the same `group`",
-            len(shared), min(shared),
+            len(shared), shared[0],
         )  # fmt: skip
+
+
+def shared_pictures(train: Sequence[Record], held: Sequence[Record]) -> list[str]:
+    """Files that records of both sides show, sorted; pictures inside a stored set, and copies, are not looked at."""
+    known = {os.path.abspath(image.path) for record in train for image in record.images if image.path}
+    shown = {image.path for record in held for image in record.images if image.path}
+    return sorted(path for path in shown if os.path.abspath(path) in known)
+
+
+def shared_warning(train: Sequence[Record], held: Sequence[Record]) -> str:
+    """What to say where training and evaluation records show the same files; "" where none does."""
+    shared = shared_pictures(train, held)
+    if not shared:
+        return ""
+    return (
+        f"{len(shared)} pictures of data.eval are also in data.train, e.g. {shared[0]}: what is measured on them says "
+        "nothing about new ones; divide the data by group (`forensics prepare`, data.val_ratio), `forensics audit` "
+        "finds copies too"
+    )

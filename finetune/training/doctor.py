@@ -7,7 +7,10 @@ import importlib.util
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 from finetune.config import RunConfig, SourceConfig, load_config, stage_runs
 from finetune.data.chat import Layout, Template, load_template
@@ -16,6 +19,7 @@ from finetune.data.image_size import set_short_side
 from finetune.data.pictures import PictureDataset
 from finetune.data.readers.options import options_from
 from finetune.data.regions.limit import fitted_records
+from finetune.data.sources import shared_warning
 from finetune.data.validation import Problem, check_file
 from finetune.errors import ConfigError, ForensicsError, ModelLoadError
 from finetune.models.configuration import check_heads
@@ -27,6 +31,7 @@ from finetune.special_tokens import SpecialTokens
 from finetune.training.checks import run_problems
 from finetune.training.planned_model import planned_config
 from finetune.training.reproducibility import versions
+from finetune.training.stage_data import configs_of, files_read
 
 
 def doctor_command(arguments: argparse.Namespace) -> int:
@@ -85,49 +90,73 @@ def check_config(config: RunConfig) -> list[Problem]:
     """Everything about a configuration that can be known before training: settings, model folder, data, lengths."""
     problems = [_error(problem) for problem in run_problems(config)]
     tokens = SpecialTokens(config.tokens.num_cls, config.tokens.num_mask)
-    on_tokens = config.heads.enabled and config.heads.source != "vision"
-    processor = None
-    try:
-        processor = load_processor(config.model.path, config.data.min_pixels, config.data.max_pixels)
-        set_short_side(processor.image_processor, config.data.image_short_side)
-    except ForensicsError as error:
-        problems.append(_error(str(error)))
     problems += _impossible_heads(config)
     source = config.model.adapter or config.model.path
     try:
         check_continuation(source, read_config(source), tokens, config.heads)
     except ModelLoadError as error:
         problems.append(_error(str(error)))
+    configs = configs_of(config)
+    problems += [_error("data.train is empty") for own in configs if not own.data.train][:1]
+    processor_of = cache(load_processor)
+    try:
+        processor_of(config.model.path, config.data.min_pixels, config.data.max_pixels)
+    except ForensicsError as error:
+        problems.append(_error(str(error)))
+    records_of: dict[str, list[Record]] = {}
+    for what, file, own in files_read(configs):
+        try:
+            processor = processor_of(own.model.path, own.data.min_pixels, own.data.max_pixels)
+        except ForensicsError:
+            processor = None
+        records, found = _check_source(what, file, own, processor)
+        records_of[_place(file)] = records
+        problems += found
+    for own in configs:
+        sides = ([records for source in part for records in records_of[_place(source)]] for part in _parts(own))
+        if warning := shared_warning(*sides):
+            problems.append(Problem("warning", "", warning))
+    return list(dict.fromkeys(problems))
+
+
+def _parts(config: RunConfig) -> tuple[list[SourceConfig], list[SourceConfig]]:
+    return config.data.train, config.data.eval
+
+
+def _place(source: SourceConfig) -> str:
+    """Equal for sources with the same records."""
+    return repr(replace(source, weight=1.0))
+
+
+def _check_source(
+    what: str, source: SourceConfig, config: RunConfig, processor: Any
+) -> tuple[list[Record], list[Problem]]:
+    """The records of one file of a run, and what is wrong with them for it; lengths only with a processor."""
+    tokens = SpecialTokens(config.tokens.num_cls, config.tokens.num_mask)
+    on_tokens = config.heads.enabled and config.heads.source != "vision"
     try:
         template = load_template(config.data.template)
     except ConfigError:
         template = None  # among run_problems already
-    for what in ("train", "eval"):
-        sources = getattr(config.data, what)
-        if what == "train" and not sources:
-            problems.append(_error("data.train is empty"))
-        for source in sources:
-            try:
-                has_text = not config.reads_pictures_only
-                layout = config.data.layout if on_tokens else None
-                records, found = check_data_file(source, tokens, has_text, layout, template)
-            except ForensicsError as error:
-                problems.append(_error(str(error)))
-                continue
-            summary(source.path, records)
-            problems += found
-            if processor is not None and not any(problem.severity == "error" for problem in found):
-                kind = PictureDataset if config.reads_pictures_only else ForensicDataset
-                try:
-                    records = fitted_records(records, what, config.data.max_regions)
-                except ConfigError:
-                    continue  # among run_problems already
-                except ForensicsError as error:
-                    problems.append(_error(str(error)))
-                    continue
-                errors = kind(records, processor, tokens, config.data).check_lengths()
-                problems += [_error(str(error)) for error in errors]
-    return problems
+    try:
+        has_text = not config.reads_pictures_only
+        layout = config.data.layout if on_tokens else None
+        records, problems = check_data_file(source, tokens, has_text, layout, template)
+    except ForensicsError as error:
+        return [], [_error(str(error))]
+    summary(source.path, records)
+    if processor is None or any(problem.severity == "error" for problem in problems):
+        return records, problems
+    set_short_side(processor.image_processor, config.data.image_short_side)
+    kind = PictureDataset if config.reads_pictures_only else ForensicDataset
+    try:
+        fitted = fitted_records(records, what, config.data.max_regions)
+        errors: Sequence[ForensicsError] = kind(fitted, processor, tokens, config.data).check_lengths()
+    except ConfigError:
+        errors = []  # among run_problems already
+    except ForensicsError as error:
+        errors = [error]
+    return records, problems + [_error(str(error)) for error in errors]
 
 
 def _impossible_heads(config: RunConfig) -> list[Problem]:

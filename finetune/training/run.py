@@ -23,7 +23,7 @@ from finetune.data.edit_operations import unused_operations
 from finetune.data.image_size import set_short_side
 from finetune.data.pictures import PictureDataset
 from finetune.data.regions.limit import fitted_records, limit_regions
-from finetune.data.sources import read_and_hold_back, read_sources
+from finetune.data.sources import read_and_hold_back, read_sources, shared_warning
 from finetune.errors import ConfigError
 from finetune.losses.criterion import TERMS
 from finetune.metrics.calibration import Calibration
@@ -224,6 +224,8 @@ def _load_data(config: RunConfig, bundle: Bundle) -> tuple[ForensicDataset, Fore
     else:
         records = read_sources(data.train, "train")
         held = read_sources(data.eval, "eval") if data.eval else None
+        if warning := shared_warning(records, held or []):
+            logger.warning("%s", warning)
     records, held = _about_few_regions(records, held, data.max_regions)
     kind = PictureDataset if config.reads_pictures_only else ForensicDataset
     found = []

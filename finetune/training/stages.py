@@ -31,6 +31,7 @@ from finetune.errors import ConfigError
 from finetune.training.adversarial import ZERO_3
 from finetune.training.checks import run_problems
 from finetune.training.output_folder import STAGE_RECORD, take_folder_of_stages
+from finetune.training.stage_data import check_later_data
 
 MARKER = STAGE_RECORD
 """In every stage's folder: what it was made from, and whether it is finished."""
@@ -47,7 +48,8 @@ def run_stages(config: RunConfig, *, overwrite: bool = False) -> int:
         0, or the exit status of the stage that failed or was stopped; the same command then goes on there.
 
     Raises:
-        ConfigError: anything wrong with any stage, before the first one starts.
+        ConfigError, DataFormatError: anything wrong with any stage or its data, as far as files' headers tell, before
+            the first one starts.
     """
     runs = stage_runs(config)
     for problem in run_problems(config):
@@ -58,10 +60,11 @@ def run_stages(config: RunConfig, *, overwrite: bool = False) -> int:
                 raise ConfigError(f"stage '{run.name}': {ZERO_3}")
     is_main = _rank() == 0
     if is_main:
+        check_later_data(_waiting(runs, overwrite))
         moved = take_folder_of_stages(config, [run.config.output_dir for run in runs], overwrite=overwrite)
         _say(moved is not None, str(moved))
     # With `overwrite` other ranks may come here before rank 0 has moved anything; all of them begin with stage 1.
-    waiting = list(runs) if overwrite else [run for run in runs if not _is_finished(runs, run)]
+    waiting = _waiting(runs, overwrite)
     with _written(config) as path:
         for run in runs:
             if run not in waiting:
@@ -75,6 +78,10 @@ def run_stages(config: RunConfig, *, overwrite: bool = False) -> int:
         _link_best(Path(config.output_dir), runs[-1])
         print(_summary(runs))
     return 0
+
+
+def _waiting(runs: Sequence[StageRun], overwrite: bool) -> list[StageRun]:
+    return list(runs) if overwrite else [run for run in runs if not _is_finished(runs, run)]
 
 
 def run_stage(config: RunConfig, name: str) -> int:

@@ -15,7 +15,7 @@ from finetune.data.collator import ForensicCollator
 from finetune.data.dataset import ForensicDataset, checked_dataset
 from finetune.data.pictures import PictureDataset
 from finetune.data.readers import read_records
-from finetune.data.sources import hold_back, read_and_hold_back
+from finetune.data.sources import hold_back, read_and_hold_back, shared_pictures, shared_warning
 from finetune.data.validation import InvalidDataError
 from finetune.errors import ConfigError
 from finetune.models.loading import add_forensic_tokens, load_processor
@@ -210,3 +210,14 @@ def test_what_a_division_by_group_cannot_see_is_said(caplog: pytest.LogCaptureFi
     hold_back([record("r0", "a.jpg", "b.jpg"), record("r1", "b.jpg"), record("r2", "b.jpg")], 0.5, seed=0)
     assert "3 of 3 records name no group" in caplog.text
     assert "1 pictures are in training and in validation records, e.g. b.jpg" in caplog.text
+
+
+def test_pictures_of_both_sides_are_found_whatever_their_paths_are_called(tmp_path: Path) -> None:
+    def record(name: str, *paths: str) -> Record:
+        return Record(name, tuple(map(ImageInput, paths)), (ImageTarget(0),) * len(paths))
+
+    train = [record("r0", str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg"))]
+    held = [record("r1", f"{tmp_path}/x/../b.jpg"), record("r2", str(tmp_path / "c.jpg"))]
+    assert shared_pictures(train, held) == [f"{tmp_path}/x/../b.jpg"]
+    assert shared_warning(train, held).startswith("1 pictures of data.eval are also in data.train, e.g. ")
+    assert shared_warning(train, held[1:]) == ""

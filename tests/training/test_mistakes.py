@@ -16,8 +16,10 @@ import yaml
 from finetune.cli import train_main
 from finetune.config import RunConfig, SourceConfig
 from finetune.data.chat import load_template
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, ModelLoadError
 from finetune.training.checks import check_run, run_problems
+from finetune.training.doctor import check_config
+from finetune.training.run import build_trainer, train
 
 
 def launch(capsys: pytest.CaptureFixture[str], path: Path, *overrides: str) -> tuple[int, str, str]:
@@ -196,3 +198,31 @@ def test_a_weight_of_a_loss_is_a_number_from_zero_on(value: float) -> None:
     )
     config.loss.dice = 0.0
     assert not any("loss.dice" in problem for problem in run_problems(config))
+
+
+def test_evaluating_on_training_pictures_is_said(
+    make_config: Callable[..., RunConfig], synth_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line copied in the YAML would give a perfect figure that is worth nothing; by the doctor and by training."""
+    same = [{"path": str(synth_dir / "train.jsonl"), "root": str(synth_dir)}]
+    for sources, is_said in ((same, True), (None, False)):
+        config = make_config("c", **({"data": {"eval": sources}} if sources else {}))
+        warnings = [problem.message for problem in check_config(config) if problem.severity == "warning"]
+        assert any("pictures of data.eval are also in data.train" in warning for warning in warnings) is is_said
+        caplog.clear()
+        build_trainer(config)
+        assert ("pictures of data.eval are also in data.train" in caplog.text) is is_said
+
+
+def test_a_model_with_other_tokens_than_the_configuration_asks_for(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Refused by training and by the doctor alike, who would otherwise advise what is set already."""
+    trained = make_config("first", output_dir=str(tmp_path / "first"), train={"max_steps": 1})
+    train(trained)
+    config = make_config("c", [f"model.path={tmp_path}/first/best", "tokens.num_mask=9", "train.max_steps=1"])
+    with pytest.raises(
+        ModelLoadError, match=r"its heads stand on the tokens .* asks for tokens: .*num_mask: 9"
+    ) as caught:
+        train(config)
+    assert str(caught.value) in [problem.message for problem in check_config(config)]

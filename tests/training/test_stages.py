@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from finetune.config import ModelConfig, RunConfig, load_config, stage_runs, to_dict
+from finetune.data.validation import InvalidDataError
 from finetune.errors import ConfigError
 from finetune.models.groups import group_of, plain_name
 from finetune.models.loading import load_bundle
@@ -248,6 +249,8 @@ def test_wrong_stages_are_one_line(stages: list[dict[str, Any]], message: str, t
         (["stages.two.train.trainable=[cls_haed]"], "error: stage 'two': train.trainable names 'cls_haed'; did you"),
         (["stages.tow.train.max_steps=1"], "there is no stage 'tow'; stages: one, two"),
         (["stages=[]", "--stage", "one"], "error: --stage one: this configuration has no stages"),
+        (["stages.two.data.train=[nowhere.jsonl]"], "error: (nowhere.jsonl): data file not found"),
+        (["stages.two.data.eval=[nowhere.jsonl]"], "error: (nowhere.jsonl): data file not found"),
     ],
 )
 def test_wrong_command_is_one_line(
@@ -273,6 +276,28 @@ def test_attack_under_zero3_is_refused_before_the_first_stage(
     with pytest.raises(ConfigError, match="stage 'vision': adversarial training runs the model a second time"):
         run_stages(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_data_of_a_later_stage_are_looked_at_before_the_first(
+    write_config: Write, synth_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the doctor too; what the first stage reads itself is left to it."""
+    from finetune.training.doctor import check_config
+    from finetune.training.stage_data import configs_of, files_read
+
+    records = [json.loads(line) for line in (synth_dir / "train.jsonl").read_text().splitlines()[:4]]
+    records[2]["images"] = ["not_there.png"]
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = {"path": str(tmp_path / "bad.jsonl"), "root": str(synth_dir)}
+    config = load_config(write_config("run", stages=[{"name": "one"}, {"name": "two", "data": {"train": [source]}}]))
+    with pytest.raises(InvalidDataError, match=r"(?s)1 problems in 1 of 4 records.*not_there\.png"):
+        run_stages(config)
+    assert not (tmp_path / "run").exists()
+    (problem,) = [problem for problem in check_config(config) if problem.severity == "error"]
+    assert "not_there.png" in problem.message
+    assert "bad.jsonl: 4 records" in capsys.readouterr().out
+    files = [(read.what, Path(read.source.path).name) for read in files_read(configs_of(config))]
+    assert files == [("train", "train.jsonl"), ("eval", "eval.jsonl"), ("train", "bad.jsonl")]
 
 
 # ---- overrides, and the ready configurations ----
