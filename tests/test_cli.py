@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from finetune.cli import build_parser, main
+from finetune.models.tiny import _FILES
 
 VERBS = (
     "train",
@@ -255,3 +256,24 @@ def test_tiny_and_synth_write_what_they_say(tmp_path: Path, capsys: pytest.Captu
         assert (tmp_path / "data" / name).is_file()
     assert main([*arguments, "--workers", "1"]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_tiny_replaces_a_tiny_model_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "tiny"
+    assert main(["tiny", "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == _FILES
+    before = (out / "model.safetensors").read_bytes()
+    assert main(["tiny", "--out", str(out), "--seed", "1"]) == 0
+    after = (out / "model.safetensors").read_bytes()
+    assert after != before
+    (out / "forensics.json").write_text("{}")  # as beside a trained model
+    assert main(["tiny", "--out", str(out)]) == 2
+    assert "holds 'forensics.json', which is no part of a tiny model" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == after
+    (out / "forensics.json").unlink()
+    with (out / "model.safetensors").open("r+b") as stream:
+        stream.truncate(100 * 2**20)
+    assert main(["tiny", "--out", str(out)]) == 2
+    assert "holds 'model.safetensors'" in capsys.readouterr().err
+    assert main(["tiny", "--out", str(out / "config.json")]) == 2
+    assert "is a file" in capsys.readouterr().err

@@ -28,6 +28,8 @@ from transformers import (  # noqa: E402
     Qwen2VLVideoProcessor,
 )
 
+from finetune.errors import ConfigError  # noqa: E402
+
 QWEN_SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -66,6 +68,30 @@ class TinyShape:
     fullatt_block_indexes: tuple[int, ...] = (1,)
     vocab_size: int = 1024  # learned BPE tokens, before the special ones
     tie_word_embeddings: bool = True
+
+
+_FILES = {
+    "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "processor_config.json",
+    "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+_MAX_BYTES = 64 * 2**20
+"""Of the weights; a released checkpoint has gigabytes."""
+
+
+def check_free(out_dir: str | Path) -> None:
+    """Refuse to write a tiny checkpoint over anything else: a trained model, a released one, other files.
+
+    Raises:
+        ConfigError: the folder holds something that `build_tiny` did not write, or is a file.
+    """
+    folder = Path(out_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give --out a folder")
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    weights = folder / "model.safetensors"
+    is_large = weights.is_file() and weights.stat().st_size > _MAX_BYTES
+    if other := "model.safetensors" if is_large else min(found - _FILES, default=""):
+        raise ConfigError(f"{folder} holds '{other}', which is no part of a tiny model; give --out a folder of its own")
 
 
 def build_tiny(out_dir: str | Path, corpus: Iterable[str], shape: TinyShape | None = None, seed: int = 0) -> Path:

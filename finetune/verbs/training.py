@@ -103,7 +103,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def tiny_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write the checkpoint to")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder to write the checkpoint to: new, empty, or a tiny one"
+    )
     parser.add_argument("--seed", type=int, default=0, help="initialises the weights (default 0)")
     parser.add_argument("--untied", action="store_true", help="separate lm_head, as the 7B checkpoint has")
     parser.add_argument(
@@ -118,8 +120,9 @@ def tiny_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _tiny(arguments: argparse.Namespace) -> int:
     from finetune.data.corpus import conversation_texts, tokenizer_corpus
-    from finetune.models.tiny import TinyShape, build_tiny
+    from finetune.models.tiny import TinyShape, build_tiny, check_free
 
+    check_free(arguments.out)
     corpus = [*tokenizer_corpus(), *conversation_texts(arguments.corpus)]
     path = build_tiny(arguments.out, corpus, TinyShape(tie_word_embeddings=not arguments.untied), seed=arguments.seed)
     print(f"wrote a tiny Qwen2.5-VL to {path}")
