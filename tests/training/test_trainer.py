@@ -130,6 +130,7 @@ def test_output_folder_is_complete(finished: Finished) -> None:
 
 
 def test_best_loads_and_equals_its_checkpoint(finished: Finished) -> None:
+    assert not list(finished.out.rglob("calibration.json"))  # scores of heads on tokens are used as they are
     best = json.loads((finished.out / "best" / "best.json").read_text())
     bundle = load_bundle(ModelConfig(path=str(finished.out / "best"), dtype="float32"))
     assert bundle.settings["layout"] == "tokens_first"
