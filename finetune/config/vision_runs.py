@@ -96,6 +96,11 @@ class VisionInferenceConfig(VisionModelSettings):
     overlay_side: int = 1600  # longer side of an overlay at most, in pixels
     min_region_area: float = 0.0005  # smaller regions, as a share of the image, are not named (the largest always is)
 
+    @property
+    def given_images(self) -> list[str]:
+        """`images` as a list."""
+        return [self.images] if isinstance(self.images, str) else self.images
+
 
 C = TypeVar("C", bound=VisionModelSettings)
 
@@ -104,14 +109,16 @@ def load_vision_config(path: str | Path, overrides: Sequence[str], schema: type[
     """Read a JSON (or YAML) file and apply `key.sub=value` overrides.
 
     `{"visual_lora": {"path": ...}}` and `{"visual_lora.path": ...}` mean the same. Where an override names another
-    `inference_output`, a `metrics_csv` that lies in the file's own goes with it.
+    `inference_output`, a `metrics_csv` that lies in the file's own goes with it; so does a `visual_lora` that lies
+    in the file's `head_checkpoint` where an override names another.
 
     Raises:
         ConfigError: the file is missing or no JSON, a key is unknown (with the nearest known one), a value is of
             another type or out of its range, a needed key is missing.
     """
     tree = _nested(_read(Path(path)), str(path))
-    written = {key: tree.get(key) for key in ("inference_output", "metrics_csv")}
+    written = {key: tree.get(key) for key in ("inference_output", "metrics_csv", "head_checkpoint")}
+    own_lora = (tree.get("visual_lora") or {}).get("path")
     for override in ("", *overrides):
         if override:
             apply_override(tree, override, schema)
@@ -121,6 +128,9 @@ def load_vision_config(path: str | Path, overrides: Sequence[str], schema: type[
     is_moved = "inference_output" in given and "metrics_csv" not in given
     if is_moved and _lies_in(written["metrics_csv"], written["inference_output"]):
         del tree["metrics_csv"]  # it goes with the folder it lay in, instead of over the other run's
+    is_other = "head_checkpoint" in given and not any(key.split(".")[0] == "visual_lora" for key in given)
+    if is_other and isinstance(own_lora, str) and _in_checkpoint(own_lora, written["head_checkpoint"]):
+        del tree["visual_lora"]  # other heads have their own LoRA beside them, or none
     config = build(schema, tree, where=str(path))
     _check(config, str(path))
     return config
@@ -132,6 +142,13 @@ def _lies_in(file: Any, output: Any) -> bool:
         return False
     folder = Path(output)
     return Path(file).parent == (folder.parent if folder.suffix.lower() in (".csv", ".jsonl") else folder)
+
+
+def _in_checkpoint(path: str, heads: Any) -> bool:
+    """Whether a configured LoRA lies in the configured folder of heads, which may be named by a file in it."""
+    if not isinstance(heads, str):
+        return False
+    return Path(path).is_relative_to(Path(heads).parent if Path(heads).suffix == ".safetensors" else heads)
 
 
 def identifying_settings(config: VisionModelSettings) -> dict[str, Any]:
@@ -147,14 +164,20 @@ def identifying_settings(config: VisionModelSettings) -> dict[str, Any]:
 
 
 def check_output(config: VisionInferenceConfig) -> None:
-    """Both places of the output are named.
+    """Both places of the output are named, and the CSV is none of the files that the evidence folder holds.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: one is not, or it is.
     """
     for name in ("csv", "evidence_dir"):
         if not getattr(config.output, name):
             raise ConfigError(f"'output.{name}' is missing; give it in the file, or with --set output.{name}=...")
+    csv, folder = Path(config.output.csv).resolve(), Path(config.output.evidence_dir).resolve()
+    if csv.parent == folder and csv.suffix.lower() != ".csv":
+        raise ConfigError(
+            f"output.csv is {config.output.csv}, in the evidence folder, which has files of its own; give it a name "
+            "that ends in .csv, or another folder"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -215,6 +238,7 @@ def _check(config: VisionModelSettings, where: str) -> None:
         if not 0 <= value <= 1:
             raise ConfigError(f"{where}: '{name}' is {value}; expected a number from 0 to 1")
     counts = {"batch_size": (config.batch_size, 1), "num_workers": (config.num_workers, 0)}
+    counts |= {"max_pixels": (1 if config.max_pixels is None else config.max_pixels, 1)}
     if isinstance(config, VisionEvalConfig):
         counts |= {"worst_cases": (config.worst_cases, 0), "report_samples": (config.report_samples, 1)}
         counts |= {"max_samples": (1 if config.max_samples is None else config.max_samples, 1)}
@@ -223,7 +247,10 @@ def _check(config: VisionModelSettings, where: str) -> None:
             "generation.max_new_tokens": (config.generation.max_new_tokens, 1),
             "max_regions": (config.max_regions, 1),
             "overlay_side": (config.overlay_side, 64),
-            "explanation_batch_size": (config.explanation_batch_size or 1, 1),
+            "explanation_batch_size": (
+                1 if config.explanation_batch_size is None else config.explanation_batch_size,
+                1,
+            ),
         }
         _check_text(config, where)
     for name, (count, least) in counts.items():

@@ -48,12 +48,14 @@ from finetune.inference.pages.charts import precision_recall_chart
 from finetune.inference.pages.report import ReportSample, format_table, render_report
 from finetune.inference.pages.thresholds import thresholds_html
 from finetune.inference.predictor import Predictor
-from finetune.inference.run_folder import EVALUATION, open_run
+from finetune.inference.run_folder import EVALUATION, LOCK_FILE, RUN_FILE, open_run
 from finetune.metrics.thresholds import PixelTable, image_table
 from finetune.progress import progress_bar
 from finetune.schema import Prediction, Record
 
 OWN = ("metrics.json", "metrics.csv", "predictions.csv", "predictions.jsonl", "report.html", "masks", "curves", "worst")
+_OTHER_FILES = (".json", ".txt", ".tsv", ".xlsx", ".html", ".htm", ".png", ".jpg", ".jpeg", ".yaml", ".yml", ".pdf")
+"""Endings of `inference_output` that mean a file, and not one that is written."""
 
 
 class Outputs(NamedTuple):
@@ -99,16 +101,23 @@ def output_files(config: VisionEvalConfig) -> Outputs:
     """`inference_output` as a folder, or as the file of predictions in one, and `metrics_csv`.
 
     Raises:
-        ConfigError: a file of another kind.
+        ConfigError: a file of another kind, or two of the files in one place.
     """
     given = Path(config.inference_output)
-    if given.suffix and not given.is_dir():
-        if given.suffix.lower() not in (".csv", ".jsonl"):
-            raise ConfigError(f"inference_output is {given}; give a folder, or a file ending in .csv or .jsonl")
+    if given.suffix.lower() in (".csv", ".jsonl") and not given.is_dir():
         folder, stem = given.parent, given.stem
+    elif given.suffix.lower() in _OTHER_FILES and not given.is_dir():
+        raise ConfigError(f"inference_output is {given}; give a folder, or a file ending in .csv or .jsonl")
     else:
         folder, stem = given, "predictions"
-    return Outputs(folder, Path(config.metrics_csv or folder / "metrics.csv"), f"{stem}.jsonl")
+    metrics_csv = Path(config.metrics_csv or folder / "metrics.csv")
+    predictions = {f"{stem}.jsonl", f"{stem}.csv"}
+    if "metrics.csv" in predictions:
+        raise ConfigError(f"inference_output is {given}, where the table of metrics goes; give another name")
+    reserved = {*OWN, *predictions, RUN_FILE, LOCK_FILE} - {"metrics.csv"}
+    if metrics_csv.resolve().parent == folder.resolve() and metrics_csv.name in reserved:
+        raise ConfigError(f"metrics_csv is {metrics_csv}, which the evaluation writes itself; give another name")
+    return Outputs(folder, metrics_csv, f"{stem}.jsonl")
 
 
 def take_folder(config: VisionEvalConfig, outputs: Outputs, models: dict[str, Any], *, overwrite: bool) -> None:
@@ -125,6 +134,12 @@ def take_folder(config: VisionEvalConfig, outputs: Outputs, models: dict[str, An
     own = (*OWN, outputs.predictions, str(Path(outputs.predictions).with_suffix(".csv")))
     identity = {"settings": identifying_settings(config), "model": models}
     is_unfinished = not (outputs.folder / "metrics.json").is_file()  # stopped by a bad record, say: begun anew
+    if not is_inside:
+        try:
+            outputs.metrics_csv.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be is known now
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError(f"metrics_csv is {outputs.metrics_csv}: {reason}; give another file") from error
     open_run(outputs.folder, EVALUATION, identity, own=own, overwrite=overwrite, can_continue=is_unfinished)
 
 
@@ -198,9 +213,8 @@ def write_files(
     config: VisionEvalConfig,
     outputs: Outputs,
 ) -> None:
-    """Everything but the maps and lines, which were written on the way."""
+    """Everything but the maps and lines, which were written on the way; last metrics.json, by which it is finished."""
     folder, heads = outputs.folder, heads_folder(config.head_checkpoint)
-    write_json(folder / "metrics.json", metrics)
     write_metrics(outputs.metrics_csv, metrics)
     write_predictions((folder / outputs.predictions).with_suffix(".csv"), judged, config.heatmap_threshold)
     labels, scores = results.score_set()
@@ -223,6 +237,7 @@ def write_files(
         more=[("thresholds", ("阈值", "Thresholds"), shown)],
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
+    write_json(folder / "metrics.json", metrics)
 
 
 def report_cards(

@@ -18,6 +18,7 @@ from PIL import Image
 from finetune.data.images import load_image
 from finetune.data.masks import load_mask
 from finetune.inference.evidence.folder import file_stem
+from finetune.inference.evidence.wording import score_text
 from finetune.inference.visualization import comparison_panel
 from finetune.metrics.thresholds import precision_recall_curve, roc_curve
 from finetune.schema import Prediction, Record
@@ -163,9 +164,11 @@ def score_map(out_dir: Path, case: Judged) -> np.ndarray | None:
 
 
 def _note(case: Judged, mask_threshold: float) -> str | None:
-    if case.peak is None or case.area or case.prediction.label == 0:
+    is_right = case.label != 1 and case.prediction.label == 0
+    if case.peak is None or case.area or is_right:
         return None
-    return f"empty heat map: its peak {case.peak:.3f} is below heatmap_threshold={mask_threshold:g}"
+    peak = score_text(case.peak, mask_threshold, 3)
+    return f"empty heat map: its peak {peak} is below heatmap_threshold={mask_threshold:g}"
 
 
 def _rounded(value: float | None) -> float | None:

@@ -351,8 +351,8 @@ class ForensicTrainer(CheckpointingTrainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(state.labels))
 
     def last_calibration(self) -> Calibration | None:
-        """Fitted on the images of the last evaluation; None where there is nothing to fit, and for heads on tokens, whose
-        scores are used as they are."""
+        """Fitted on the images of the last evaluation; None where there is nothing to fit, and for heads on tokens,
+        whose scores are used as they are."""
         if self.last_evaluation is None or not self.bundle.base.reads_tower:
             return None
         return self.last_evaluation.calibration()

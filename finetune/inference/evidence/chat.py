@@ -30,7 +30,7 @@ _QUIT = ("/quit", "/exit")
 def chat_command(arguments: argparse.Namespace) -> int:
     """Handler of `forensics vision infer --chat`; exit status 0."""
     config = load_vision_config(arguments.config, arguments.overrides, VisionInferenceConfig)
-    images = named_images(arguments.images)
+    images = named_images(arguments.images or config.given_images)
     if len(images) != 1:
         raise ConfigError(f"--chat talks about one image, found {len(images)}; name one file")
     prompts_of(config)

@@ -19,6 +19,7 @@ from finetune.inference.evidence.prompts import (
     QUESTIONS,
     SYSTEM_PROMPTS,
     check_prompts,
+    check_system,
     choose_prompt,
     fill_prompt,
 )
@@ -58,8 +59,10 @@ def prompts_of(config: VisionInferenceConfig) -> list[str]:
     """The questions to draw from: `user_prompt` and `prompt_templates`, or the built-in ones.
 
     Raises:
-        ConfigError: see `check_prompts`.
+        ConfigError: see `check_prompts` and `check_system`.
     """
+    check_system(config.system_prompt, "system_prompt")
+    check_system(config.chat_system_prompt, "chat_system_prompt")
     own = [config.user_prompt] if isinstance(config.user_prompt, str) else config.user_prompt
     own = [prompt for prompt in own or [] if prompt]
     num_images = 1 + config.overlay_as_second_image

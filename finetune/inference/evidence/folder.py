@@ -111,6 +111,33 @@ class EvidenceFolder:
             if stream is not None:
                 stream.close()
 
+    def named_as_before(self, images: Mapping[str, str]) -> dict[str, str]:
+        """Files by id, those that have a row under its id, however the folders are named or ordered this time.
+
+        A row whose file is gone stands for the file that has its id now: the folder was moved.
+
+        Args:
+            images: file by id, as this run alone would call them.
+
+        Raises:
+            ConfigError: an id belongs to a file of another folder, whose pictures would be replaced.
+        """
+        rows = {os.path.abspath(row["image_path"]): name for name, row in self.rows.items()}
+        asked = {os.path.abspath(path) for path in images.values()}
+        found: dict[str, str] = {}
+        for name, path in images.items():
+            own = rows.get(os.path.abspath(path))
+            row = self.rows.get(name)
+            if own is None and row is not None and (before := row["image_path"]) != path and os.path.isfile(before):
+                if os.path.abspath(before) not in asked:
+                    raise ConfigError(
+                        f"{self.dir} holds the results of {before} under the id '{name}', which {path} would have "
+                        "too; give another output.evidence_dir and output.csv, name both folders, or add --overwrite"
+                    )
+                own = Path(path).as_posix()
+            found[own or name] = path
+        return found
+
     def pending(self, stamps: Mapping[str, list[int] | None]) -> list[str]:
         """Ids that have no row yet, or whose row holds an error or another file; such rows are dropped.
 

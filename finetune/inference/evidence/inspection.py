@@ -7,6 +7,7 @@ stopped goes on, and an image that cannot be used has a row with its error while
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,15 +57,16 @@ def infer_command(arguments: argparse.Namespace) -> int:
     """Handler of `forensics vision infer`; exit status 0, or 1 where an image could not be used."""
     config = load_vision_config(arguments.config, arguments.overrides, VisionInferenceConfig)
     check_output(config)
-    given = [config.images] if isinstance(config.images, str) else config.images
-    images = named_images(arguments.images or given)
-    refuse_own_output(arguments.images or given, config.output.evidence_dir)
+    given = arguments.images or config.given_images
+    images = named_images(given)
+    refuse_own_output(given, config.output.evidence_dir)
     prompts_of(config)  # refuses before anything is loaded
     predictor, models = load_models(config)
     with_text = Explainer(predictor, config) if config.explain else None
     identity = {"settings": influential(config), "model": models}
     with held(config.output.evidence_dir):
         output = EvidenceFolder(config.output.csv, config.output.evidence_dir, identity, overwrite=arguments.overwrite)
+        images = output.named_as_before(images)
         todo = output.pending({name: file_stamp(path) for name, path in images.items()})
         if output.is_resumed:
             print(f"{len(images) - len(todo)} of {len(images)} images are done already; going on with {len(todo)}")
@@ -112,7 +114,8 @@ def influential(config: VisionInferenceConfig) -> dict[str, Any]:
 
 
 def named_images(paths: Sequence[str]) -> dict[str, str]:
-    """Image files by id: the path below the folder given, or the file's name; the whole path where two would be alike.
+    """Image files by id, each once: the path below the folder given, or the file's name; where two would be alike the
+    path as it was given, or the absolute one.
 
     Raises:
         ConfigError: nothing given. DataFormatError: a path that does not exist, or a folder without images.
@@ -124,11 +127,13 @@ def named_images(paths: Sequence[str]) -> dict[str, str]:
     for given in paths:
         is_folder = Path(given).is_dir()
         for path in find_images([given]):
-            short = Path(path).relative_to(given).as_posix() if is_folder else Path(path).name
-            if path in seen:
+            absolute = Path(os.path.abspath(path)).as_posix()
+            if absolute in seen:
                 continue
-            seen.add(path)
-            found[short if short not in found else Path(path).as_posix()] = path
+            seen.add(absolute)
+            short = Path(path).relative_to(given).as_posix() if is_folder else Path(path).name
+            names = (short, Path(path).as_posix(), absolute)
+            found[next(name for name in names if name not in found)] = path
     return found
 
 

@@ -124,11 +124,14 @@ def lora_folder(settings: VisionModelSettings, heads: Path) -> Path | None:
         if asked.layers:
             raise ModelLoadError(
                 f"visual_lora.layers is {asked.layers}, but no LoRA is given and none lies in {heads}; give "
-                "visual_lora.path, or remove visual_lora"
+                "visual_lora.path, or set visual_lora to null for the tower as it is"
             )
         return None
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise ModelLoadError(f"visual_lora.path {folder} has no {ADAPTER_CONFIG}; give the PEFT folder of stage C")
+        raise ModelLoadError(
+            f"visual_lora.path {folder} has no {ADAPTER_CONFIG}; give the PEFT folder of stage C, or set visual_lora "
+            "to null: heads of stages A and B have none"
+        )
     if asked.layers is not None and (found := lora_blocks(folder)) != sorted(set(asked.layers)):
         raise ModelLoadError(
             f"visual_lora.layers is {asked.layers}, but {folder} has LoRA on the blocks {found}; give those, or "

@@ -18,6 +18,7 @@ from finetune.inference.evidence.wording import (
     boxes_text,
     evidence_text,
     regions_text,
+    score_text,
     verdict_word,
 )
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
@@ -25,8 +26,8 @@ from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 PLACEHOLDERS: dict[str, Callable[[Evidence, Language], str]] = {
     "evidence": evidence_text,
     "verdict": lambda evidence, language: verdict_word(evidence.label, language),
-    "score": lambda evidence, _: f"{evidence.score:.2f}",
-    "percent": lambda evidence, _: f"{100 * evidence.score:.0f}%",
+    "score": lambda evidence, _: score_text(evidence.score, evidence.threshold),
+    "percent": lambda evidence, _: f"{score_text(100 * evidence.score, 100 * evidence.threshold, 0)}%",
     "threshold": lambda evidence, _: f"{evidence.threshold:g}",
     "heatmap_threshold": lambda evidence, _: f"{evidence.heatmap_threshold:g}",
     "regions": regions_text,
@@ -98,6 +99,29 @@ def check_prompts(prompts: Sequence[str], num_images: int, where: str) -> None:
                 f"{where}: {placed} {IMAGE_PLACEHOLDER} in {prompt[:60]!r}, but {num_images} images are shown "
                 "(overlay_as_second_image adds one); write as many, or none to have them in front"
             )
+
+
+def check_system(text: str | None, where: str) -> None:
+    """Refuse a system prompt that would not be read as it is meant: nothing is filled into it, no image is in it.
+
+    Raises:
+        ConfigError: a placeholder of the evidence (or nearly one), an `<image>`, or a token that only the program may
+            write.
+    """
+    if text is None:
+        return
+    for match in _FIELD.finditer(text):
+        name = match[2] or match[1]
+        if difflib.get_close_matches(name, PLACEHOLDERS, n=1):
+            raise ConfigError(
+                f"{where}: {match.group(0)} is not filled in there; the evidence goes into user_prompt or "
+                "prompt_templates"
+            )
+    found = IMAGE_PLACEHOLDER if IMAGE_PLACEHOLDER in text else ""
+    if not found and (match := _MARKUP.search(text) or next(iter(SpecialTokens.find(text)), None)):
+        found = match.group(0)
+    if found:
+        raise ConfigError(f"{where} holds {found}, which only the program may write")
 
 
 def literal_prompt(text: str) -> str:

@@ -61,8 +61,8 @@ class Evidence:
         size_hw: of the upright original.
         heatmap_threshold: score from which a pixel is marked.
         regions: the largest ones, largest first.
-        num_regions: how many there are in all.
-        area: share of the image that is marked.
+        num_regions: how many there are in all, without specks (`find_regions`).
+        area: share of the image that is marked, specks included; regions_area: that of the `num_regions` alone.
         peak: largest score of the map, None without a map.
     """
 
@@ -74,13 +74,15 @@ class Evidence:
     regions: tuple[Region, ...]
     num_regions: int
     area: float
+    regions_area: float
     peak: float | None
 
 
 def find_regions(
     mask_scores: np.ndarray, threshold: float, *, max_regions: int = 5, min_area: float = 0.0005
-) -> tuple[tuple[Region, ...], int]:
-    """The regions (8-connected) of the marked pixels, largest first, and how many there are without the specks.
+) -> tuple[tuple[Region, ...], int, float]:
+    """The regions (8-connected) of the marked pixels, largest first, how many there are without the specks, and the
+    share of the image of all those.
 
     Args:
         mask_scores: (H, W) in [0, 1]; NaN is not marked.
@@ -103,7 +105,7 @@ def find_regions(
         place = _WHOLE if is_whole else _place(float(centres[k][0]) + 0.5, float(centres[k][1]) + 0.5, width, height)
         score = float(np.clip(own.mean(dtype=np.float64), 0.0, 1.0))
         regions.append(Region((left, top, left + wide, top + high), place, float(sizes[k]) / marked.size, score))
-    return tuple(regions), len(kept)
+    return tuple(regions), len(kept), float(sum(int(sizes[k]) for k in kept)) / marked.size
 
 
 def _place(x: float, y: float, width: int, height: int) -> str:
@@ -124,11 +126,20 @@ def gather_evidence(
 ) -> Evidence:
     """The evidence of one image; without a map there are no regions and no peak."""
     if mask_scores is None:
-        return Evidence(score, label, threshold, size_hw, heatmap_threshold, (), 0, 0.0, None)
-    regions, count = find_regions(mask_scores, heatmap_threshold, max_regions=max_regions, min_area=min_area)
+        return Evidence(score, label, threshold, size_hw, heatmap_threshold, (), 0, 0.0, 0.0, None)
+    regions, count, share = find_regions(mask_scores, heatmap_threshold, max_regions=max_regions, min_area=min_area)
     area = float(binarize(mask_scores, heatmap_threshold).mean())
     peak = float(np.nanmax(mask_scores))
-    return Evidence(score, label, threshold, size_hw, heatmap_threshold, regions, count, area, peak)
+    return Evidence(score, label, threshold, size_hw, heatmap_threshold, regions, count, area, share, peak)
+
+
+def score_text(score: float, threshold: float, digits: int = 2) -> str:
+    """A score with so many digits, or as many more as it takes to stand on its own side of the threshold."""
+    for count in range(digits, 17):
+        text = f"{score:.{count}f}"
+        if (float(text) >= threshold) == (score >= threshold):
+            return text
+    return repr(score)
 
 
 def verdict_word(label: int, language: Language) -> str:
@@ -151,18 +162,18 @@ def regions_text(evidence: Evidence, language: Language) -> str:
     """The regions in one sentence each, or why there is none."""
     if not evidence.regions:
         return empty_map_text(evidence, language)
-    lines = []
+    lines, least = [], evidence.heatmap_threshold
     for number, region in enumerate(evidence.regions, start=1):
         box = ", ".join(map(str, region.box_xyxy))
         if language == "zh":
             lines.append(
                 f"区域{number}位于{place_word(region, language)}，边界框[{box}]，占图像{_percent(region.area)}，"
-                f"平均得分{region.score:.2f}"
+                f"平均得分{score_text(region.score, least)}"
             )
         else:
             lines.append(
                 f"region {number}: {place_word(region, language)}, box [{box}], {_percent(region.area)} of the image, "
-                f"mean score {region.score:.2f}"
+                f"mean score {score_text(region.score, least)}"
             )
     rest = evidence.num_regions - len(evidence.regions)
     if rest:
@@ -174,7 +185,7 @@ def empty_map_text(evidence: Evidence, language: Language) -> str:
     """Why no region is named: there is no map, or no pixel reaches the threshold (which, and what the map reaches)."""
     if evidence.peak is None:
         return "没有热图" if language == "zh" else "there is no heat map"
-    peak, threshold = f"{evidence.peak:.3f}", f"{evidence.heatmap_threshold:g}"
+    peak, threshold = score_text(evidence.peak, evidence.heatmap_threshold, 3), f"{evidence.heatmap_threshold:g}"
     if language == "zh":
         return f"热图中没有像素达到阈值 heatmap_threshold={threshold}（最高得分 {peak}）"
     return f"no pixel of the heat map reaches heatmap_threshold={threshold} (the highest score is {peak})"
@@ -185,27 +196,31 @@ def evidence_text(evidence: Evidence, language: Language) -> str:
     height, width = evidence.size_hw
     verdict = verdict_word(evidence.label, language)
     found = regions_text(evidence, language)
+    score = score_text(evidence.score, evidence.threshold)
+    specks = evidence.area - evidence.regions_area
     if language == "zh":
         text = (
-            f"检测模型判定：{verdict}（篡改得分{evidence.score:.2f}，判定阈值{evidence.threshold:g}）。"
+            f"检测模型判定：{verdict}（篡改得分{score}，判定阈值{evidence.threshold:g}）。"
             f"图像尺寸：宽{width}像素，高{height}像素。"
         )
         if not evidence.regions:
             return f"{text}{found}。"
+        others = f"，此外零星小块占{_percent(specks)}" if specks > 0 else ""
         return (
             f"{text}热图中得分不低于{evidence.heatmap_threshold:g}的可疑区域共{evidence.num_regions}处，合计占图像"
-            f"{_percent(evidence.area)}（边界框为[左, 上, 右, 下]，单位为原图像素）：{found}。"
+            f"{_percent(evidence.regions_area)}{others}（边界框为[左, 上, 右, 下]，单位为原图像素）：{found}。"
         )
     text = (
-        f"The detector's verdict: {verdict} (tampering score {evidence.score:.2f}, threshold {evidence.threshold:g}). "
+        f"The detector's verdict: {verdict} (tampering score {score}, threshold {evidence.threshold:g}). "
         f"Image size: {width} pixels wide, {height} pixels high. "
     )
     if not evidence.regions:
         return f"{text}{found[0].upper()}{found[1:]}."
+    others = f", and specks of {_percent(specks)}" if specks > 0 else ""
     noun = "region" if evidence.num_regions == 1 else "regions"
     return (
         f"{text}The heat map has {evidence.num_regions} suspicious {noun} with scores of at least "
-        f"{evidence.heatmap_threshold:g}, {_percent(evidence.area)} of the image together "
+        f"{evidence.heatmap_threshold:g}, {_percent(evidence.regions_area)} of the image together{others} "
         f"(boxes are [left, top, right, bottom] in pixels of the original image): {found}."
     )
 

@@ -19,6 +19,7 @@ from finetune.inference.evidence.folder import (
     file_stem,
     picture_name,
 )
+from finetune.inference.evidence.inspection import named_images
 
 IDENTITY = {"settings": {"heatmap_threshold": 0.5}, "model": {"heads.safetensors": "ab"}}
 
@@ -175,3 +176,36 @@ def test_a_folder_of_weights_is_known_by_its_content(tmp_path: Path, monkeypatch
     assert str(found["a"]["model.safetensors"]).startswith("sample:")
     assert run_folder.folder_identity("Qwen/Qwen2.5-VL-3B-Instruct") == {"name": "Qwen/Qwen2.5-VL-3B-Instruct"}
     assert run_folder.folder_identity(None) is None
+
+
+def test_rows_of_another_folder_are_not_replaced(tmp_path: Path) -> None:
+    """Names such as 0001.jpg are in every folder; a folder that was moved is the same one."""
+    for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+
+    def opened() -> EvidenceFolder:
+        return EvidenceFolder(tmp_path / "r.csv", tmp_path / "evidence", IDENTITY)
+
+    with opened() as out:
+        for name, path in out.named_as_before(named_images([a, b])).items():
+            out.write({**row(name), "image_path": path, "stamp": file_stamp(path)})
+    ids = {"1.jpg": f"{a}/1.jpg", "2.jpg": f"{a}/2.jpg", f"{b}/1.jpg": f"{b}/1.jpg"}
+    for given in ([a, b], [b, a], [b], [f"{a}/../b"]):  # in any order, under any name
+        again = opened()
+        found = again.named_as_before(named_images(given))
+        assert {name: Path(path).resolve() for name, path in found.items()}.items() <= {
+            name: Path(path).resolve() for name, path in ids.items()
+        }.items()
+        assert again.pending({name: file_stamp(path) for name, path in found.items()}) == []
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "1.jpg").write_bytes(b"another")
+    with pytest.raises(ConfigError, match=r"holds the results of .*a/1\.jpg under the id '1\.jpg', which .*c/1\.jpg"):
+        opened().named_as_before(named_images([str(tmp_path / "c")]))
+    both = opened().named_as_before(named_images([str(tmp_path / "c"), a]))
+    assert both == {f"{tmp_path}/c/1.jpg": f"{tmp_path}/c/1.jpg", "1.jpg": f"{a}/1.jpg", "2.jpg": f"{a}/2.jpg"}
+    (tmp_path / "a").rename(tmp_path / "moved")
+    moved = opened()
+    found = moved.named_as_before(named_images([str(tmp_path / "moved")]))
+    assert moved.pending({name: file_stamp(path) for name, path in found.items()}) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
+from finetune.inference.evidence.prompts import fill_prompt
 from finetune.inference.evidence.wording import (
     PLACES,
     Evidence,
@@ -17,6 +20,7 @@ from finetune.inference.evidence.wording import (
     find_regions,
     gather_evidence,
     regions_text,
+    score_text,
 )
 
 MAPS = arrays(
@@ -37,7 +41,8 @@ def evidence(mask: np.ndarray | None, label: int = 1, **more: float) -> Evidence
 @given(scores=MAPS, threshold=st.floats(0.01, 1.0))
 def test_regions_are_the_connected_parts_of_the_marked_pixels(scores: np.ndarray, threshold: float) -> None:
     """Against scipy's labelling: number, size, box and mean score of every region, largest first."""
-    found, count = find_regions(scores, threshold, max_regions=10_000, min_area=0.0)
+    found, count, share = find_regions(scores, threshold, max_regions=10_000, min_area=0.0)
+    assert share == pytest.approx(float((scores >= threshold).mean()))
     marked = scores >= threshold
     labels, expected = ndimage.label(marked, structure=np.ones((3, 3)))
     assert count == len(found) == expected
@@ -75,7 +80,7 @@ def test_the_words_hold_what_was_measured(scores: np.ndarray, threshold: float, 
             assert PLACES[region.place][language == "en"] in text
         if not found.regions:
             assert f"heatmap_threshold={threshold:g}" in text
-            assert f"{found.peak:.3f}" in text
+            assert score_text(found.peak, threshold, 3) in text
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_places_are_thirds_of_the_image(box: tuple[int, int, int, int], place: s
     scores = np.zeros((90, 120), np.float32)
     x0, y0, x1, y1 = box
     scores[y0:y1, x0:x1] = 0.8
-    ((region,), count) = find_regions(scores, 0.5)
+    ((region,), count, _) = find_regions(scores, 0.5)
     assert (region.box_xyxy, region.place, count) == (box, place, 1)
     assert region.area == pytest.approx((x1 - x0) * (y1 - y0) / 90 / 120)
     assert region.score == pytest.approx(0.8)
@@ -107,10 +112,41 @@ def test_specks_are_left_out_but_never_the_largest() -> None:
     scores = np.zeros((100, 100), np.float32)
     scores[5, 5] = scores[50, 50] = 0.9
     scores[80:82, 10:13] = 0.7
-    regions, count = find_regions(scores, 0.5, min_area=0.01)
+    regions, count, _ = find_regions(scores, 0.5, min_area=0.01)
     assert count == 1
     assert regions[0].box_xyxy == (10, 80, 13, 82)
     assert find_regions(scores, 0.5, min_area=0.0)[1] == 3
+
+
+def test_the_total_is_that_of_the_regions_counted() -> None:
+    """Specks are left out of the count, so they do not stand in its total; they are said apart."""
+    scores = np.zeros((400, 400), np.float32)
+    scores[:20, :20] = 0.9
+    scores[100::10, ::10] = 0.9  # 1200 single pixels
+    found = evidence(scores, min_area=0.0005)
+    assert (found.num_regions, found.area, found.regions_area) == (1, 1600 / 160000, 400 / 160000)
+    en, zh = evidence_text(found, "en"), evidence_text(found, "zh")
+    assert (
+        "1 suspicious region with scores of at least 0.5, 0.2% of the image together, and specks of 0.8% (boxes" in en
+    )
+    assert "共1处，合计占图像0.2%，此外零星小块占0.8%（边界框" in zh
+    assert "specks" not in evidence_text(evidence(scores, min_area=0.0), "en")
+
+
+@given(score=st.floats(0, 1), threshold=st.floats(0, 1), digits=st.integers(0, 4))
+def test_a_printed_score_stands_on_its_own_side_of_the_threshold(score: float, threshold: float, digits: int) -> None:
+    text = score_text(score, threshold, digits)
+    assert (float(text) >= threshold) == (score >= threshold)
+    assert float(text) == pytest.approx(score, abs=0.5 * 10**-digits)
+
+
+def test_scores_get_more_digits_only_where_they_need_them() -> None:
+    assert [score_text(value, 0.5) for value in (0.93, 0.5, 0.499069, 0.49999)] == ["0.93", "0.50", "0.499", "0.49999"]
+    close = replace(evidence(None, label=0), score=0.499069)
+    assert "篡改得分0.499，判定阈值0.5" in evidence_text(close, "zh")
+    assert fill_prompt("{score} {percent}", close, "en").endswith("0.499 49.9%")
+    almost = evidence(np.full((60, 90), 0.49999, np.float32))
+    assert "the highest score is 0.49999" in regions_text(almost, "en")
 
 
 def test_the_sentences() -> None:

@@ -357,6 +357,17 @@ def test_ids_are_the_paths_below_the_folder_and_differ(tmp_path: Path) -> None:
     assert list(found.values()) == [str(tmp_path / name) for name in ("x/a.png", "x/y/a.png", "z/a.png")]
 
 
+def test_no_image_is_lost_where_ids_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the first folder lies what is called as the second one's file is by its whole path."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/x.png", "a/b/x.png", "b/x.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(name)
+    found = named_images(["a", "b", "./a", str(tmp_path / "b" / "x.png")])
+    assert sorted(map(str, found.values())) == ["a/b/x.png", "a/x.png", "b/x.png"]
+    assert list(found) == ["b/x.png", "x.png", (tmp_path / "b" / "x.png").as_posix()]
+
+
 def test_the_general_verbs_take_vision_heads_too(
     vision_parts: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
