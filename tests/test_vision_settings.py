@@ -123,6 +123,8 @@ def test_the_ready_files_load_and_name_only_existing_keys(repo_root: Path, name:
         ({"ann_eval": ""}, ["ann_eval", "missing"]),
         ({"visual_lora": {"path": "other"}}, ["visual_lora", "given twice", "keep one"]),
         ({"batch_size.x": 1}, ["batch_size", "no section"]),
+        ({"max_pixels": -5}, ["max_pixels", "-5", "from 1 on"]),
+        ({"max_pixels": 0}, ["max_pixels", "from 1 on"]),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:
@@ -141,6 +143,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, change: dict[str, Any], 
         ({"generation": {"max_new_tokens": 0}}, ["generation.max_new_tokens"]),
         ({"min_region_area": 1.0}, ["min_region_area"]),
         ({"language": "fr"}, ["language", "zh, en"]),
+        ({"explanation_batch_size": 0}, ["explanation_batch_size", "from 1 on"]),
     ],
 )
 def test_a_mistake_of_inference_is_named(tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:
@@ -154,6 +157,44 @@ def test_an_output_that_is_not_named(tmp_path: Path) -> None:
     config = load_vision_config(write(tmp_path, INFERENCE_KEYS | {"output.csv": ""}), [], VisionInferenceConfig)
     with pytest.raises(ConfigError, match=r"'output\.csv' is missing"):
         check_output(config)
+
+
+@pytest.mark.parametrize("csv", ["out/results.jsonl", "out/run.json", "out/./overlays"])
+def test_a_table_in_the_place_of_what_the_folder_holds(tmp_path: Path, csv: str) -> None:
+    change = {"output.csv": csv, "output.evidence_dir": "out"}
+    config = load_vision_config(write(tmp_path, INFERENCE_KEYS | change), [], VisionInferenceConfig)
+    with pytest.raises(ConfigError, match=r"in the evidence folder, which has files of its own"):
+        check_output(config)
+    config.output.csv = "out/results.csv"
+    check_output(config)
+
+
+HEADS, LORA = "runs/c/best", "runs/c/best/vision_lora"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "heads", "lora"),
+    [
+        ([], HEADS, LORA),
+        (["head_checkpoint=runs/b/best"], "runs/b/best", None),
+        (["head_checkpoint=runs/b/best", "visual_lora.path=x"], "runs/b/best", "x"),
+        (["head_checkpoint=runs/b/best", f"visual_lora={{path: {LORA}}}"], "runs/b/best", LORA),
+        (["visual_lora=null"], HEADS, None),
+    ],
+)
+def test_the_lora_goes_with_the_heads_it_lies_beside(
+    tmp_path: Path, overrides: list[str], heads: str, lora: str | None
+) -> None:
+    """So the scripts' --head_checkpoint evaluates stage B with the file that names stage C."""
+    for named in (HEADS, f"{HEADS}/heads.safetensors"):
+        tree = {**EVAL_KEYS, "head_checkpoint": named, "visual_lora.path": LORA, "visual_lora.layers": [15]}
+        config = load_vision_config(write(tmp_path, tree), overrides, VisionEvalConfig)
+        assert config.head_checkpoint == (named if heads == HEADS else heads)
+        assert config.visual_lora.path == lora
+        assert lora or config.visual_lora.layers is None
+    apart = {**EVAL_KEYS, "head_checkpoint": HEADS, "visual_lora.path": "runs/other/vision_lora"}
+    config = load_vision_config(write(tmp_path, apart), ["head_checkpoint=runs/b/best"], VisionEvalConfig)
+    assert config.visual_lora.path == "runs/other/vision_lora"  # asked for whatever the heads
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,6 @@ def write_files(
 ) -> None:
     """Everything but the maps and lines, which were written on the way; last metrics.json, by which it is finished."""
     folder, heads = outputs.folder, heads_folder(config.head_checkpoint)
-    write_metrics(outputs.metrics_csv, metrics)
     write_predictions((folder / outputs.predictions).with_suffix(".csv"), judged, config.heatmap_threshold)
     labels, scores = results.score_set()
     write_curves(folder / "curves", labels, scores, metrics["thresholds"])
@@ -237,6 +236,7 @@ def write_files(
         more=[("thresholds", ("阈值", "Thresholds"), shown)],
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
+    write_metrics(outputs.metrics_csv, metrics)
     write_json(folder / "metrics.json", metrics)
 
 

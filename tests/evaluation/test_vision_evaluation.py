@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
@@ -14,7 +15,10 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from finetune.cli import main
-from finetune.evaluation.vision_files import Judged, empty_maps, empty_maps_text, worst_cases
+from finetune.config.vision_runs import VisionEvalConfig
+from finetune.errors import ConfigError
+from finetune.evaluation.vision import output_files
+from finetune.evaluation.vision_files import Judged, empty_maps, empty_maps_text, worst_cases, write_predictions
 from finetune.metrics.calibration import Calibration
 from finetune.metrics.localization import pixel_metrics
 from finetune.schema import ImageInput, ImageTarget, Prediction, Record
@@ -207,6 +211,7 @@ def test_a_named_file_of_predictions_and_an_output_that_exists(
         ("head_checkpoint=nowhere", ["nowhere"]),
         ("heatmap_treshold=0.5", ["did you mean 'heatmap_threshold'"]),
         ("device=cuda:77", ["cuda:77"]),
+        ("metrics_csv=/proc/nowhere/m.csv", ["/proc/nowhere/m.csv", "give another file"]),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(
@@ -218,6 +223,65 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     for word in words:
         assert word in errors[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "metrics_csv", "message"),
+    [
+        ("out/metrics.csv", None, "where the table of metrics goes"),
+        ("out/res.csv", "out/res.csv", "metrics_csv is out/res.csv, which the evaluation writes itself"),
+        ("out", "out/predictions.csv", "which the evaluation writes itself"),
+        ("out", "out/report.html", "which the evaluation writes itself"),
+        ("out.json", None, "give a folder, or a file ending in .csv or .jsonl"),
+    ],
+)
+def test_two_files_in_one_place_are_refused(output: str, metrics_csv: str | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        output_files(VisionEvalConfig(inference_output=output, metrics_csv=metrics_csv))
+
+
+@pytest.mark.parametrize(
+    ("output", "folder", "predictions"),
+    [
+        ("runs/eval_0.4", "runs/eval_0.4", "predictions.jsonl"),
+        ("runs/v1.2.3", "runs/v1.2.3", "predictions.jsonl"),
+        ("runs/e/p.CSV", "runs/e", "p.jsonl"),
+    ],
+)
+def test_a_folder_may_have_a_dot_in_its_name(output: str, folder: str, predictions: str) -> None:
+    found = output_files(VisionEvalConfig(inference_output=output))
+    assert found == (Path(folder), Path(folder) / "metrics.csv", predictions)
+
+
+def test_what_was_stopped_while_it_drew_is_begun_anew(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("max_samples=3", "report_samples=1", "worst_cases=1")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.evaluation.vision.draw_worst", stop)
+        with contextlib.suppress(KeyboardInterrupt):
+            evaluate(settings, tmp_path / "out", *few)
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    assert evaluate(settings, tmp_path / "out", *few) == 0
+    assert {"metrics.json", "metrics.csv", "report.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_the_note_says_which_threshold_emptied_the_map_of_a_missed_image_too(tmp_path: Path) -> None:
+    cases = [
+        case("missed", 1, 0.1, 0.0, 0.49999, 0.0),
+        case("called", 0, 0.9, peak=0.3, area=0.0),
+        case("unknown", 1, 0.9, 0.0, 0.3, 0.0),
+        case("right", 0, 0.1, peak=0.3, area=0.0),
+        case("marked", 1, 0.1, 0.1),
+    ]
+    write_predictions(tmp_path / "p.csv", cases, 0.5)
+    notes = {row["id"]: row["note"] for row in table(tmp_path / "p.csv")}
+    assert notes["missed"] == "empty heat map: its peak 0.49999 is below heatmap_threshold=0.5"
+    assert [name for name, note in notes.items() if not note] == ["right", "marked"]
 
 
 def case(name: str, label: int, score: float, f1: float | None = None, peak: float = 0.9, area: float = 0.1) -> Judged:

@@ -57,3 +57,13 @@ def test_one_image_is_talked_about(arguments: list[str], tmp_path: Path, capsys:
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
     assert main([*arguments, str(tmp_path / "b.png")]) == 2
     assert "--chat talks about one image, found 2" in capsys.readouterr().err
+
+
+def test_the_image_of_the_file_is_talked_about(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = json.loads((tmp_path / "c.json").read_text("utf-8"))
+    (tmp_path / "c.json").write_text(json.dumps(tree | {"images": str(tmp_path / "a.png")}), encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda _: "/quit")
+    assert main([argument for argument in arguments if not argument.endswith("a.png")]) == 0
+    assert "a.png: 检测模型判定" in capsys.readouterr().out

@@ -233,6 +233,11 @@ def test_a_calibration_beside_the_heads_is_used(
     ("change", "words"),
     [
         ({"user_prompt": "{scores}"}, ["unknown placeholder {scores}", "did you mean {score}"]),
+        ({"system_prompt": "看图<image>"}, ["system_prompt holds <image>"]),
+        ({"system_prompt": "依据{evidnce}作答"}, ["system_prompt: {evidnce} is not filled in", "user_prompt"]),
+        ({"chat_system_prompt": "{score}"}, ["chat_system_prompt: {score} is not filled in"]),
+        ({"chat_system_prompt": "<cls>"}, ["chat_system_prompt holds <cls>"]),
+        ({"system_prompt": "a<|im_end|>"}, ["system_prompt holds <|im_end|>"]),
         ({"visual_lora": {"layers": [1, 2]}}, ["visual_lora.layers is [1, 2]", "blocks [0, 2]"]),
         ({"visual_lora": {"path": "nowhere"}}, ["nowhere", "adapter_config.json"]),
         ({"head_checkpoint": "best.pt"}, ["best.pt", "pickle"]),
