@@ -117,10 +117,8 @@ def check_system(text: str | None, where: str) -> None:
                 f"{where}: {match.group(0)} is not filled in there; the evidence goes into user_prompt or "
                 "prompt_templates"
             )
-    found = IMAGE_PLACEHOLDER if IMAGE_PLACEHOLDER in text else ""
-    if not found and (match := _MARKUP.search(text) or next(iter(SpecialTokens.find(text)), None)):
-        found = match.group(0)
-    if found:
+    token = _MARKUP.search(text) or next(iter(SpecialTokens.find(text)), None)
+    if found := IMAGE_PLACEHOLDER if IMAGE_PLACEHOLDER in text else token.group(0) if token else "":
         raise ConfigError(f"{where} holds {found}, which only the program may write")
 
 
