@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from finetune.config import HeadsConfig, LoraConfig, ModelConfig
+from finetune.config import HeadsConfig, LoraConfig, ModelConfig, NoiseResidualConfig
 from finetune.errors import ConfigError, ModelLoadError
 from finetune.models.adapters import set_trainable
 from finetune.models.configuration import HEAD_MODULES, REGION_MODULE, TOWER_HEADS
@@ -300,7 +300,7 @@ def test_other_weights_missing(full_dir: Path, copy_of: Any) -> None:
 def test_heads_that_do_not_fit_the_folder(full_dir: Path) -> None:
     config = ModelConfig(path=str(full_dir))
     with pytest.raises(ModelLoadError, match=r"no place for|cannot be loaded"):
-        load_bundle(config, heads=HeadsConfig(**SMALL, operations=RICH["operations"]))  # no residual stream
+        load_bundle(config, heads=HeadsConfig(**{**SMALL, **RICH, "noise_residual": NoiseResidualConfig()}))
     with pytest.raises(ModelLoadError, match=r"cannot be loaded"):
         load_bundle(config, heads=HeadsConfig(**{**SMALL, **RICH, "hidden_size": 64}))
 
