@@ -345,6 +345,7 @@ def test_every_ready_configuration_takes_two_steps(
         "model.adapter=null",
         f"data.train=[{synth_dir / 'train.jsonl'}]",
         f"data.eval=[{synth_dir / 'eval.jsonl'}]",
+        "data.min_pixels=3136",
         "data.max_pixels=12544",
         "data.num_workers=0",
         "heads.hidden_size=16",
