@@ -179,7 +179,7 @@ def photo_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def saved_model(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder saved by this project: tiny base, seeded heads, settings as training writes them; read only."""
     from finetune.config import HeadsConfig, ModelConfig, NoiseResidualConfig
-    from finetune.data.chat import load_template
+    from finetune.data.template import load_template
     from finetune.models.loading import load_bundle, save_bundle
     from finetune.special_tokens import SpecialTokens
 

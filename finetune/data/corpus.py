@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from finetune.data.chat import load_template, polygon_text, segments
+from finetune.data.chat import polygon_text, segments
 from finetune.data.readers import read_records
 from finetune.data.synthesis.answers import LANGUAGES, phrases
+from finetune.data.template import load_template
 from finetune.schema import Turn
 
 

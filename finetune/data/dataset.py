@@ -18,17 +18,7 @@ from torch.utils.data import Dataset
 
 from finetune.config import DataConfig, SourceConfig
 from finetune.data.answer_polygons import MIN_POINTS, MIN_TOKENS, PolygonBudget, PolygonFrame
-from finetune.data.chat import (
-    Layout,
-    Segment,
-    Template,
-    conversation,
-    encode,
-    load_template,
-    polygon_text,
-    question_turns,
-    segments,
-)
+from finetune.data.chat import Segment, conversation, encode, polygon_text, question_turns, segments
 from finetune.data.edit_operations import operation_map
 from finetune.data.image_cache import ImageCache
 from finetune.data.image_size import short_side_size, too_narrow
@@ -41,6 +31,7 @@ from finetune.data.regions.shuffling import shuffled
 from finetune.data.regions.text import expand_regions
 from finetune.data.sources import read_sources, spread
 from finetune.data.splits import GroupBy
+from finetune.data.template import Layout, Template, load_template
 from finetune.data.token_checks import leaking_tokens
 from finetune.data.validation import InvalidDataError, Problem, validate_for_training
 from finetune.errors import ConfigError, DataFormatError

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from finetune.data.answer_polygons import PolygonFrame
-from finetune.data.chat import Template
+from finetune.data.template import Template
 from finetune.metrics.text import ParsedAnswer, parse_answer
 from finetune.schema import RESULT_WORDS
 

@@ -14,9 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from finetune.config import GenerationConfig, ModelConfig
-from finetune.data.chat import load_template
 from finetune.data.images import load_image
 from finetune.data.readers.file_tree import IMAGE_SUFFIXES, iter_files
+from finetune.data.template import load_template
 from finetune.data.validation import InvalidDataError, Problem, file_errors
 from finetune.errors import ConfigError, DataFormatError, ModelLoadError
 from finetune.inference.calibrating import calibration_of

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from finetune.config import GenerationConfig
 from finetune.data.answer_polygons import Coordinates, PolygonFrame
-from finetune.data.chat import Segment, Template, encode, load_template, segments
+from finetune.data.chat import Segment, encode, segments
 from finetune.data.collator import MODEL_KEYS, ForensicCollator
 from finetune.data.dataset import Sample, num_image_tokens, processed_size, processed_sizes
 from finetune.data.images import load_image
 from finetune.data.masks import polygons_from_mask
+from finetune.data.template import Template, load_template
 from finetune.errors import ConfigError
 from finetune.inference.answers import read_answers
 from finetune.inference.queries import Query, batched

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import DataConfig, RunConfig, load_config
-from finetune.data.chat import Template, template_problem
 from finetune.data.dataset import ForensicDataset
 from finetune.data.image_size import set_short_side
 from finetune.data.preview import RecordView, choose, view_record, without_tokenizer
@@ -23,6 +22,7 @@ from finetune.data.preview_text import Depth, Style, legend, record_text
 from finetune.data.readers import iter_records
 from finetune.data.readers.options import options_from
 from finetune.data.regions.limit import limit_regions
+from finetune.data.template import Template, template_problem
 from finetune.errors import ConfigError
 from finetune.inference.answers import read_answers
 from finetune.inference.preview_page import PreviewCard, card_html, preview_page

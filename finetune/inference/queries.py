@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.data.chat import Template, prompt
+from finetune.data.chat import prompt
+from finetune.data.template import Template
 from finetune.schema import ImageInput, Record, Turn
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from finetune.config import RunConfig, stage_runs
-from finetune.data.chat import load_template, template_problem
+from finetune.data.template import load_template, template_problem
 from finetune.errors import ConfigError
 from finetune.losses.criterion import TERMS
 from finetune.models.groups import EXCLUSIVE, GROUPS

@@ -13,13 +13,13 @@ from functools import cache
 from typing import Any
 
 from finetune.config import RunConfig, SourceConfig, load_config, stage_runs
-from finetune.data.chat import Layout, Template, load_template
 from finetune.data.dataset import ForensicDataset, leaks
 from finetune.data.image_size import set_short_side
 from finetune.data.pictures import PictureDataset
 from finetune.data.readers.options import options_from
 from finetune.data.regions.limit import fitted_records
 from finetune.data.sources import shared_warning
+from finetune.data.template import Layout, Template, load_template
 from finetune.data.validation import Problem, check_file
 from finetune.errors import ConfigError, ForensicsError, ModelLoadError
 from finetune.models.configuration import check_heads

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from finetune.config import RunConfig, SourceConfig, StageRun, stage_runs, to_dict
-from finetune.data.chat import load_template
 from finetune.data.sources import read_sources
+from finetune.data.template import load_template
 from finetune.data.validation import validate_for_training
 from finetune.special_tokens import SpecialTokens
 

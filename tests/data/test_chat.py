@@ -12,19 +12,16 @@ import pytest
 import yaml
 
 from finetune.data.chat import (
-    LAYOUTS,
     Segment,
-    Template,
     conversation,
     encode,
-    load_template,
     polygon_text,
     prompt,
     question_turns,
     render_answer,
     segments,
-    template_problem,
 )
+from finetune.data.template import LAYOUTS, Template, load_template, template_problem
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import ImageInput, ImageTarget, Record, Turn
 from finetune.special_tokens import SpecialTokens

@@ -13,9 +13,9 @@ from PIL import Image
 
 from finetune.config import DataConfig, GenerationConfig
 from finetune.data.answer_polygons import PolygonFrame
-from finetune.data.chat import load_template
 from finetune.data.dataset import ForensicDataset, processed_size
 from finetune.data.masks import rasterize_polygons
+from finetune.data.template import load_template
 from finetune.inference.answers import read_answers
 from finetune.inference.output import as_line
 from finetune.inference.predictor import Predictor

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from finetune.config import GenerationConfig, HeadsConfig, ModelConfig
-from finetune.data.chat import load_template, question_turns
+from finetune.data.chat import question_turns
 from finetune.data.readers import read_records
+from finetune.data.template import load_template
 from finetune.errors import DataFormatError
 from finetune.inference.answers import canonical, read_answers
 from finetune.inference.commands import describe

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from finetune.data.chat import encode, load_template, segments
+from finetune.data.chat import encode, segments
+from finetune.data.template import load_template
 from finetune.errors import ModelLoadError
 from finetune.models.loading import add_forensic_tokens, grow_embeddings, load_processor
 from finetune.models.tiny import TinyShape, tiny_config

@@ -15,7 +15,7 @@ import yaml
 
 from finetune.cli import train_main
 from finetune.config import RunConfig, SourceConfig
-from finetune.data.chat import load_template
+from finetune.data.template import load_template
 from finetune.errors import ConfigError, ModelLoadError
 from finetune.training.checks import check_run, run_problems
 from finetune.training.doctor import check_config

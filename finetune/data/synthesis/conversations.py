@@ -13,10 +13,11 @@ import numpy as np
 
 from finetune.config import DataConfig
 from finetune.data.answer_polygons import Coordinates, PolygonFrame
-from finetune.data.chat import load_template, polygon_text, render_answer
+from finetune.data.chat import polygon_text, render_answer
 from finetune.data.synthesis.answers import LANGUAGES, evidence_text, finding_text, origin_text, place_words, size_words
 from finetune.data.synthesis.conversation_phrases import PHRASES, STEPS, TYPES
 from finetune.data.synthesis.photos import SPLITS
+from finetune.data.template import load_template
 from finetune.schema import ImageInput, ImageTarget, Polygon, Record
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from finetune.config import GenerationConfig, ModelConfig
 from finetune.config.model_folder import ADAPTER_CONFIG
-from finetune.data.chat import Template, load_template
+from finetune.data.template import Template, load_template
 from finetune.errors import ConfigError
 from finetune.inference.calibrating import calibration_of
 from finetune.inference.chat.dialogue import Speaker

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.data.chat import Template, load_template, prompt, template_of
+from finetune.data.chat import prompt
 from finetune.data.images import image_size_hw
 from finetune.data.readers import read_records
 from finetune.data.readers.options import options_from
+from finetune.data.template import Template, load_template, template_of
 from finetune.errors import ConfigError, DataFormatError
 from finetune.inference.chat.contestants import Contestants, contestants
 from finetune.inference.chat.dialogue import ImageVerdict, Reply, Speaker

@@ -17,13 +17,13 @@ from PIL import Image
 
 from finetune.config import SourceConfig
 from finetune.config.vision_runs import VisionInferenceConfig, load_vision_config
-from finetune.data.chat import load_template
 from finetune.data.images import image_size_hw
 from finetune.data.masks import load_mask
 from finetune.data.readers.options import options_from
 from finetune.data.sources import read_sources, spread
 from finetune.data.storage.atomic import write_atomically
 from finetune.data.storage.serialization import json_text, record_to_json
+from finetune.data.template import load_template
 from finetune.data.validation import validate_for_training
 from finetune.errors import ConfigError, DataFormatError
 from finetune.inference.evidence.explaining import Finding, prompts_of

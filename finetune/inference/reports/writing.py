@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from finetune.data.chat import Template, question_turns
+from finetune.data.chat import question_turns
 from finetune.data.dataset import processed_sizes
 from finetune.data.images import load_image
 from finetune.data.readers import iter_records
@@ -21,6 +21,7 @@ from finetune.data.reports.settings import ReportSettings
 from finetune.data.reports.table import canonical_level, report_values
 from finetune.data.reports.template import ParsedReport, ReportTemplate
 from finetune.data.storage import is_stored
+from finetune.data.template import Template
 from finetune.errors import DataFormatError
 from finetune.inference.commands import find_images
 from finetune.inference.evidence.prefetch import prefetch

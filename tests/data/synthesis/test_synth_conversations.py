@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.data.chat import conversation, load_template
+from finetune.data.chat import conversation
 from finetune.data.masks import rasterize_polygons
 from finetune.data.readers import read_records
 from finetune.data.synthesis import SynthConfig, synthesize
@@ -23,6 +23,7 @@ from finetune.data.synthesis.conversation_phrases import PHRASES, STEPS, TYPES
 from finetune.data.synthesis.conversations import RECORD_KINDS, is_kept_by_resizing
 from finetune.data.synthesis.degradations import DEGRADATIONS
 from finetune.data.synthesis.operations import OPERATIONS
+from finetune.data.template import load_template
 from finetune.data.token_checks import leaking_tokens
 from finetune.data.validation import check_records
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens

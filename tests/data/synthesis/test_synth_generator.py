@@ -15,12 +15,13 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from finetune.cli import main
-from finetune.data.chat import conversation, load_template
+from finetune.data.chat import conversation
 from finetune.data.masks import rasterize_polygons
 from finetune.data.readers import read_records
 from finetune.data.synthesis import SynthConfig, generator, synthesize
 from finetune.data.synthesis.photos import find_photos
 from finetune.data.synthesis.samples import SampleTask, make_sample, plan_tasks
+from finetune.data.template import load_template
 from finetune.errors import ConfigError, DataFormatError, ForensicsError
 from finetune.special_tokens import SpecialTokens
 

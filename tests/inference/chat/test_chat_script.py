@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from finetune.cli import build_parser, main
-from finetune.data.chat import load_template
 from finetune.data.readers import read_records
+from finetune.data.template import load_template
 from finetune.errors import DataFormatError
 from finetune.inference.chat.contestants import contestants
 from finetune.inference.chat.dialogue import Speaker

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from finetune.cli import build_parser, main
 from finetune.config import GenerationConfig, ModelConfig
-from finetune.data.chat import load_template
 from finetune.data.readers import read_records
+from finetune.data.template import load_template
 from finetune.data.validation import check_records
 from finetune.errors import ConfigError, DataFormatError, ModelLoadError
 from finetune.inference.chat.command import ChatLoop
