@@ -126,29 +126,22 @@ def load_vision_config(path: str | Path, overrides: Sequence[str], schema: type[
             del tree["visual_lora"]
     given = {override.partition("=")[0].strip() for override in overrides}
     is_moved = "inference_output" in given and "metrics_csv" not in given
-    if is_moved and _lies_in(written["metrics_csv"], written["inference_output"]):
+    if is_moved and _lies_in(written["metrics_csv"], written["inference_output"], (".csv", ".jsonl")):
         del tree["metrics_csv"]  # it goes with the folder it lay in, instead of over the other run's
     is_other = "head_checkpoint" in given and not any(key.split(".")[0] == "visual_lora" for key in given)
-    if is_other and isinstance(own_lora, str) and _in_checkpoint(own_lora, written["head_checkpoint"]):
+    if is_other and _lies_in(own_lora, written["head_checkpoint"], (".safetensors",)):
         del tree["visual_lora"]  # other heads have their own LoRA beside them, or none
     config = build(schema, tree, where=str(path))
     _check(config, str(path))
     return config
 
 
-def _lies_in(file: Any, output: Any) -> bool:
-    """Whether a configured file lies in a configured folder, which may be named by its file of predictions."""
-    if not isinstance(file, str) or not isinstance(output, str):
+def _lies_in(path: Any, place: Any, suffixes: Sequence[str]) -> bool:
+    """Whether a configured path lies in a configured folder, which may be named by a file in it with such a suffix."""
+    if not isinstance(path, str) or not isinstance(place, str):
         return False
-    folder = Path(output)
-    return Path(file).parent == (folder.parent if folder.suffix.lower() in (".csv", ".jsonl") else folder)
-
-
-def _in_checkpoint(path: str, heads: Any) -> bool:
-    """Whether a configured LoRA lies in the configured folder of heads, which may be named by a file in it."""
-    if not isinstance(heads, str):
-        return False
-    return Path(path).is_relative_to(Path(heads).parent if Path(heads).suffix == ".safetensors" else heads)
+    folder = Path(place)
+    return Path(path).is_relative_to(folder.parent if folder.suffix.lower() in suffixes else folder)
 
 
 def identifying_settings(config: VisionModelSettings) -> dict[str, Any]:
@@ -237,24 +230,27 @@ def _check(config: VisionModelSettings, where: str) -> None:
         value = getattr(config, name)
         if not 0 <= value <= 1:
             raise ConfigError(f"{where}: '{name}' is {value}; expected a number from 0 to 1")
-    counts = {"batch_size": (config.batch_size, 1), "num_workers": (config.num_workers, 0)}
-    counts |= {"max_pixels": (1 if config.max_pixels is None else config.max_pixels, 1)}
+    counts: dict[str, tuple[int | None, int]] = {
+        "batch_size": (config.batch_size, 1),
+        "num_workers": (config.num_workers, 0),
+        "max_pixels": (config.max_pixels, 1),
+    }
     if isinstance(config, VisionEvalConfig):
-        counts |= {"worst_cases": (config.worst_cases, 0), "report_samples": (config.report_samples, 1)}
-        counts |= {"max_samples": (1 if config.max_samples is None else config.max_samples, 1)}
+        counts |= {
+            "worst_cases": (config.worst_cases, 0),
+            "report_samples": (config.report_samples, 1),
+            "max_samples": (config.max_samples, 1),
+        }
     if isinstance(config, VisionInferenceConfig):
         counts |= {
             "generation.max_new_tokens": (config.generation.max_new_tokens, 1),
             "max_regions": (config.max_regions, 1),
             "overlay_side": (config.overlay_side, 64),
-            "explanation_batch_size": (
-                1 if config.explanation_batch_size is None else config.explanation_batch_size,
-                1,
-            ),
+            "explanation_batch_size": (config.explanation_batch_size, 1),
         }
         _check_text(config, where)
     for name, (count, least) in counts.items():
-        if count < least:
+        if count is not None and count < least:
             raise ConfigError(f"{where}: '{name}' is {count}; expected a whole number from {least} on")
 
 

@@ -13,6 +13,7 @@ from finetune.schema import Record
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
 
 _CHAT_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
+_MARKUP = re.compile(r"<\|[a-z_]+\|>")
 _ABSURD_TOKEN = re.compile(r"<(?:cls|mask)_\d{5,}>")
 
 
@@ -35,6 +36,13 @@ def reserved(text: str) -> str:
     """
     token = SpecialTokens.find(text)
     return IMAGE_PLACEHOLDER if IMAGE_PLACEHOLDER in text else token[0].group() if token else control_token(text)
+
+
+def program_token(text: str) -> str:
+    """The first token in what somebody types that only the program may write: anything spelled like one of the chat
+    format's, or a forensic token; "" without one."""
+    match = _MARKUP.search(text) or next(iter(SpecialTokens.find(text)), None)
+    return match.group() if match else ""
 
 
 def expanded(text: str, tokens: SpecialTokens) -> str:

@@ -20,6 +20,7 @@ from finetune.data.images import image_size_hw
 from finetune.data.readers import read_records
 from finetune.data.readers.options import options_from
 from finetune.data.template import Template, load_template, template_of
+from finetune.data.token_checks import program_token
 from finetune.errors import ConfigError, DataFormatError
 from finetune.inference.chat.contestants import Contestants, contestants
 from finetune.inference.chat.dialogue import ImageVerdict, Reply, Speaker
@@ -30,9 +31,7 @@ from finetune.inference.queries import Query
 from finetune.inference.visualization import save_mask_png
 from finetune.progress import progress_bar
 from finetune.schema import Record, Turn
-from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
-
-_MARKUP = re.compile(r"<\|[a-z_]+\|>")
+from finetune.special_tokens import IMAGE_PLACEHOLDER
 
 
 @dataclass(frozen=True)
@@ -248,8 +247,8 @@ def _new(record: Record, system: str | None, questions: list[Question]) -> Dialo
 
 
 def _check_text(record: Record, text: str) -> None:
-    if found := _MARKUP.search(text) or next(iter(SpecialTokens.find(text)), None):
-        raise _error(record, f"a user turn holds {found.group(0)}, which only the program may write", "leave it out")
+    if found := program_token(text):
+        raise _error(record, f"a user turn holds {found}, which only the program may write", "leave it out")
 
 
 def _error(record: Record, problem: str, fix: str) -> DataFormatError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 
 from finetune.data.images import load_image
+from finetune.data.token_checks import program_token
 from finetune.errors import ConfigError, DataFormatError
 from finetune.inference.chat.contestants import Contestants
 from finetune.inference.chat.dialogue import ImageVerdict, Reply, Speaker
@@ -26,8 +26,6 @@ from finetune.inference.queries import Query
 from finetune.inference.visualization import overlay_mask
 from finetune.schema import ImageInput, Turn
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
-
-_MARKUP = re.compile(r"<\|[a-z_]+\|>")
 
 
 @dataclass(frozen=True)
@@ -201,8 +199,8 @@ def place_images(text: str, count: int) -> str:
     Raises:
         ConfigError: another number of `<image>`, or control tokens, which only the program may write.
     """
-    if found := _MARKUP.search(text) or next(iter(SpecialTokens.find(text)), None):
-        raise ConfigError(f"the message holds {found.group(0)}, which only the program may write; leave it out")
+    if found := program_token(text):
+        raise ConfigError(f"the message holds {found}, which only the program may write; leave it out")
     placed = text.count(IMAGE_PLACEHOLDER)
     if placed not in (0, count):
         raise ConfigError(f"the message holds {placed} {IMAGE_PLACEHOLDER}, but {count} images are attached")

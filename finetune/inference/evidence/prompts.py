@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 
+from finetune.data.token_checks import program_token
 from finetune.errors import ConfigError
 from finetune.inference.evidence.wording import (
     Evidence,
@@ -21,7 +22,7 @@ from finetune.inference.evidence.wording import (
     score_text,
     verdict_word,
 )
-from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
+from finetune.special_tokens import IMAGE_PLACEHOLDER
 
 PLACEHOLDERS: dict[str, Callable[[Evidence, Language], str]] = {
     "evidence": evidence_text,
@@ -66,7 +67,6 @@ QUESTIONS: dict[Language, tuple[str, ...]] = {
 }
 
 _FIELD = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
-_MARKUP = re.compile(r"<\|[a-z_]+\|>")
 
 
 def check_prompts(prompts: Sequence[str], num_images: int, where: str) -> None:
@@ -91,8 +91,8 @@ def check_prompts(prompts: Sequence[str], num_images: int, where: str) -> None:
                     f"{where}: unknown placeholder {{{name}}} in {prompt[:60]!r}; {advice}known: "
                     f"{', '.join(f'{{{known}}}' for known in PLACEHOLDERS)}; a literal one is {{{{{name}}}}}"
                 )
-        if found := _MARKUP.search(prompt) or next(iter(SpecialTokens.find(prompt)), None):
-            raise ConfigError(f"{where}: the prompt holds {found.group(0)}, which only the program may write")
+        if found := program_token(prompt):
+            raise ConfigError(f"{where}: the prompt holds {found}, which only the program may write")
         placed = prompt.count(IMAGE_PLACEHOLDER)
         if placed not in (0, num_images):
             raise ConfigError(
@@ -117,8 +117,7 @@ def check_system(text: str | None, where: str) -> None:
                 f"{where}: {match.group(0)} is not filled in there; the evidence goes into user_prompt or "
                 "prompt_templates"
             )
-    token = _MARKUP.search(text) or next(iter(SpecialTokens.find(text)), None)
-    if found := IMAGE_PLACEHOLDER if IMAGE_PLACEHOLDER in text else token.group(0) if token else "":
+    if found := IMAGE_PLACEHOLDER if IMAGE_PLACEHOLDER in text else program_token(text):
         raise ConfigError(f"{where} holds {found}, which only the program may write")
 
 
