@@ -46,7 +46,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     predictor = load_predictor(arguments)
     with_text = predictor.writes_text and not arguments.no_text
     refuse_unusable(records, predictor)
-    warn_of_known_data(arguments.data, predictor)
+    data = data_facts(arguments.data, predictor)
     thresholds = None if arguments.no_baselines else fitted_thresholds(arguments.baseline_data)
     start = time.monotonic()
     results, samples = run_model(predictor, records, arguments, with_text)
@@ -57,7 +57,8 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         metrics["baselines"], baseline_scores, intervals = compare_baselines(records, thresholds)
         metrics["intervals"] |= intervals
         score_sets |= baseline_scores
-    metrics["run"] = run_facts(predictor, arguments, time.monotonic() - start)
+    used = {"image": arguments.threshold, "mask": arguments.mask_threshold}
+    metrics["run"] = run_facts(predictor, used, time.monotonic() - start) | data
     out_dir = Path(arguments.out)
     write_json(out_dir / "metrics.json", metrics)
     page = render_report(
@@ -139,19 +140,17 @@ def refuse_unusable(records: Sequence[Record], predictor: Predictor) -> None:
         )
 
 
-def warn_of_known_data(data: str, predictor: Predictor) -> None:
-    """Say so where the evaluated file is one that the model was trained or chosen on."""
-    if _is_known(data, predictor):
+def data_facts(data: str, predictor: Predictor) -> dict[str, Any]:
+    """Which file is evaluated, for metrics.json; warns where the model was trained or chosen on that very file."""
+    own = file_hash(data)
+    trained = predictor.bundle.settings.get("trained", {}).get("data_hash") or {}
+    is_known = own is not None and own in trained.values()
+    if is_known:
         print(
             f"warning: the model was trained or chosen on {data} itself, so its figures say nothing about new pictures",
             file=sys.stderr,
         )
-
-
-def _is_known(data: str, predictor: Predictor) -> bool:
-    known = predictor.bundle.settings.get("trained", {}).get("data_hash") or {}
-    own = file_hash(data)
-    return own is not None and own in known.values()
+    return {"data_hash": own, "seen_in_training": is_known}
 
 
 def _checked(records: Sequence[Record]) -> Iterable[Record]:
@@ -159,8 +158,8 @@ def _checked(records: Sequence[Record]) -> Iterable[Record]:
     return progress_bar(records, total=len(records), desc="checking", unit="record", leave=False)
 
 
-def run_facts(predictor: Predictor, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """What was evaluated on what: versions, seconds, and the training's seed, commit and configuration hash."""
+def run_facts(predictor: Predictor, thresholds: dict[str, float], seconds: float) -> dict[str, Any]:
+    """How it was evaluated: versions, seconds, and the training's seed, commit and configuration hash."""
     trained = predictor.bundle.settings.get("trained", {})
     return {
         "versions": versions(),
@@ -169,13 +168,11 @@ def run_facts(predictor: Predictor, arguments: argparse.Namespace, seconds: floa
         "commit": commit(),
         "config_hash": trained.get("config_hash"),
         "trained_commit": trained.get("commit"),
-        "data_hash": file_hash(arguments.data),
-        "seen_in_training": _is_known(arguments.data, predictor),
         "device": str(predictor.device),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "layout": predictor.layout,
         "tta": predictor.generation.tta,
-        "thresholds": {"image": arguments.threshold, "mask": arguments.mask_threshold},
+        "thresholds": thresholds,
     }
 
 

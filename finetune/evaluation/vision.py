@@ -22,11 +22,11 @@ from finetune.data.masks import load_mask
 from finetune.data.sources import read_sources, spread
 from finetune.errors import ConfigError
 from finetune.evaluation.evaluate import (
+    data_facts,
     refuse_unusable,
     report_sample,
     run_facts,
     training_history,
-    warn_of_known_data,
     write_json,
 )
 from finetune.evaluation.results import EvaluationResults, Origin
@@ -76,15 +76,13 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         records = spread(records, config.max_samples)
     predictor, models = open_vision_predictor(config)
     refuse_unusable(records, predictor)
-    warn_of_known_data(config.ann_eval, predictor)
+    data = data_facts(config.ann_eval, predictor)
     take_folder(config, outputs, models, overwrite=arguments.overwrite)
     start = time.monotonic()
     results, pixels, judged = run_model(predictor, records, config, outputs)
     metrics = gather_metrics(results, pixels, judged, config)
-    facts = argparse.Namespace(
-        data=config.ann_eval, threshold=config.classification_threshold, mask_threshold=config.heatmap_threshold
-    )
-    metrics["run"] = run_facts(predictor, facts, time.monotonic() - start)
+    thresholds = {"image": config.classification_threshold, "mask": config.heatmap_threshold}
+    metrics["run"] = run_facts(predictor, thresholds, time.monotonic() - start) | data
     del metrics["run"]["layout"]  # of text, which these heads do not read
     metrics["models"] = models
     write_files(metrics, judged, results, config, outputs)

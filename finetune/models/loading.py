@@ -231,21 +231,16 @@ def check_continuation(
     then, depth = saved.heads_config, saved.vision_config.depth
     same: dict[str, tuple[Any, Any]] = {"operations": (then.operations, heads.operations)}
     if then.source == heads.source == "tokens":
-        if tokens is not None and saved.cls_token_ids and (tokens.num_cls, tokens.num_mask) != _counts(saved):
-            found = "{{num_cls: {}, num_mask: {}}}".format(*_counts(saved))
+        if tokens is not None and saved.cls_token_ids and tokens != SpecialTokens(saved.num_cls, saved.num_mask):
             raise ModelLoadError(
-                f"{source}: its heads stand on the tokens {found}, the configuration asks for tokens: "
-                f"{{num_cls: {tokens.num_cls}, num_mask: {tokens.num_mask}}}; set them as they were, or start from "
-                "another folder"
+                f"{source}: its heads stand on the tokens {{num_cls: {saved.num_cls}, num_mask: {saved.num_mask}}}, "
+                f"the configuration asks for tokens: {{num_cls: {tokens.num_cls}, num_mask: {tokens.num_mask}}}; set "
+                "them as they were, or start from another folder"
             )
         last = saved.text_config.num_hidden_layers
         same["layer"] = (_layer_number(then.layer, last), _layer_number(heads.layer, last))
         same["vision_layers"] = ([n % depth for n in then.vision_layers], [n % depth for n in heads.vision_layers])
     check_same_heads(source, same)
-
-
-def _counts(saved: QwenForensicsConfig) -> tuple[int, int]:
-    return saved.num_cls, saved.num_mask
 
 
 def _layer_number(layer: str | int, last: int) -> str | int:
