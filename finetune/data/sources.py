@@ -58,11 +58,18 @@ def _read_each(sources: Sequence[SourceConfig], what: str) -> list[list[Record]]
     records: list[list[Record]] = []
     for source in sources:
         own = read_records(source.path, source.format, source.root, source.options)
-        if not (source.weight > 0 and math.isfinite(source.weight)):
-            raise ConfigError(f"data.{what}: weight of {source.path} is {source.weight}; expected a number above 0")
+        if problem := weight_problem(source, what):
+            raise ConfigError(problem)
         wholes, rest = divmod(max(1, round(len(own) * source.weight)), max(1, len(own)))
         records.append([*own * wholes, *spread(own, rest)])
     return records
+
+
+def weight_problem(source: SourceConfig, what: str) -> str:
+    """What is wrong with a source's weight; "" where nothing is."""
+    if source.weight > 0 and math.isfinite(source.weight):
+        return ""
+    return f"data.{what}: weight of {source.path} is {source.weight}; expected a number above 0"
 
 
 def spread(records: Sequence[T], count: int) -> list[T]:

@@ -31,7 +31,7 @@ from finetune.special_tokens import SpecialTokens
 from finetune.training.checks import run_problems
 from finetune.training.planned_model import planned_config
 from finetune.training.reproducibility import versions
-from finetune.training.stage_data import configs_of, files_read
+from finetune.training.stage_data import configs_of, files_read, unweighted
 
 
 def doctor_command(arguments: argparse.Namespace) -> int:
@@ -110,22 +110,16 @@ def check_config(config: RunConfig) -> list[Problem]:
         except ForensicsError:
             processor = None
         records, found = _check_source(what, file, own, processor)
-        records_of[_place(file)] = records
+        records_of[repr(unweighted(file))] = records
         problems += found
     for own in configs:
-        sides = ([records for source in part for records in records_of[_place(source)]] for part in _parts(own))
-        if warning := shared_warning(*sides):
+        train, held = (
+            [record for source in part for record in records_of[repr(unweighted(source))]]
+            for part in (own.data.train, own.data.eval)
+        )
+        if warning := shared_warning(train, held):
             problems.append(Problem("warning", "", warning))
     return list(dict.fromkeys(problems))
-
-
-def _parts(config: RunConfig) -> tuple[list[SourceConfig], list[SourceConfig]]:
-    return config.data.train, config.data.eval
-
-
-def _place(source: SourceConfig) -> str:
-    """Equal for sources with the same records."""
-    return repr(replace(source, weight=1.0))
 
 
 def _check_source(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 from finetune.config import RunConfig
+from finetune.data.sources import weight_problem
 
 
 @dataclass(frozen=True)
@@ -71,18 +73,15 @@ def range_problems(config: RunConfig) -> list[str]:
     """Every number outside its range, one line each; [] when there is none."""
     problems = []
     for key, allowed in _RANGES.items():
-        value = config
-        for name in key.split("."):
-            value = getattr(value, name)
-        if value is not None and not allowed.holds(value):  # type: ignore[arg-type]
+        value = attrgetter(key)(config)
+        if value is not None and not allowed.holds(value):
             problems.append(_outside(key, value, allowed))
     for group, rate in config.train.group_learning_rates.items():
         if not _FROM_0.holds(rate):
             problems.append(_outside(f"train.group_learning_rates.{group}", rate, _FROM_0))
     for what in ("train", "eval"):
         for source in getattr(config.data, what):
-            if not _ABOVE_0.holds(source.weight):
-                problems.append(_outside(f"data.{what}: weight of {source.path}", source.weight, _ABOVE_0))
+            problems += filter(None, [weight_problem(source, what)])
     return problems
 
 

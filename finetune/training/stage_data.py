@@ -36,11 +36,16 @@ def files_read(configs: Sequence[RunConfig]) -> list[Read]:
     return list(found.values())
 
 
+def unweighted(source: SourceConfig) -> SourceConfig:
+    """The same records, each once."""
+    return replace(source, weight=1.0)
+
+
 def _way(what: str, source: SourceConfig, config: RunConfig) -> str:
     """Equal where two stages would find the same wrong with a file."""
     data = replace(config.data, train=[], eval=[])
     heads = (config.reads_pictures_only, config.heads.enabled, config.heads.source)
-    return repr((what, to_dict(replace(source, weight=1.0)), to_dict(data), to_dict(config.tokens), heads))
+    return repr((what, to_dict(unweighted(source)), to_dict(data), to_dict(config.tokens), heads))
 
 
 def check_later_data(waiting: Sequence[StageRun]) -> None:
@@ -55,5 +60,5 @@ def check_later_data(waiting: Sequence[StageRun]) -> None:
             words = load_template(config.data.template).result_words
             tokens = SpecialTokens(config.tokens.num_cls, config.tokens.num_mask)
             has_text = not config.reads_pictures_only
-            records = read_sources([replace(source, weight=1.0)], what)
+            records = read_sources([unweighted(source)], what)
             validate_for_training(records, tokens, check_pixels=False, has_text=has_text, words=words)
