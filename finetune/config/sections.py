@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 TestTimeAugmentation = Literal["none", "hflip", "flips", "dihedral"]
+ImagePadding = Literal["none", "square"]
 """Copies whose logits are averaged: the picture; and left to right; and top to bottom, both; and all transposed."""
 
 
@@ -110,6 +111,8 @@ class DataConfig:
     min_pixels: int = 3136  # bounds of the processed image, Qwen2.5-VL's smart resize
     max_pixels: int = 1003520
     image_short_side: int | None = None  # images are resized to this shorter side first; the bounds hold all the same
+    # square: each image on a square as wide as its longer side, at its upper left; the bounds are then the square's.
+    image_padding: ImagePadding = "none"
     mask_resolution: Literal["processed", "original"] = "processed"  # at which size mask losses are computed
     max_polygon_points: int = 48  # budget of a record's polygons in the answer
     max_polygon_tokens: int | None = None  # their budget in tokens of the model's tokenizer, in place of points

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune.data.dataset import Sample, processed_size
-from finetune.data.image_size import SHORT_SIDE, resampled
+from finetune.data.dataset import Sample
+from finetune.data.image_size import framed, has_own_frame, is_padded, padded_size
 from finetune.special_tokens import IGNORE_INDEX, SpecialTokens
 
 MODEL_KEYS = (
@@ -24,6 +24,7 @@ MODEL_KEYS = (
     "image_grid_thw",
     "logits_to_keep",
     "mask_sizes_hw",
+    "content_sizes_hw",
     "region_boxes",
     "region_index",
 )
@@ -31,12 +32,11 @@ MODEL_KEYS = (
 
 
 def processed_images(images: Sequence[Image.Image], image_processor: Any) -> dict[str, Any]:
-    """What the processor makes of RGB images, at once at the size the model sees: pixel_values, image_grid_thw and
+    """What the processor makes of RGB images, at once in the frame the model sees: pixel_values, image_grid_thw and
     anything else it returns."""
     resizing = {}
-    if getattr(image_processor, SHORT_SIDE, None) is not None:
-        sizes = [processed_size((image.height, image.width), image_processor) for image in images]
-        images = [resampled(*pair, image_processor) for pair in zip(images, sizes, strict=True)]
+    if has_own_frame(image_processor):
+        images = [framed(image, image_processor) for image in images]
         resizing = {"do_resize": False}
     return dict(image_processor(images=list(images), return_tensors="pt", **resizing))
 
@@ -75,6 +75,8 @@ class ForensicCollator:
             cls_labels: (N,) int64 in {0, 1, -100}.
             mask_targets: N uint8 tensors (h, w) or None; operation_maps: N int16 tensors or None, see `operation_map`.
             mask_sizes_hw: N pairs, the size each mask is compared at.
+            content_sizes_hw: N pairs, the part at the upper left of each processed image that is not padding; only
+                where `data.image_padding` is on.
             cls_image_index, mask_image_index: which of the N images have tokens of each kind.
             record_ids: B names.
             region_boxes: (B, R, 4) float32 and region_index: (B, T) int64, see `_regions`; absent where no sample has
@@ -105,10 +107,14 @@ class ForensicCollator:
         if images:
             found.update(processed_images(images, self.processor.image_processor))
         features = [entry for sample in samples for entry in sample.features]
+        image_processor = self.processor.image_processor
+        sizes = [size for sample in samples for size in sample.processed_hw]
+        if sizes and is_padded(image_processor):
+            found["content_sizes_hw"] = sizes
         if features:
-            patch = self.processor.image_processor.patch_size
-            sizes = [size for sample in samples for size in sample.processed_hw]
-            found["image_grid_thw"] = torch.tensor([(1, h // patch, w // patch) for h, w in sizes], dtype=torch.long)
+            patch = image_processor.patch_size
+            given = [padded_size(size, image_processor) for size in sizes]
+            found["image_grid_thw"] = torch.tensor([(1, h // patch, w // patch) for h, w in given], dtype=torch.long)
             found["feature_keys"] = [entry.key for entry in features]
             found["cached_maps"] = [entry.maps for entry in features]
             found["feature_sizes_hw"] = [entry.size_hw for entry in features]

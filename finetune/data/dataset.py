@@ -6,6 +6,7 @@ Nothing is truncated and nothing is skipped: a record that does not fit is an er
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +22,7 @@ from finetune.data.answer_polygons import MIN_POINTS, MIN_TOKENS, PolygonBudget,
 from finetune.data.chat import Segment, conversation, encode, polygon_text, question_turns, segments
 from finetune.data.edit_operations import operation_map
 from finetune.data.image_cache import ImageCache
-from finetune.data.image_size import short_side_size, too_narrow
+from finetune.data.image_size import padded_size, processed_size, too_narrow
 from finetune.data.images import image_size_hw
 from finetune.data.masks import load_mask, resize_mask
 from finetune.data.region_masking import Draw, RegionMasking, mask_regions
@@ -37,7 +38,6 @@ from finetune.data.validation import InvalidDataError, Problem, validate_for_tra
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Polygon, Record, Turn
 from finetune.special_tokens import IGNORE_INDEX, SpecialTokens
-from finetune.torchvision_compat import ensure_torchvision
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ class Sample:
     images: decoded RGB images, upright; where there is a feature cache, those that its `features` call decoded.
     input_ids, labels: equally long, empty in a run without text. cls_labels: one per image, 0, 1 or -100.
     masks: one per image, (h, w) uint8 0/1 at `mask_sizes_hw`, or None. operation_maps: one per image, likewise, int16,
-    see `finetune.data.edit_operations`, or None. processed_hw: sizes after the processor's resize.
+    see `finetune.data.edit_operations`, or None. processed_hw: sizes after the
+    processor's resize, padding left out.
     features: one per image, none without a feature cache.
     region_boxes: x1, y1, x2, y2 in pixels of the processed image; region_tokens: of each box the numbers of the ids
     that name it. Both empty unless the model looks at regions itself.
@@ -377,19 +378,6 @@ class ForensicDataset(Dataset):
         return input_ids, labels
 
 
-def processed_size(size_hw: tuple[int, int], image_processor: Any) -> tuple[int, int]:
-    """(H, W) at which the model sees an image, from its original size: `image_short_side`, then the smart resize."""
-    ensure_torchvision()
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-    return smart_resize(
-        *short_side_size(size_hw, image_processor),
-        factor=image_processor.patch_size * image_processor.merge_size,
-        min_pixels=image_processor.size["shortest_edge"],
-        max_pixels=image_processor.size["longest_edge"],
-    )
-
-
 def processed_sizes(
     sizes: Sequence[tuple[int, int]], image_processor: Any, record_id: str, source: str | None = None
 ) -> list[tuple[int, int]]:
@@ -405,9 +393,9 @@ def processed_sizes(
 
 
 def num_image_tokens(processed_hw: tuple[int, int], image_processor: Any) -> int:
-    """How many tokens an image of this processed size takes: one for each merge group of patches."""
+    """How many tokens an image of this processed size takes, padding included: one for each merge group of patches."""
     cell = image_processor.patch_size * image_processor.merge_size
-    return processed_hw[0] * processed_hw[1] // cell**2
+    return math.prod(padded_size(processed_hw, image_processor)) // cell**2
 
 
 def load_dataset(

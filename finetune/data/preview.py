@@ -19,7 +19,7 @@ from finetune.config import DataConfig
 from finetune.data.answer_polygons import PolygonFrame
 from finetune.data.chat import IMAGE_PAD, Segment, encode
 from finetune.data.dataset import ForensicDataset, Sample, leaks, num_image_tokens
-from finetune.data.image_size import set_short_side
+from finetune.data.image_size import padded_size, set_frame
 from finetune.data.validation import Problem, check_records
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Record
@@ -54,6 +54,7 @@ class ImageView:
     Args:
         image: decoded RGB, upright.
         frame: original and processed size, and what the answer's coordinates are counted in.
+        padded_hw: (H, W) of what the model is given, the processed size or the square around it.
         num_tokens: image tokens it takes.
         label: 0 real, 1 tampered, None unknown.
         mask: (h, w) uint8 0/1 at the size the loss sees, None where no pixel target is known.
@@ -61,9 +62,16 @@ class ImageView:
 
     image: Image.Image
     frame: PolygonFrame
+    padded_hw: tuple[int, int]
     num_tokens: int
     label: int | None
     mask: np.ndarray | None
+
+    @property
+    def seen(self) -> str:
+        """`HxW` at which the model sees it, and behind a stroke of the square where it is padded."""
+        sizes = dict.fromkeys((self.frame.processed_hw, self.padded_hw))
+        return " / ".join(f"{height}x{width}" for height, width in sizes)
 
     @property
     def tampered_share(self) -> float | None:
@@ -143,7 +151,7 @@ def without_tokenizer(config: DataConfig) -> Any:
     from transformers import Qwen2VLImageProcessorPil
 
     resizer = Qwen2VLImageProcessorPil(min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-    set_short_side(resizer, config.image_short_side)
+    set_frame(resizer, config.image_short_side, config.image_padding)
     return SimpleNamespace(tokenizer=None, image_processor=resizer)
 
 
@@ -191,8 +199,10 @@ def _image_views(dataset: ForensicDataset, sample: Sample, processed: Sequence[t
     sizes = [(image.height, image.width) for image in sample.images]
     frames = dataset.frames(sizes, processed)
     for image, frame, label, mask in zip(sample.images, frames, sample.cls_labels, sample.masks, strict=True):
-        count = num_image_tokens(frame.processed_hw, dataset.processor.image_processor)
-        yield ImageView(image, frame, count, None if label == IGNORE_INDEX else label, mask)
+        image_processor = dataset.processor.image_processor
+        padded = padded_size(frame.processed_hw, image_processor)
+        count = num_image_tokens(frame.processed_hw, image_processor)
+        yield ImageView(image, frame, padded, count, None if label == IGNORE_INDEX else label, mask)
 
 
 def _token_pieces(
@@ -266,7 +276,7 @@ def _segment_pieces(segments: Sequence[Segment], tokens: SpecialTokens, images: 
 
 
 def _image_text(image: ImageView) -> str:
-    height, width = image.frame.processed_hw
+    height, width = image.padded_hw
     cell = round((height * width / image.num_tokens) ** 0.5)
     return f"<image {height // cell}x{width // cell}={image.num_tokens} tokens>"
 

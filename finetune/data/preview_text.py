@@ -94,13 +94,13 @@ def token_line(view: RecordView) -> str:
 
 def image_line(image: ImageView, number: int) -> str:
     """Sizes (height x width), label and mask of one image."""
-    seen, own = image.frame.processed_hw, image.frame.original_hw
+    own = image.frame.original_hw
     share = image.tampered_share
     mask = "no mask" if share is None or image.mask is None else (
         f"mask {100 * share:.2f} % of {image.mask.shape[0]}x{image.mask.shape[1]}"
     )  # fmt: skip
     label = _WORDS[image.label] if image.label is None else f"{image.label} {_WORDS[image.label]}"
-    return f"image {number}: {own[0]}x{own[1]}, seen at {seen[0]}x{seen[1]}; label {label}; {mask}"
+    return f"image {number}: {own[0]}x{own[1]}, seen at {image.seen}; label {label}; {mask}"
 
 
 def wrap(runs: Iterable[tuple[str, str]], style: Style) -> list[str]:

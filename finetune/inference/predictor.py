@@ -22,7 +22,8 @@ from finetune.config import GenerationConfig
 from finetune.data.answer_polygons import Coordinates, PolygonFrame
 from finetune.data.chat import Segment, encode, segments
 from finetune.data.collator import MODEL_KEYS, ForensicCollator
-from finetune.data.dataset import Sample, num_image_tokens, processed_size, processed_sizes
+from finetune.data.dataset import Sample, num_image_tokens, processed_sizes
+from finetune.data.image_size import processed_size
 from finetune.data.images import load_image
 from finetune.data.masks import polygons_from_mask
 from finetune.data.template import Template, load_template
@@ -272,8 +273,8 @@ class Predictor:
     def _pictures(self, query: Query, images: Sequence[Image.Image]) -> Sample:
         """The images of a query alone, as the vision tower's heads read them."""
         sizes = [(image.height, image.width) for image in images]
-        processed_sizes(sizes, self.bundle.processor.image_processor, query.id)  # refuses what cannot be resized
-        return Sample(query.id, list(images), [], [], mask_sizes_hw=sizes)
+        processed = processed_sizes(sizes, self.bundle.processor.image_processor, query.id)
+        return Sample(query.id, list(images), [], [], mask_sizes_hw=sizes, processed_hw=processed)
 
     def _sample(self, query: Query, images: Sequence[Image.Image], run: str) -> Sample:
         sizes = [(image.height, image.width) for image in images]
@@ -282,7 +283,7 @@ class Predictor:
         pieces = [*segments(query.turns, self.template.system, for_generation=True), Segment(run, False)]
         counts = [num_image_tokens(size, image_processor) for size in processed]
         input_ids, labels = encode(pieces, self.bundle.tokenizer, counts)
-        return Sample(query.id, list(images), input_ids, labels, mask_sizes_hw=sizes)
+        return Sample(query.id, list(images), input_ids, labels, mask_sizes_hw=sizes, processed_hw=processed)
 
     def _inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
         batch = self.collator(samples)

@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune.config import DataConfig, RunConfig, load_config
 from finetune.data.dataset import ForensicDataset
-from finetune.data.image_size import set_short_side
+from finetune.data.image_size import set_frame
 from finetune.data.preview import RecordView, choose, view_record, without_tokenizer
 from finetune.data.preview_text import Depth, Style, legend, record_text
 from finetune.data.readers import iter_records
@@ -103,7 +103,7 @@ def rendering(
         notes = [f"as {arguments.model} was trained"]
     elif arguments.config:
         processor, tokens, _ = load_vocabulary(config.model.path, tokens, data.min_pixels, data.max_pixels)
-        set_short_side(processor.image_processor, data.image_short_side)
+        set_frame(processor.image_processor, data.image_short_side, data.image_padding)
         notes = [f"as {arguments.config} trains it"]
     else:
         processor = without_tokenizer(data)

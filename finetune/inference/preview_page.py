@@ -104,7 +104,7 @@ def _figure(image: ImageView, written: Sequence[Polygon] | None) -> str:
     pictures = [_picture(image, None)]
     if (image.mask is not None and image.mask.any()) or written:
         pictures.append(_picture(image, written or ()))
-    own, seen = image.frame.original_hw, image.frame.processed_hw
+    own = image.frame.original_hw
     zh, en = _LABELS[image.label]
     share = image.tampered_share
     mask_zh, mask_en = ("无掩膜", "no mask") if share is None or image.mask is None else (
@@ -112,8 +112,8 @@ def _figure(image: ImageView, written: Sequence[Polygon] | None) -> str:
         f"mask {100 * share:.2f} % of {image.mask.shape[0]}x{image.mask.shape[1]}",
     )  # fmt: skip
     caption = bilingual(
-        f"{own[0]}x{own[1]} → {seen[0]}x{seen[1]}（高x宽），{image.num_tokens} 个标记；标签：{zh}；{mask_zh}",
-        f"{own[0]}x{own[1]} → {seen[0]}x{seen[1]} (HxW), {image.num_tokens} tokens; label: {en}; {mask_en}",
+        f"{own[0]}x{own[1]} → {image.seen}（高x宽），{image.num_tokens} 个标记；标签：{zh}；{mask_zh}",
+        f"{own[0]}x{own[1]} → {image.seen} (HxW), {image.num_tokens} tokens; label: {en}; {mask_en}",
     )
     return f'<figure><div class="pair">{"".join(pictures)}</div><figcaption>{caption}</figcaption></figure>'
 

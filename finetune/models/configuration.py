@@ -88,7 +88,8 @@ class QwenForensicsOutput(ModelOutput):
     logits: (B, T, V), or (K, V) where `logits_to_keep` is a boolean mask with K True positions; None where no text was
     given.
     cls_logits: (M_c,) tampering logits; cls_image_index: (M_c,) which of the N images each is about.
-    mask_logits: M_m maps (H, W) at `mask_sizes_hw`, by default the processed image's size; mask_image_index: (M_m,).
+    mask_logits: M_m maps (H, W) at `mask_sizes_hw`, by default the processed image's size, padding left out;
+    mask_image_index: (M_m,).
     mask_features: M_m maps (C, h, w) the masks were decoded from. operation_logits: M_m maps (1 + K, h, w), authentic
     and the K `heads.operations`, None without them. image_features: (M_c, C) embedding behind
     `cls_logits`.

@@ -149,6 +149,11 @@ def images_from_patches(
     return images
 
 
+def cropped(maps: Sequence[Tensor], sizes_hw: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The upper left (h, w) of each map (..., H, W)."""
+    return [each[..., :height, :width].contiguous() for each, (height, width) in zip(maps, sizes_hw, strict=True)]
+
+
 def by_shape(tensors: Sequence[Tensor], function: Callable[[Tensor, list[int]], Sequence[Tensor]]) -> list[Tensor]:
     """Apply a batched function to tensors of different shapes, one call per distinct shape, order kept.
 

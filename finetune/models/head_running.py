@@ -17,6 +17,7 @@ from finetune.models.configuration import QwenForensicsOutput
 from finetune.models.features import (
     TokenRuns,
     count_images,
+    cropped,
     gather_states,
     images_from_patches,
     locate_runs,
@@ -33,11 +34,14 @@ class Seen(NamedTuple):
     """What heads read of N images.
 
     vision: the tower's output, None where stored maps replace it. stream: N noise-residual maps, None without it.
-    maps: stored maps of the tower's blocks, None where `vision` is to be read.
+    grid_thw, content_thw: (N, 3) patches of the images as they are given, and without their padding, of which neither
+    `stream` nor `maps` has any. maps: stored maps of the tower's blocks, None where `vision` is to be read.
     """
 
     vision: BaseModelOutputWithPooling | None
     stream: list[Tensor] | None
+    grid_thw: Tensor
+    content_thw: Tensor
     maps: Sequence[Sequence[Tensor]] | None = None
 
 
@@ -52,16 +56,25 @@ class HeadRunner(HeadBuilder):
         image_grid_thw: Tensor,
         maps: Sequence[Sequence[Tensor]] | None,
         offsets: VisionOffsets | None,
+        content_sizes_hw: Sequence[tuple[int, int]] | None,
     ) -> Seen:
         """Vision tower, unless its maps are given, and noise-residual stream."""
-        stream = None if pixel_values is None else self._residual_features(pixel_values, image_grid_thw)
+        content = self._content_grid(image_grid_thw, content_sizes_hw)
+        stream = None if pixel_values is None else self._residual_features(pixel_values, image_grid_thw, content)
         if maps is not None or pixel_values is None:
-            return Seen(None, stream, maps)
+            return Seen(None, stream, image_grid_thw, content, maps)
         vision = self._encode_images(pixel_values, image_grid_thw)
         if offsets is not None:
             merge = self.config.vision_config.spatial_merge_size
             vision = add_offsets(vision, offsets, image_grid_thw, self.heads_config.vision_layers, merge)
-        return Seen(vision, stream)
+        return Seen(vision, stream, image_grid_thw, content)
+
+    def _content_grid(self, image_grid_thw: Tensor, sizes_hw: Sequence[tuple[int, int]] | None) -> Tensor:
+        """(N, 3) patches of each image without padding; `sizes_hw` in pixels, None where there is none."""
+        if sizes_hw is None:
+            return image_grid_thw
+        patch = self.config.vision_config.patch_size
+        return image_grid_thw.new_tensor([(1, height // patch, width // patch) for height, width in sizes_hw])
 
     def _add_regions(
         self,
@@ -119,7 +132,9 @@ class HeadRunner(HeadBuilder):
             locate_runs(input_ids, config.mask_token_ids, images),
         )
 
-    def _residual_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> list[Tensor] | None:
+    def _residual_features(
+        self, pixel_values: Tensor, image_grid_thw: Tensor, content_thw: Tensor
+    ) -> list[Tensor] | None:
         if not hasattr(self, "noise_residual"):
             return None
         vision = self.config.vision_config
@@ -132,18 +147,19 @@ class HeadRunner(HeadBuilder):
             mean=self.config.image_mean,
             std=self.config.image_std,
         )
-        return self.noise_residual(images)
+        return self.noise_residual(cropped(images, (content_thw[:, 1:] * vision.patch_size).tolist()))
 
-    def _add_stream(
-        self, vision: BaseModelOutputWithPooling, stream: list[Tensor] | None, image_grid_thw: Tensor
-    ) -> BaseModelOutputWithPooling:
+    def _add_stream(self, vision: BaseModelOutputWithPooling, seen: Seen) -> BaseModelOutputWithPooling:
         """The image tokens the language model reads, with the pooled noise stream added where that is switched on."""
-        if stream is None or not hasattr(self, "stream_to_language"):
+        if seen.stream is None or not hasattr(self, "stream_to_language"):
             return vision
         merge = self.config.vision_config.spatial_merge_size
+        grids = zip((seen.grid_thw // merge).tolist(), (seen.content_thw // merge).tolist(), strict=True)
         tokens = []
-        for embeds, features, (_, h, w) in zip(vision.pooler_output, stream, image_grid_thw.tolist(), strict=True):
-            pooled = F.adaptive_avg_pool2d(features, (h // merge, w // merge)).flatten(1).t()  # (h*w/m^2, S)
+        for embeds, features, grid in zip(vision.pooler_output, seen.stream, grids, strict=True):
+            (_, full_h, full_w), (_, h, w) = grid
+            pooled = F.adaptive_avg_pool2d(features, (h, w))  # (S, h, w)
+            pooled = F.pad(pooled, (0, full_w - w, 0, full_h - h)).flatten(1).t()  # (full_h * full_w, S)
             tokens.append(embeds + self.stream_to_language(pooled).to(embeds.dtype))
         return BaseModelOutputWithPooling(last_hidden_state=vision.last_hidden_state, pooler_output=tuple(tokens))
 
@@ -152,7 +168,6 @@ class HeadRunner(HeadBuilder):
         result: QwenForensicsOutput,
         outputs: Any,
         seen: Seen,
-        image_grid_thw: Tensor,
         runs: tuple[TokenRuns, TokenRuns],
         mask_sizes_hw: Sequence[tuple[int, int]] | None,
     ) -> None:
@@ -161,7 +176,7 @@ class HeadRunner(HeadBuilder):
         maps: list[Tensor] = []
         if len(mask_runs.image):  # 5
             images = mask_runs.image.tolist()
-            patches = self._patch_maps(seen.vision, image_grid_thw)
+            patches = self._patch_maps(seen.vision, seen.grid_thw, seen.content_thw)
             decoded = self.mask_head(
                 self._token_states(outputs, mask_runs),
                 [[layer[i] for i in images] for layer in patches],
@@ -169,7 +184,7 @@ class HeadRunner(HeadBuilder):
             )
             maps = decoded.logits
             result.mask_logits = [
-                self._at_size(m, i, image_grid_thw, mask_sizes_hw) for m, i in zip(maps, images, strict=True)
+                self._at_size(m, i, seen.content_thw, mask_sizes_hw) for m, i in zip(maps, images, strict=True)
             ]
             result.mask_features = decoded.features
             result.operation_logits = self._operation_maps(decoded.features)
@@ -215,11 +230,13 @@ class HeadRunner(HeadBuilder):
             states = gather_states(outputs.hidden_states[int(layer)], runs)
         return states.to(self.cls_head.out.weight.dtype)
 
-    def _patch_maps(self, vision: BaseModelOutputWithPooling, image_grid_thw: Tensor) -> list[list[Tensor]]:
-        """For each configured tower layer the N maps (C, h, w) of its output, in raster order."""
+    def _patch_maps(
+        self, vision: BaseModelOutputWithPooling, image_grid_thw: Tensor, content_thw: Tensor
+    ) -> list[list[Tensor]]:
+        """For each configured tower layer the N maps (C, h, w) of its output, in raster order, without padding."""
         config = self.config.vision_config
-        depth = config.depth
-        return [
+        depth, sizes = config.depth, content_thw[:, 1:].tolist()
+        layers = (
             tower_to_raster(
                 vision.hidden_states[block % depth + 1],  # index 0 is the patch embedding
                 image_grid_thw,
@@ -228,14 +245,15 @@ class HeadRunner(HeadBuilder):
                 patch_size=config.patch_size,
             )
             for block in self.heads_config.vision_layers
-        ]
+        )
+        return [cropped(maps, sizes) for maps in layers]
 
     def _at_size(
-        self, logits: Tensor, image: int, image_grid_thw: Tensor, sizes_hw: Sequence[tuple[int, int]] | None
+        self, logits: Tensor, image: int, content_thw: Tensor, sizes_hw: Sequence[tuple[int, int]] | None
     ) -> Tensor:
         """A logit map at the size asked for; with `mask_sigmoid` the interpolation runs on scores instead of logits."""
         patch = self.config.vision_config.patch_size
-        size = sizes_hw[image] if sizes_hw is not None else tuple((image_grid_thw[image, 1:] * patch).tolist())
+        size = sizes_hw[image] if sizes_hw is not None else tuple((content_thw[image, 1:] * patch).tolist())
         values = logits.float().sigmoid() if self.heads_config.mask_sigmoid else logits.float()
         values = resize_bilinear(values[None, None], size)[0, 0]
         return torch.logit(values, eps=1e-6) if self.heads_config.mask_sigmoid else values

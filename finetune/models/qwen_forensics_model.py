@@ -124,6 +124,7 @@ class QwenForensicsForConditionalGeneration(VisionHeadRunner, Qwen2_5_VLForCondi
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         mask_sizes_hw: Sequence[tuple[int, int]] | None = None,
+        content_sizes_hw: Sequence[tuple[int, int]] | None = None,
         vision_offsets: VisionOffsets | None = None,
         tower_maps: Sequence[Sequence[Tensor]] | None = None,
         region_boxes: Tensor | None = None,
@@ -138,6 +139,8 @@ class QwenForensicsForConditionalGeneration(VisionHeadRunner, Qwen2_5_VLForCondi
 
         Args:
             mask_sizes_hw: (H, W) of the mask wanted for each of the N images; default: the processed image's size.
+            content_sizes_hw: (H, W) of the part at the upper left of each processed image that is not padding, in whole
+                merge groups of patches: heads read nothing else, masks show nothing else; default: all of it.
             vision_offsets: added to what the vision tower gives; needs heads, and forensic tokens where they read them.
             tower_maps: what `self.tower_maps` gave for these images, instead of running the tower; `pixel_values` are
                 then needed for the noise-residual stream only.
@@ -156,9 +159,9 @@ class QwenForensicsForConditionalGeneration(VisionHeadRunner, Qwen2_5_VLForCondi
         seen: Seen | None = None
         if (runs is not None or self.reads_tower) and image_grid_thw is not None:  # 1
             if pixel_values is not None or tower_maps is not None:
-                seen = self._see(pixel_values, image_grid_thw, tower_maps, vision_offsets)
+                seen = self._see(pixel_values, image_grid_thw, tower_maps, vision_offsets, content_sizes_hw)
             if seen is not None and seen.vision is not None:
-                image = self._add_stream(seen.vision, seen.stream, image_grid_thw)
+                image = self._add_stream(seen.vision, seen)
                 mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": image}
                 pixel_values = None
         is_plain = pixel_values_videos is None and "image" not in (mm_encoder_outputs or {})
@@ -207,9 +210,9 @@ class QwenForensicsForConditionalGeneration(VisionHeadRunner, Qwen2_5_VLForCondi
             result.attentions = outputs.attentions
         if seen is not None and image_grid_thw is not None:  # 4, 5, 6
             if runs is not None:
-                self._run_heads(result, outputs, seen, image_grid_thw, runs, mask_sizes_hw)
+                self._run_heads(result, outputs, seen, runs, mask_sizes_hw)
             else:
-                self._run_on_tower(result, seen, image_grid_thw, mask_sizes_hw)
+                self._run_on_tower(result, seen, mask_sizes_hw)
         if self.training:  # also without heads: a text-only batch leaves the vision tower out
             result.branch_anchor = self._branch_anchor(result, uses_vision=uses_vision and has_text)
         return result

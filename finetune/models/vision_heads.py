@@ -45,17 +45,24 @@ class VisionHeadRunner(HeadRunner):
         """Whether the heads need the vision tower alone."""
         return bool(self.has_heads and self.heads_config.source == "vision")
 
-    def tower_maps(self, pixel_values: Tensor, image_grid_thw: Tensor) -> list[list[Tensor]]:
+    def tower_maps(
+        self,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor,
+        content_sizes_hw: Sequence[tuple[int, int]] | None = None,
+    ) -> list[list[Tensor]]:
         """What the heads read of the tower; may be stored and given back as `forward(tower_maps=...)`.
 
         Args:
             pixel_values: (P, 1176) patches. image_grid_thw: (N, 3), both as the processor gives them.
+            content_sizes_hw: as `forward` takes them.
 
         Returns:
-            For each of `heads.vision_layers` the N maps (C, h, w) of that block's output, in raster order and in the
-            tower's dtype; without a graph where the tower is frozen.
+            For each of `heads.vision_layers` the N maps (C, h, w) of that block's output, without padding, in raster
+            order and in the tower's dtype; without a graph where the tower is frozen.
         """
-        return self._patch_maps(self._encode_images(pixel_values, image_grid_thw), image_grid_thw)
+        content = self._content_grid(image_grid_thw, content_sizes_hw)
+        return self._patch_maps(self._encode_images(pixel_values, image_grid_thw), image_grid_thw, content)
 
     def _check_inputs(
         self, has_text: bool, pixel_values: Tensor | None, maps: Sequence[Sequence[Tensor]] | None
@@ -80,13 +87,14 @@ class VisionHeadRunner(HeadRunner):
         self,
         result: QwenForensicsOutput,
         seen: Seen,
-        image_grid_thw: Tensor,
         mask_sizes_hw: Sequence[tuple[int, int]] | None,
     ) -> None:
-        """Neck, masks, then image scores, for each of the N images of `image_grid_thw`."""
-        count = len(image_grid_thw)
-        everyone = torch.arange(count, device=image_grid_thw.device)
-        maps = seen.maps if seen.vision is None else self._patch_maps(seen.vision, image_grid_thw)
+        """Neck, masks, then image scores, for each of the N images that were seen."""
+        count = len(seen.grid_thw)
+        everyone = torch.arange(count, device=seen.grid_thw.device)
+        maps = seen.maps
+        if seen.vision is not None:
+            maps = self._patch_maps(seen.vision, seen.grid_thw, seen.content_thw)
         fused, states = self.neck(maps, seen.stream)  # N x (d, h, w), (N, 3, d)
         evidence = None
         if hasattr(self, "mask_head"):
@@ -94,7 +102,7 @@ class VisionHeadRunner(HeadRunner):
             queries = self.mask_queries(places).expand(count, -1, -1)  # (N, n, d)
             decoded = self.mask_head(queries, [fused], seen.stream)
             result.mask_logits = [
-                self._at_size(m, i, image_grid_thw, mask_sizes_hw) for i, m in enumerate(decoded.logits)
+                self._at_size(m, i, seen.content_thw, mask_sizes_hw) for i, m in enumerate(decoded.logits)
             ]
             result.mask_features = decoded.features
             result.operation_logits = self._operation_maps(decoded.features)

@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.config import RunConfig, SourceConfig, load_config, stage_runs
 from finetune.data.dataset import ForensicDataset, leaks
-from finetune.data.image_size import set_short_side
+from finetune.data.image_size import set_frame
 from finetune.data.pictures import PictureDataset
 from finetune.data.readers.options import options_from
 from finetune.data.regions.limit import fitted_records
@@ -141,7 +141,7 @@ def _check_source(
     summary(source.path, records)
     if processor is None or any(problem.severity == "error" for problem in problems):
         return records, problems
-    set_short_side(processor.image_processor, config.data.image_short_side)
+    set_frame(processor.image_processor, config.data.image_short_side, config.data.image_padding)
     kind = PictureDataset if config.reads_pictures_only else ForensicDataset
     try:
         fitted = fitted_records(records, what, config.data.max_regions)

@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 
 from finetune.config import RunConfig
 from finetune.data.containers import backing_file, is_embedded, read_embedded
-from finetune.data.dataset import processed_size
+from finetune.data.image_size import processed_size
 from finetune.data.images import image_size_hw
 from finetune.data.pictures import PictureDataset
 from finetune.data.sources import spread
@@ -233,8 +233,10 @@ class FeatureCache:
         if missing:
             grid = batch["image_grid_thw"]
             parts = dict(zip(index, batch["pixel_values"].split(grid[index].prod(dim=1).tolist()), strict=True))
+            content = batch.get("content_sizes_hw")
+            own = None if content is None else [content[i] for i in missing]
             with torch.no_grad(), self.autocast():
-                blocks = self.model.tower_maps(torch.cat([parts[i] for i in missing]), grid[missing])
+                blocks = self.model.tower_maps(torch.cat([parts[i] for i in missing]), grid[missing], own)
             for place, i in enumerate(missing):
                 cached[i] = [block[place] for block in blocks]
                 self.store.save(keys[i], cached[i], sizes[i])

@@ -173,9 +173,11 @@ def trainable_numbers(config: RunConfig, model: nn.Module) -> dict[str, int]:
 
 def picture_pixels(config: RunConfig) -> int:
     """Pixels that the model sees of a picture, at most: `data.max_pixels`; with `data.image_short_side` those of a
-    picture twice as long as high, where that is less."""
-    short_side = config.data.image_short_side
-    return config.data.max_pixels if short_side is None else min(config.data.max_pixels, 2 * short_side**2)
+    picture twice as long as high, or of the square around it, where that is less."""
+    data = config.data
+    if data.image_short_side is None:
+        return data.max_pixels
+    return min(data.max_pixels, (2 if data.image_padding == "none" else 4) * data.image_short_side**2)
 
 
 def activation_bytes(config: RunConfig, model: nn.Module, width: int) -> float:

@@ -18,15 +18,15 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from finetune.config import DataConfig, RunConfig, load_config, stage_runs
+from finetune.config import DataConfig, ImagePadding, RunConfig, load_config, stage_runs
 from finetune.data.collator import processed_images
 from finetune.data.dataset import pair_of
-from finetune.data.image_size import set_short_side
+from finetune.data.image_size import processed_size, set_frame
 from finetune.data.images import load_image
 from finetune.data.parallel import num_workers, ordered_map
 from finetune.data.sources import read_and_hold_back, read_sources, spread
 from finetune.errors import ConfigError
-from finetune.models.features import images_from_patches
+from finetune.models.features import cropped, images_from_patches
 from finetune.models.noise_residual import is_chosen
 from finetune.models.vocabulary import load_processor
 from finetune.progress import progress_bar
@@ -40,6 +40,7 @@ class _Pixels(NamedTuple):
     min_pixels: int | None
     max_pixels: int | None
     image_short_side: int | None
+    image_padding: ImagePadding
 
 
 class _Task(NamedTuple):
@@ -129,7 +130,7 @@ def _settings(run: RunConfig) -> tuple[Any, ...]:
 
 
 def _pixels(data: DataConfig) -> _Pixels:
-    return _Pixels(data.min_pixels, data.max_pixels, data.image_short_side)
+    return _Pixels(data.min_pixels, data.max_pixels, data.image_short_side, data.image_padding)
 
 
 def _tasks(run: RunConfig, share: float | None) -> Iterator[_Task]:
@@ -200,7 +201,7 @@ class _Worker:
             return []
         processor = self._processor(pixels)
         seen = processed_images(images, processor)
-        return images_from_patches(
+        given = images_from_patches(
             seen["pixel_values"],
             seen["image_grid_thw"],
             patch_size=processor.patch_size,
@@ -209,11 +210,12 @@ class _Worker:
             mean=processor.image_mean,
             std=processor.image_std,
         )
+        return cropped(given, [processed_size((image.height, image.width), processor) for image in images])
 
     def _processor(self, pixels: _Pixels) -> Any:
         if pixels not in self.processors:
             processor = load_processor(self.setup.model, pixels.min_pixels, pixels.max_pixels).image_processor
-            set_short_side(processor, pixels.image_short_side)
+            set_frame(processor, pixels.image_short_side, pixels.image_padding)
             self.processors[pixels] = processor
         return self.processors[pixels]
 

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from finetune.config import ModelConfig, RunConfig, to_dict
 from finetune.data.dataset import ForensicDataset, checked_dataset
 from finetune.data.edit_operations import unused_operations
-from finetune.data.image_size import set_short_side
+from finetune.data.image_size import set_frame
 from finetune.data.pictures import PictureDataset
 from finetune.data.regions.limit import fitted_records, limit_regions
 from finetune.data.sources import read_and_hold_back, read_sources, shared_warning
@@ -129,7 +129,7 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
             min_pixels=config.data.min_pixels,
             max_pixels=config.data.max_pixels,
         )
-    set_short_side(bundle.processor.image_processor, config.data.image_short_side)
+    set_frame(bundle.processor.image_processor, config.data.image_short_side, config.data.image_padding)
     with args.main_process_first(local=False, desc="checking data"):
         train_set, eval_set = _load_data(config, bundle)
     labels = train_set.class_labels

@@ -156,6 +156,8 @@ def stage_hash(runs: Sequence[StageRun], run: StageRun) -> str:
     tree.pop("output_dir")
     tree["train"].pop("resume")
     tree["generation"] = _EARLIER_SECTION
+    if tree["data"]["image_padding"] == "none":  # younger than stages that must be known again
+        del tree["data"]["image_padding"]
     source = stage_hash(runs, runs[run.source - 1]) if isinstance(run.source, int) else run.source
     return hashlib.sha256(json.dumps([tree, source], sort_keys=True).encode()).hexdigest()[:12]
 

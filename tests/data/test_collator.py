@@ -275,7 +275,8 @@ def test_batch_has_what_its_docstring_says(collate: Any, processor: Any, records
     ]
     assert all(mask.dtype == torch.uint8 for mask in batch["mask_targets"] if mask is not None)
     assert batch["cls_image_index"].tolist() == list(range(7)) == batch["mask_image_index"].tolist()
-    assert set(MODEL_KEYS) - {"region_boxes", "region_index"} <= set(batch)  # no regions here
+    absent = {"region_boxes", "region_index", "content_sizes_hw"}  # no regions, no padding here
+    assert set(MODEL_KEYS) - absent <= set(batch)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])

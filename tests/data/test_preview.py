@@ -15,7 +15,17 @@ from finetune.config import DataConfig
 from finetune.data.answer_polygons import PolygonFrame
 from finetune.data.dataset import ForensicDataset
 from finetune.data.preview import ImageView, Piece, RecordView, choose, view_record, without_tokenizer
-from finetune.data.preview_text import OUTLINE, Style, char_width, half_blocks, legend, record_text, thumbnail, wrap
+from finetune.data.preview_text import (
+    OUTLINE,
+    Style,
+    char_width,
+    half_blocks,
+    image_line,
+    legend,
+    record_text,
+    thumbnail,
+    wrap,
+)
 from finetune.data.readers import read_records
 from finetune.errors import ConfigError, DataFormatError
 from finetune.models.loading import add_forensic_tokens, load_processor
@@ -107,6 +117,16 @@ def test_image_tokens_are_one_piece_with_rows_and_columns(processor: Any, record
     assert pair == ["<image 3x5=15 tokens>", "<image 5x8=40 tokens>"]
 
 
+def test_padding_counts_among_the_tokens_and_is_said(records: list[Record]) -> None:
+    config = DataConfig(image_padding="square")
+    dataset = ForensicDataset(records, without_tokenizer(config), TOKENS, config)
+    names = {record.id: index for index, record in enumerate(records)}
+    view = view_record(dataset, names["tampered_224x196"])
+    assert view.num_image_tokens == 64
+    assert [piece.text for piece in view.pieces if piece.kind == "image"] == ["<image 8x8=64 tokens>"]
+    assert image_line(view.images[0], 1).startswith("image 1: 224x196, seen at 224x196 / 224x224; label 1")
+
+
 def test_without_tokenizer_the_same_text_is_supervised(processor: Any, records: list[Record]) -> None:
     config = DataConfig()
     bare = ForensicDataset(records, without_tokenizer(config), TOKENS, config)
@@ -192,7 +212,7 @@ def test_thumbnail_keeps_the_shape_and_outlines_even_a_speck(size_hw: tuple[int,
     mask = np.zeros(size_hw, np.uint8)
     mask[height // 2, width // 2] = 1
     picture = Image.new("RGB", (width, height), (10, 20, 30))
-    view = ImageView(picture, PolygonFrame("absolute", size_hw, size_hw), 1, 1, mask)
+    view = ImageView(picture, PolygonFrame("absolute", size_hw, size_hw), size_hw, 1, 1, mask)
     small = thumbnail(view, 60, 22)
     assert small.shape[0] % 2 == 0
     assert small.shape[0] <= 44

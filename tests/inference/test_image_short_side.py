@@ -12,8 +12,8 @@ from PIL import Image
 
 from finetune.config import DataConfig, HeadsConfig, ModelConfig
 from finetune.data.collator import ForensicCollator
-from finetune.data.dataset import ForensicDataset, processed_size
-from finetune.data.image_size import resampled, set_short_side, short_side_size
+from finetune.data.dataset import ForensicDataset
+from finetune.data.image_size import processed_size, resampled, set_frame, short_side_size
 from finetune.data.preview import without_tokenizer
 from finetune.data.regions.text import REGIONS
 from finetune.inference.predictor import Predictor
@@ -28,7 +28,7 @@ SHORT = 84
 @pytest.fixture(scope="module")
 def bundle_84(tiny_dir: Path) -> Any:
     bundle = load_bundle(ModelConfig(path=str(tiny_dir)), SpecialTokens(), HeadsConfig(enabled=False))
-    set_short_side(bundle.processor.image_processor, SHORT)
+    set_frame(bundle.processor.image_processor, SHORT)
     return bundle
 
 
@@ -52,7 +52,7 @@ def test_the_shorter_side_gets_so_many_pixels(
     tiny_dir: Path, size_hw: tuple[int, int], short: int | None, found: tuple[int, int]
 ) -> None:
     image_processor = load_processor(tiny_dir).image_processor
-    set_short_side(image_processor, short)
+    set_frame(image_processor, short)
     assert short_side_size(size_hw, image_processor) == found
 
 
@@ -60,12 +60,12 @@ def test_bounds_hold_all_the_same(tiny_dir: Path) -> None:
     image_processor = load_processor(tiny_dir, min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 12).image_processor
     sizes = {}
     for short in (8, 60, 84, 500):
-        set_short_side(image_processor, short)
+        set_frame(image_processor, short)
         sizes[short] = processed_size((60, 200), image_processor)
     assert sizes[8] == (56, 112)  # raised to min_pixels
     assert sizes[84][0] * sizes[84][1] <= 28 * 28 * 12
     assert sizes[500] == sizes[84]  # lowered to max_pixels
-    set_short_side(image_processor, None)
+    set_frame(image_processor, None)
     assert processed_size((60, 200), image_processor) == sizes[60]
 
 
@@ -101,7 +101,7 @@ def test_saved_folder_keeps_it_and_a_run_may_change_it(bundle_84: Any, tmp_path:
     save_bundle(bundle_84, tmp_path / "model")
     loaded = load_bundle(ModelConfig(path=str(tmp_path / "model")))
     assert processed_size((60, 200), loaded.processor.image_processor) == (84, 280)
-    set_short_side(loaded.processor.image_processor, None)
+    set_frame(loaded.processor.image_processor, None)
     save_bundle(loaded, tmp_path / "without")
     again = load_bundle(ModelConfig(path=str(tmp_path / "without")))
     assert processed_size((60, 200), again.processor.image_processor) == (56, 196)

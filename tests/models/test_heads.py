@@ -111,8 +111,9 @@ def test_several_tower_layers_feed_the_mask(tied: Path, photo_records: Path) -> 
     batch = batch_of(last, photo_records, "real_84x140")
     assert len(both.base.mask_head.patch_projs) == 2
     vision = last.base._encode_images(batch["pixel_values"], batch["image_grid_thw"])
-    maps = both.base._patch_maps(vision, batch["image_grid_thw"])
-    assert torch.equal(maps[1][0], last.base._patch_maps(vision, batch["image_grid_thw"])[0][0])
+    grid = batch["image_grid_thw"]
+    maps = both.base._patch_maps(vision, grid, grid)
+    assert torch.equal(maps[1][0], last.base._patch_maps(vision, grid, grid)[0][0])
     raw = vision.hidden_states[1].sum()  # output of block 0
     torch.testing.assert_close(maps[0][0].sum(), raw, rtol=1e-4, atol=1e-3)
 

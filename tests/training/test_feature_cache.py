@@ -174,8 +174,9 @@ def test_weights_of_every_type_count() -> None:
 def losses(make_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., tuple[list[float], Any]]:
     """Trains six steps of two and evaluates; the losses, and the trainer."""
 
-    def run(name: str, expert: bool, **train: Any) -> tuple[list[float], Any]:
+    def run(name: str, expert: bool, padding: str = "none", **train: Any) -> tuple[list[float], Any]:
         changes: dict[str, Any] = {section: dict(values) for section, values in VISION.items()}
+        changes["data"] = {"image_padding": padding}
         changes["heads"]["noise_residual"] = {"enabled": expert}
         trained = VISION["train"]["trainable"][: 4 if expert else 3]
         changes["train"] = {"trainable": trained, "max_steps": 12, "eval_steps": 6, **train}
@@ -188,18 +189,22 @@ def losses(make_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..
     return run
 
 
-@pytest.mark.parametrize("expert", [False, True])
+@pytest.mark.parametrize(("expert", "padding"), [(False, "none"), (True, "none"), (True, "square")])
 def test_a_cached_run_has_the_numbers_of_an_uncached_one(
-    losses: Callable[..., tuple[list[float], Any]], expert: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    losses: Callable[..., tuple[list[float], Any]],
+    expert: bool,
+    padding: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    plain, _ = losses("plain", expert)
+    plain, _ = losses("plain", expert, padding)
     cache = str(tmp_path / "features")
-    first, trainer = losses("first", expert, feature_cache=cache)
+    first, trainer = losses("first", expert, padding, feature_cache=cache)
     assert len(plain) == 26  # twelve steps and two evaluations
     assert first == pytest.approx(plain, rel=1e-5, abs=1e-6)
     stored = trainer.features.store.count()
     assert 0 < trainer.features.num_computed == stored <= 20
-    again, trainer = losses("again", expert, feature_cache=cache)
+    again, trainer = losses("again", expert, padding, feature_cache=cache)
     assert again == pytest.approx(plain, rel=1e-5, abs=1e-6)
     assert trainer.features.num_computed == 0
     assert f"{stored} stored" in capsys.readouterr().out

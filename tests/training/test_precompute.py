@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,9 +54,12 @@ def _train(config: RunConfig) -> tuple[SearchCache, list[bool]]:
     return stream.search, seen
 
 
-@pytest.mark.parametrize("similarity_share", [1.0, 0.4])
-def test_training_and_evaluation_find_every_search_they_ask_for(config: RunConfig, similarity_share: float) -> None:
+@pytest.mark.parametrize(("similarity_share", "padding"), [(1.0, "none"), (0.4, "none"), (1.0, "square")])
+def test_training_and_evaluation_find_every_search_they_ask_for(
+    config: RunConfig, similarity_share: float, padding: Any
+) -> None:
     config.heads.noise_residual.similarity_share = similarity_share
+    config.data.image_padding = padding
     done = search_ahead(config, workers=1)
     assert done.searched == _cache(config).store.count() > 8  # all pictures of the evaluation at least
     assert done.left == done.stored == 0

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.config import ModelConfig, RunConfig, SourceConfig, load_config
+from finetune.data.image_size import padded_size
 from finetune.errors import ModelLoadError, TrainingDivergedError
 from finetune.losses.criterion import TERMS
 from finetune.models.loading import load_bundle
@@ -343,6 +344,21 @@ def test_a_calibration_knows_which_images_belong_together(
     assert state.groups == expected
     assert len(state.groups) == len(state.logits)
     assert {"house", "twins"} <= set(expected)
+
+
+@pytest.mark.parametrize("target", ["features", "pixels"])
+def test_a_padded_run_trains_under_attack_and_its_folder_pads(make_config: Make, target: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "data": {"image_padding": "square"},
+        "adversarial": {"share": 1.0, "target": target, "steps": 1},
+    }
+    heads = {"noise_residual": {"to_language": True}}
+    record = train(make_config("padded", heads=heads, **changes))
+    assert record["steps"] == 2
+    history = json.loads((tmp_path / "padded" / "history.json").read_text())
+    assert 0 <= next(entry["eval_pixel_f1"] for entry in history if "eval_pixel_f1" in entry) <= 1
+    best = load_bundle(ModelConfig(path=str(tmp_path / "padded" / "best")))
+    assert padded_size((84, 112), best.processor.image_processor) == (112, 112)
 
 
 def test_text_first_layout_is_scored_without_answers(make_config: Make, caplog: pytest.LogCaptureFixture) -> None:
