@@ -110,8 +110,9 @@ def test_noise_stream_reads_the_same_pixels_as_the_tower(bundle: Bundle) -> None
     calls: list[list[torch.Tensor]] = []
     handle = bundle.base.noise_residual.register_forward_pre_hook(lambda _m, inputs: calls.append(list(inputs[0])))
     inputs = bundle.processor.image_processor(images=[grey(s, (2, 4)) for s in SIZES_HW], return_tensors="pt")
+    grid = inputs["image_grid_thw"]
     with torch.no_grad():
-        maps = bundle.base._residual_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        maps = bundle.base._residual_features(inputs["pixel_values"], grid, grid)
     handle.remove()
     assert [tuple(m.shape[1:]) for m in maps] == [(h // 4, w // 4) for h, w in SIZES_HW]
     for image, size in zip(calls[0], SIZES_HW, strict=True):
