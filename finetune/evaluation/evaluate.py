@@ -31,6 +31,7 @@ from finetune.inference.output import PredictionWriter
 from finetune.inference.pages.report import ReportSample, format_table, render_report
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import queries_of
+from finetune.metrics.calibration import Calibration
 from finetune.progress import progress_bar
 from finetune.schema import Prediction, Record
 from finetune.training.reproducibility import commit, file_hash, versions
@@ -161,6 +162,8 @@ def _checked(records: Sequence[Record]) -> Iterable[Record]:
 def run_facts(predictor: Predictor, thresholds: dict[str, float], seconds: float) -> dict[str, Any]:
     """How it was evaluated: versions, seconds, and the training's seed, commit and configuration hash."""
     trained = predictor.bundle.settings.get("trained", {})
+    used = predictor.calibration
+    calibration = {"method": used.method, "num_images": used.num_images} if isinstance(used, Calibration) else None
     return {
         "versions": versions(),
         "seconds": round(seconds, 1),
@@ -172,6 +175,7 @@ def run_facts(predictor: Predictor, thresholds: dict[str, float], seconds: float
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "layout": predictor.layout,
         "tta": predictor.generation.tta,
+        "calibration": calibration,
         "thresholds": thresholds,
     }
 

@@ -7,10 +7,7 @@ their figures and thresholds are those of the training log. Fitting is `finetune
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from finetune.errors import ConfigError
 from finetune.metrics.calibration import Calibration
@@ -35,9 +32,7 @@ def find_calibration(asked: str, heads: Path) -> Path | None:
     raise ConfigError(f"calibration is {asked}, which is no file; give a {CALIBRATION}, auto or off")
 
 
-def calibration_of(
-    bundle: Bundle, folder: str | Path, asked: str = "auto"
-) -> Callable[[np.ndarray], np.ndarray] | None:
+def calibration_of(bundle: Bundle, folder: str | Path, asked: str = "auto") -> Calibration | None:
     """From a model's image logits to calibrated scores, for `Predictor`; None where scores stay as they are.
 
     Args:
@@ -49,4 +44,4 @@ def calibration_of(
     if not bundle.base.reads_tower:
         return None
     path = find_calibration(asked, Path(folder))
-    return None if path is None else Calibration.load(path).apply
+    return None if path is None else Calibration.load(path)

@@ -6,11 +6,18 @@ goes through `bootstrap_interval`. Same seed and size, same resamples: intervals
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+
+RESAMPLES = 10_000
+"""Their chance moves a bound by 3 % of the statistic's standard error (1000: 9 %)."""
+
+_BLOCK = 4_000_000
+"""Numbers of a block of resamples, which keeps temporary arrays near 32 MB each."""
 
 
 class Interval(NamedTuple):
@@ -26,7 +33,7 @@ class Interval(NamedTuple):
 
 
 def resample_counts(
-    n_images: int, n_resamples: int = 1000, seed: int = 0, groups: Sequence[object] | None = None
+    n_images: int, n_resamples: int = RESAMPLES, seed: int = 0, groups: Sequence[object] | None = None
 ) -> np.ndarray:
     """How often each image is drawn in each resample.
 
@@ -41,18 +48,25 @@ def resample_counts(
     """
     if n_images < 1 or (groups is not None and len(groups) != n_images):
         raise ValueError(f"need at least one image and one group per image, found {n_images} images")
+    return np.concatenate(list(_blocks(n_images, n_resamples, seed, groups)))
+
+
+def _blocks(n_images: int, n_resamples: int, seed: int, groups: Sequence[object] | None) -> Iterator[np.ndarray]:
+    """The rows of `resample_counts`, some at a time."""
     rng = np.random.default_rng(seed)
-    if groups is None:
-        return rng.multinomial(n_images, np.full(n_images, 1 / n_images), size=n_resamples)
-    number = {name: i for i, name in enumerate(dict.fromkeys(groups))}
-    counts = rng.multinomial(len(number), np.full(len(number), 1 / len(number)), size=n_resamples)
-    return counts[:, [number[name] for name in groups]]  # (n_resamples, N)
+    number = {name: i for i, name in enumerate(dict.fromkeys(range(n_images) if groups is None else groups))}
+    place = None if groups is None else [number[name] for name in groups]
+    size = len(number)
+    rows = max(1, _BLOCK // n_images)
+    for start in range(0, n_resamples, rows):
+        counts = rng.multinomial(size, np.full(size, 1 / size), size=min(rows, n_resamples - start))
+        yield counts if place is None else counts[:, place]
 
 
 def bootstrap_interval(
     statistic: Callable[..., float | None],
     *arrays: ArrayLike,
-    n_resamples: int = 1000,
+    n_resamples: int = RESAMPLES,
     seed: int = 0,
     confidence: float = 0.95,
     groups: Sequence[object] | None = None,
@@ -75,17 +89,18 @@ def bootstrap_interval(
     if not n_images:
         return Interval(None, None, None, 0)
     values = []
-    for counts in resample_counts(n_images, n_resamples, seed, groups):
-        index = np.repeat(np.arange(n_images), counts)
-        value = statistic(*(column[index] for column in columns))
-        values.append(np.nan if value is None else value)
+    for block in _blocks(n_images, n_resamples, seed, groups):
+        for counts in block:
+            index = np.repeat(np.arange(n_images), counts)
+            value = statistic(*(column[index] for column in columns))
+            values.append(np.nan if value is None else value)
     return _interval(statistic(*columns), np.asarray(values, dtype=np.float64), confidence)
 
 
 def bootstrap_mean(
     values: ArrayLike,
     *,
-    n_resamples: int = 1000,
+    n_resamples: int = RESAMPLES,
     seed: int = 0,
     confidence: float = 0.95,
     groups: Sequence[object] | None = None,
@@ -99,15 +114,16 @@ def bootstrap_mean(
     column = np.asarray(values, dtype=np.float64)
     if not len(column):
         return Interval(None, None, None, 0)
-    counts = resample_counts(len(column), n_resamples, seed, groups)
-    return _interval(float(column.mean()), counts @ column / counts.sum(axis=1), confidence)
+    blocks = _blocks(len(column), n_resamples, seed, groups)
+    means = np.concatenate([counts @ column / counts.sum(axis=1) for counts in blocks])
+    return _interval(float(column.mean()), means, confidence)
 
 
 def bootstrap_auroc(
     scores: ArrayLike,
     labels: ArrayLike,
     *,
-    n_resamples: int = 1000,
+    n_resamples: int = RESAMPLES,
     seed: int = 0,
     confidence: float = 0.95,
     groups: Sequence[object] | None = None,
@@ -137,9 +153,7 @@ def bootstrap_auroc(
         pairs = fake.sum(axis=1) * real.sum(axis=1)
         return np.divide(wins, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
 
-    counts = resample_counts(len(values), n_resamples, seed, groups)
-    n_blocks = 1 + counts.size // 4_000_000  # keeps temporary arrays near 32 MB each
-    resampled = np.concatenate([auroc(block) for block in np.array_split(counts, n_blocks)])
+    resampled = np.concatenate([auroc(block) for block in _blocks(len(values), n_resamples, seed, groups)])
     return _interval(auroc(np.ones((1, len(values)), dtype=np.int64))[0], resampled, confidence)
 
 

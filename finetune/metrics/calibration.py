@@ -96,41 +96,54 @@ Method = Literal["none", "temperature", "isotonic"]
 FOLDS = 5
 """Parts of the held-out images in cross-fitting: each is scored by a fit on the others."""
 
+MIN_ISOTONIC = 200
+"""Held-out images below which isotonic regression is not chosen: its curve would be a few steps."""
+
+SMOOTH_SHARE = 0.1
+"""What a sigmoid has in an isotonic curve, so that it rises everywhere."""
+
 
 @dataclass(frozen=True)
 class Isotonic:
-    """A non-decreasing map from logits to scores: straight lines between its points, constant beyond them.
+    """A map from logits to scores: straight lines between its points, constant beyond them, and a share of a sigmoid.
 
-    logits: (K,) increasing. scores: (K,) non-decreasing, in [0, 1].
+    logits: (K,) increasing. scores: (K,) non-decreasing, in [0, 1]. temperature, share: `sigmoid(logit / temperature)`
+    counts for `share` of a score, the lines for the rest; with a share the map is strictly increasing, so that it ties
+    no images, gives no score of 0 or 1, and changes neither AUROC nor average precision.
     """
 
     logits: tuple[float, ...]
     scores: tuple[float, ...]
+    temperature: float = 1.0
+    share: float = 0.0
 
     def apply(self, logits: ArrayLike) -> np.ndarray:
         """float64 scores of any shape."""
-        return np.interp(np.asarray(logits, dtype=np.float64), self.logits, self.scores)
+        values = np.asarray(logits, dtype=np.float64)
+        lines = np.interp(values, self.logits, self.scores)
+        return (1 - self.share) * lines + self.share * apply_temperature(values, self.temperature)
 
 
 def fit_isotonic(logits: ArrayLike, labels: ArrayLike) -> Isotonic:
-    """The non-decreasing map with the least squared error to the labels on held-out images.
+    """Isotonic regression of the labels on held-out images, centred, with `SMOOTH_SHARE` of their temperature's curve.
 
     It can mend any monotone distortion, needs more images than a temperature (a few hundred), and may move the verdict
-    at 0.5, since it is not bound to score 0.5 at logit 0.
+    at 0.5, since it is not bound to score 0.5 at logit 0. The flat stretches of the least-squares fit, which would tie
+    all images on them, are each drawn together to a point at their mean logit.
 
     Args:
         logits, labels: as `fit_temperature`.
 
-    Source: Zadrozny and Elkan 2002; equals `sklearn.isotonic.IsotonicRegression(out_of_bounds="clip")`.
+    Source: Zadrozny and Elkan 2002, as `sklearn.isotonic.IsotonicRegression` fits it; centred: Oron and Flournoy 2017.
     """
     values, truth = _held_out(logits, labels)
     distinct, place = np.unique(values, return_inverse=True)  # (K,), (N,)
     weights = np.bincount(place).astype(np.float64)  # (K,)
-    means = np.bincount(place, weights=truth) / weights
-    fitted = np.clip(isotonic_regression(means, weights=weights).x, 0.0, 1.0)
-    is_inner = np.r_[False, (fitted[1:-1] == fitted[:-2]) & (fitted[1:-1] == fitted[2:]), False]
-    keep = ~is_inner[: len(fitted)]  # points inside a flat stretch say nothing
-    return Isotonic(tuple(distinct[keep].tolist()), tuple(fitted[keep].tolist()))
+    fitted = isotonic_regression(np.bincount(place, weights=truth) / weights, weights=weights)
+    starts = fitted.blocks[:-1]  # of the flat stretches
+    centres = np.add.reduceat(weights * distinct, starts) / np.add.reduceat(weights, starts)
+    scores = np.clip(fitted.x[starts], 0.0, 1.0)
+    return Isotonic(tuple(centres.tolist()), tuple(scores.tolist()), fit_temperature(values, truth), SMOOTH_SHARE)
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,10 @@ class Calibration:
     num_images: int = 0
     num_tampered: int = 0
 
+    def __call__(self, logits: ArrayLike) -> np.ndarray:
+        """As `apply`."""
+        return self.apply(logits)
+
     def apply(self, logits: ArrayLike) -> np.ndarray:
         """Scores in [0, 1] of logits of any shape, float64."""
         if self.method == "temperature" and self.temperature is not None:
@@ -163,7 +180,14 @@ class Calibration:
         return {
             "method": self.method,
             "temperature": self.temperature,
-            "isotonic": None if curve is None else {"logits": list(curve.logits), "scores": list(curve.scores)},
+            "isotonic": None
+            if curve is None
+            else {
+                "logits": list(curve.logits),
+                "scores": list(curve.scores),
+                "temperature": curve.temperature,
+                "share": curve.share,
+            },
             "ece_before": self.ece.get("none"),
             "ece_after": self.ece.get(self.method),
             "ece": self.ece,
@@ -186,7 +210,10 @@ class Calibration:
         try:
             tree = json.loads(Path(path).read_text(encoding="utf-8"))
             curve = tree["isotonic"]
-            isotonic = None if curve is None else Isotonic(tuple(curve["logits"]), tuple(curve["scores"]))
+            isotonic = None
+            if curve is not None:  # older files have the lines alone
+                smooth = {key: curve[key] for key in ("temperature", "share") if key in curve}
+                isotonic = Isotonic(tuple(curve["logits"]), tuple(curve["scores"]), **smooth)
             result = cls(
                 tree["method"], tree["temperature"], isotonic, tree["ece"], tree["brier"], tree["num_images"],
                 tree["num_tampered"],
@@ -215,7 +242,9 @@ def calibrate(
 
     The choice is by the cross-fitted Brier score (mean squared error of the score), a proper score: each image is
     judged by a fit that has not seen it. The calibration errors are measured in the same way; those of a fit on its
-    own images would be near 0 for isotonic regression, whatever it is worth.
+    own images would be near 0 for isotonic regression, whatever it is worth. Isotonic regression must be better by
+    more than twice the standard error of its gain, and have `MIN_ISOTONIC` images. No choice changes the order of the
+    images.
 
     Args:
         logits, labels: as `fit_temperature`. folds: at most the number of groups that hold the rarer class.
@@ -243,10 +272,19 @@ def calibrate(
             scores[name][fold == k] = fit(values[fold != k], truth[fold != k])(values[fold == k])
     brier = {name: float(((score - truth) ** 2).mean()) for name, score in scores.items()}
     errors = {name: float(ece(score, truth) or 0.0) for name, score in scores.items()}
-    method: Any = min(FITTED, key=lambda name: brier[name])  # the simpler one where they are equal
+    method: Method = "temperature" if brier["temperature"] < brier["none"] else "none"
+    gain = (scores[method] - truth) ** 2 - (scores["isotonic"] - truth) ** 2  # (N,)
+    if len(truth) >= MIN_ISOTONIC and gain.mean() > 2 * _standard_error(gain, names):
+        method = "isotonic"
     return Calibration(
         method, fit_temperature(values, truth), fit_isotonic(values, truth), errors, brier, len(truth), num_tampered
     )
+
+
+def _standard_error(values: np.ndarray, groups: np.ndarray) -> float:
+    """Of the mean of (N,) values whose groups (N,), 0..G-1, were drawn independently, each whole."""
+    sums = np.bincount(groups, weights=values - values.mean())  # (G,)
+    return float(np.sqrt(len(sums) / max(len(sums) - 1, 1) * (sums**2).sum()) / len(values))
 
 
 def _fitted_temperature(logits: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

@@ -34,6 +34,7 @@ class MetricRow:
 
 GROUPS: dict[str, tuple[str, str]] = {
     "image": ("整图判别", "Image verdict"),
+    "image_uncalibrated": ("整图判别，校准之前的分数", "Image verdict, scores before calibration"),
     "localization": ("篡改定位（仅篡改图）", "Localisation (tampered images)"),
     "authentic": ("真实图像", "Authentic images"),
     "text": ("文本", "Text"),
@@ -51,6 +52,11 @@ ROWS: tuple[MetricRow, ...] = (
     MetricRow("image", "n_real", "真实图数量", "Authentic images", "count"),
     MetricRow("image", "n_fake", "篡改图数量", "Tampered images", "count"),
     MetricRow("image", "n_without_verdict", "无判定图像", "Images without a verdict", "count"),
+    MetricRow("image_uncalibrated", "auroc", "AUROC", "AUROC", "up"),
+    MetricRow("image_uncalibrated", "average_precision", "平均精度", "Average precision", "up"),
+    MetricRow("image_uncalibrated", "balanced_accuracy", "平衡准确率", "Balanced accuracy", "up"),
+    MetricRow("image_uncalibrated", "accuracy", "准确率", "Accuracy", "up"),
+    MetricRow("image_uncalibrated", "ece", "校准误差 ECE", "Calibration error", "down"),
     MetricRow("localization", "f1", "像素 F1", "Pixel F1", "up"),
     MetricRow("localization", "iou", "IoU", "IoU", "up"),
     MetricRow("localization", "dice", "Dice", "Dice", "up"),
@@ -69,7 +75,9 @@ ROWS: tuple[MetricRow, ...] = (
     MetricRow("text", "n_parsed", "可解析数量", "Answers parsed", "count"),
 )
 
-ONLY_WHERE_PRESENT = frozenset({"image.n_without_verdict"})
+ONLY_WHERE_PRESENT = frozenset(
+    {"image.n_without_verdict", *(row.path for row in ROWS if row.group == "image_uncalibrated")}
+)
 """Rows of what most runs do not have: no row of dashes stands for them."""
 
 BASELINE_NAMES: dict[str, tuple[str, str]] = {
@@ -91,8 +99,9 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
 
 
 def shown_groups(metrics: Mapping[str, Any]) -> list[str]:
-    """All groups but those a run leaves out on purpose: it has image metrics, and no such group."""
-    return [group for group in GROUPS if group in metrics or "image" not in metrics]
+    """All groups with rows but those a run leaves out on purpose: it has image metrics, and no such group."""
+    with_rows = {row.group for row in metric_rows(metrics)}
+    return [group for group in GROUPS if group in with_rows and (group in metrics or "image" not in metrics)]
 
 
 def baseline_keys(metrics: Mapping[str, Any]) -> list[str]:
