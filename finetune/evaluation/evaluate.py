@@ -34,7 +34,7 @@ from finetune.inference.queries import queries_of
 from finetune.metrics.calibration import Calibration
 from finetune.progress import progress_bar
 from finetune.schema import Prediction, Record
-from finetune.training.reproducibility import commit, file_hash, versions
+from finetune.training.reproducibility import commit, file_hash, seen_before, versions
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
@@ -113,7 +113,7 @@ def report_sample(record: Record, index: int, prediction: Prediction, mask: Any,
         f1=f1,
         text=prediction.text,
         parse_ok=prediction.parse_ok if prediction.text else None,
-        operation=operation_name(record, index),
+        operation=operation_name(record, index) if record.targets[index].label == 1 else "",
         told_operation=prediction.operation,
     )
 
@@ -142,10 +142,10 @@ def refuse_unusable(records: Sequence[Record], predictor: Predictor) -> None:
 
 
 def data_facts(data: str, predictor: Predictor) -> dict[str, Any]:
-    """Which file is evaluated, for metrics.json; warns where the model was trained or chosen on that very file."""
+    """Which file is evaluated, for metrics.json; warns where the model, or one it was trained from, was trained or
+    chosen on that very file. A folder has no hash, so of it nothing is known."""
     own = file_hash(data)
-    trained = predictor.bundle.settings.get("trained", {}).get("data_hash") or {}
-    is_known = own is not None and own in trained.values()
+    is_known = None if own is None else own in seen_before(predictor.bundle.settings)
     if is_known:
         print(
             f"warning: the model was trained or chosen on {data} itself, so its figures say nothing about new pictures",

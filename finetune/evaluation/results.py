@@ -62,7 +62,8 @@ class EvaluationResults:
     def add(
         self, prediction: Prediction, label: int | None, mask: np.ndarray | None, origin: Origin = UNKNOWN
     ) -> float | None:
-        """Take in one image; returns its pixel F1 if it is tampered and has a mask."""
+        """Take in one image; returns its pixel F1 if it is tampered and has a mask. Without a label it counts among the
+        answers alone, so that every other number is of the same images, the baselines' too."""
         if label is not None:
             self.scores.append(prediction.score)
             self.raw_scores.append(prediction.raw_score)
@@ -75,10 +76,10 @@ class EvaluationResults:
             self.head_labels.append(prediction.label if prediction.verdict_from == "head" else None)
             self.true_labels.append(label)
             self.distinct_texts.add(prediction.text)
-            if mask is not None and mask.any():
+            if label is not None and mask is not None and mask.any():
                 written = rasterize_polygons(prediction.text_polygons or (), mask.shape).astype(np.float32)
                 self.written_ious.append(pixel_metrics(written, mask)["iou"] or 0.0)
-        return self.add_mask(prediction.mask_scores, mask, origin)
+        return None if label is None else self.add_mask(prediction.mask_scores, mask, origin)
 
     def add_mask(
         self, mask_scores: np.ndarray | None, mask: np.ndarray | None, origin: Origin = UNKNOWN

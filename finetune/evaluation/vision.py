@@ -173,7 +173,7 @@ def judge(
     target, scores = record.targets[index], prediction.mask_scores
     mask = None if scores is None else load_mask(target, prediction.size_hw, record.id, record.source)
     f1 = results.add(prediction, target.label, mask, Origin(record.group, operation_name(record, index)))
-    if mask is not None:
+    if mask is not None and target.label is not None:
         pixels.add(scores, mask)
     return Judged(
         record=record,

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-
 RESAMPLES = 10_000
 """Their chance moves a bound by 3 % of the statistic's standard error (1000: 9 %)."""
 
@@ -46,13 +45,13 @@ def resample_counts(
     Returns:
         (n_resamples, N) int64; rows add up to N without groups.
     """
-    if n_images < 1 or (groups is not None and len(groups) != n_images):
-        raise ValueError(f"need at least one image and one group per image, found {n_images} images")
     return np.concatenate(list(_blocks(n_images, n_resamples, seed, groups)))
 
 
 def _blocks(n_images: int, n_resamples: int, seed: int, groups: Sequence[object] | None) -> Iterator[np.ndarray]:
     """The rows of `resample_counts`, some at a time."""
+    if n_images < 1 or (groups is not None and len(groups) != n_images):
+        raise ValueError(f"need at least one image and one group per image, found {n_images} images")
     rng = np.random.default_rng(seed)
     number = {name: i for i, name in enumerate(dict.fromkeys(range(n_images) if groups is None else groups))}
     place = None if groups is None else [number[name] for name in groups]

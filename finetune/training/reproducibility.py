@@ -72,6 +72,14 @@ def commit() -> str | None:
     return head + ("+changes" if dirty else "")
 
 
+def seen_before(settings: dict[str, Any]) -> list[str]:
+    """Hashes of the data files that a model was trained or chosen on, from the settings beside it, and of those that
+    the models it came from were; sorted."""
+    trained = settings.get("trained", {})
+    hashes = {*(trained.get("data_hash") or {}).values(), *trained.get("earlier_data", ())}
+    return sorted(value for value in hashes if value is not None)
+
+
 def file_hash(path: str) -> str | None:
     """First twelve hex digits of the SHA-256 of a data file, or of the hashes of a stored split's files; else None."""
     file = Path(path)

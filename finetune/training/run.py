@@ -40,7 +40,7 @@ from finetune.training.feature_cache import FeatureCache, cache_folder
 from finetune.training.monitoring import HeatmapSnapshots, Watch
 from finetune.training.output_folder import RUN_RECORD, take_folder
 from finetune.training.precision import whole_dtype
-from finetune.training.reproducibility import run_record
+from finetune.training.reproducibility import run_record, seen_before
 from finetune.training.retention import TextRetention
 from finetune.training.search_cache import use_search_cache
 from finetune.training.sharding import built_whole, check_sharding, keep_heads_whole, zero_stage
@@ -152,11 +152,15 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
     table = trainable_table(bundle.model, config.train.trainable, _learning_rates(config))
     _say(is_main, table)
     record = run_record(config)
+    earlier = seen_before(bundle.settings)
     bundle.settings = {
         "template": train_set.template.to_dict(),
         "layout": config.data.layout,
         "polygon_coordinates": config.data.polygon_coordinates,
-        "trained": {key: record[key] for key in ("seed", "config_hash", "commit", "data_hash")},
+        "trained": {
+            **{key: record[key] for key in ("seed", "config_hash", "commit", "data_hash")},
+            "earlier_data": earlier,
+        },
     }
     if is_main:
         _write_start(config, table, record)

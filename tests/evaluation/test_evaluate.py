@@ -13,10 +13,12 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from finetune.cli import main
+from finetune.data.readers import read_records
+from finetune.evaluation.evaluate import report_sample
 from finetune.evaluation.results import EvaluationResults, Origin
 from finetune.metrics.localization import authentic_metrics, localization_metrics
 from finetune.schema import Prediction
-from finetune.training.reproducibility import file_hash
+from finetune.training.reproducibility import file_hash, seen_before
 
 
 def prediction(score: float, mask_scores: np.ndarray | None, text_label: int | None = None) -> Prediction:
@@ -109,7 +111,10 @@ def test_a_missing_mask_counts_as_empty_and_an_unlabelled_image_not_at_all() -> 
     mask = np.ones((4, 4), np.uint8)
     assert results.add(prediction(0.9, None), 1, mask) == 0.0
     assert results.add(prediction(0.9, None), None, None) is None
+    for unlabelled in (mask, np.zeros_like(mask)):  # of which the baselines measure nothing either
+        assert results.add(prediction(0.9, mask.astype(np.float32)), None, unlabelled, Origin("p", "splice")) is None
     metrics = results.metrics(0.5)
+    assert (metrics["authentic"]["n"], metrics["operations"]) == (0, {})
     assert metrics["localization"]["n"] == 1
     assert metrics["image"]["n_fake"] == 1
     assert metrics["image"]["n_real"] == 0
@@ -323,6 +328,15 @@ def test_a_benchmark_that_could_not_be_trained_on_is_evaluated(
     assert "no image, so there is nothing to judge" in error
 
 
+def test_cards_name_the_operation_of_tampered_images_alone(photo_records: Path) -> None:
+    record = next(r for r in read_records(str(photo_records)) if r.id == "pair")
+    record = replace(record, provenance={"operation": {"name": "splice"}})
+    found = prediction(0.9, None)
+    named = [report_sample(record, k, found, None, None).operation for k in range(2)]
+    assert named == ["splice" if target.label == 1 else "" for target in record.targets]
+    assert sorted(named) == ["", "splice"]
+
+
 def test_baseline_data_that_cannot_be_used_is_named_before_the_first_prediction(
     saved_model: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,9 +359,13 @@ def test_the_file_a_model_was_trained_on_is_known_again(
     settings = json.loads((model / "forensics.json").read_text())
     settings["trained"]["data_hash"] = {"elsewhere/train.json": file_hash(str(manifest))}
     (model / "forensics.json").write_text(json.dumps(settings))
+    after = tmp_path / "after"  # trained from it on something else
+    shutil.copytree(saved_model, after)
+    settings["trained"] |= {"data_hash": {"b.jsonl": "0" * 12}, "earlier_data": seen_before(settings)}
+    (after / "forensics.json").write_text(json.dumps(settings))
     where = ["--data-root", str(manifest.parent.parent), "--no-text", "--no-baselines", "--device", "cpu"]
-    for folder, is_known in ((model, True), (saved_model, False)):
-        out = tmp_path / f"out_{is_known}"
+    for folder, is_known in ((model, True), (after, True), (saved_model, False)):
+        out = tmp_path / f"out_{folder.name}"
         assert main(["evaluate", "--model", str(folder), "--data", str(manifest), "--out", str(out), *where]) == 0
         assert ("trained or chosen on" in capsys.readouterr().err) is is_known
         assert json.loads((out / "metrics.json").read_text())["run"]["seen_in_training"] is is_known

@@ -104,6 +104,8 @@ def test_numbers_are_those_of_the_predictions(evaluated: Path, data: Path) -> No
     assert metrics["image_uncalibrated"]["auroc"] == pytest.approx(roc_auc_score(labels, raw))
     assert metrics["image"]["average_precision"] == pytest.approx(average_precision_score(labels, scores))
     assert metrics["image"]["ece"] != metrics["image_uncalibrated"]["ece"]
+    assert metrics["run"]["calibration"] == {"method": "temperature", "num_images": 0}
+    assert "scores before calibration" in (evaluated / "report.html").read_text("utf-8")
     logits = np.log(np.array(raw) / (1 - np.array(raw)))
     np.testing.assert_allclose(scores, 1 / (1 + np.exp(-logits / 3)), atol=1e-5)
     f1 = []

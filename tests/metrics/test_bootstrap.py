@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from finetune.metrics import bootstrap
 from finetune.metrics.bootstrap import Interval, bootstrap_auroc, bootstrap_interval, bootstrap_mean, resample_counts
 
 
@@ -51,6 +52,29 @@ def test_groups_are_drawn_whole_and_widen_the_interval() -> None:
     assert grouped.high - grouped.low > 2 * (alone.high - alone.low)
 
 
+def test_many_images_are_resampled_in_blocks_of_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, labels = sample()
+    groups = (np.arange(60) // 3).tolist()
+
+    def intervals() -> list[Interval]:
+        return [
+            *(bootstrap_mean(scores, groups=by) for by in (None, groups)),
+            *(bootstrap_auroc(scores, labels, groups=by) for by in (None, groups)),
+        ]
+
+    whole = intervals()
+    monkeypatch.setattr(bootstrap, "_BLOCK", 60 * 7)
+    assert intervals() == whole
+    assert np.array_equal(resample_counts(60, 20), resample_counts(60, 50)[:20])
+
+
+def test_bounds_hardly_depend_on_the_seed() -> None:
+    values = np.random.default_rng(1).normal(0, 1, 300)
+    highs = [bootstrap_mean(values, seed=seed).high for seed in range(8)]
+    error = values.std() / np.sqrt(300)
+    assert np.std(highs) < 0.05 * error
+
+
 def test_auroc_of_400_images_takes_less_than_two_seconds() -> None:
     scores, labels = np.random.default_rng(0).random(400), np.arange(400) % 2
     start = time.perf_counter()
@@ -65,10 +89,12 @@ def test_one_class_or_no_image_has_no_interval() -> None:
 
 
 def test_undefined_resamples_are_left_out_and_counted() -> None:
-    rare = bootstrap_auroc([0.9, 0.1, 0.2, 0.3], [1, 0, 0, 0])  # the one fake is missing from (3/4)^4 = 32 %
+    rare = bootstrap_auroc(
+        [0.9, 0.1, 0.2, 0.3], [1, 0, 0, 0], n_resamples=1000
+    )  # one fake: missing from (3/4)^4 = 32 %
     assert rare.estimate == rare.low == rare.high == 1.0
     assert 600 < rare.n_resamples < 750
-    assert bootstrap_auroc([0.9, 0.1], [1, 0], seed=0).n_resamples == pytest.approx(500, abs=60)
+    assert bootstrap_auroc([0.9, 0.1], [1, 0], n_resamples=1000).n_resamples == pytest.approx(500, abs=60)
 
 
 def test_bad_input_is_an_error() -> None:

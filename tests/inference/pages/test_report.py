@@ -316,6 +316,16 @@ def test_operations_of_all_images_replace_those_of_the_shown_ones() -> None:
     assert "whole groups" not in plain
 
 
+def test_scores_before_calibration_are_a_group_only_where_scores_were_calibrated() -> None:
+    own = {"auroc": 0.91, "average_precision": 0.92, "ece": 0.15, "accuracy": 0.79, "balanced_accuracy": 0.78}
+    for uncalibrated, count in (({}, 0), (own, 1)):
+        metrics = {"image": {"auroc": 0.91, "ece": 0.04}, "image_uncalibrated": uncalibrated}
+        page = render_report(title="t", metrics=metrics, samples=[])
+        assert page.count("scores before calibration") == count
+        assert page.count("<td>0.150</td>") + page.count('<td class="best">0.150</td>') == count
+        assert format_table(metrics).count("scores before calibration") == count
+
+
 def test_images_without_a_verdict_have_a_row_only_where_there_are_some() -> None:
     for metrics, count in (({"image": {"auroc": 0.5}}, 0), ({"image": {"auroc": 0.5, "n_without_verdict": 7}}, 1)):
         page = render_report(title="t", metrics=metrics, samples=[])
