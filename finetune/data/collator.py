@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.data.dataset import Sample
-from finetune.data.image_size import framed, has_own_frame, is_padded, padded_size
+from finetune.data.image_frame import framed, has_own_frame, is_padded, padded_size
 from finetune.special_tokens import IGNORE_INDEX, SpecialTokens
 
 MODEL_KEYS = (

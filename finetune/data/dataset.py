@@ -22,7 +22,8 @@ from finetune.data.answer_polygons import MIN_POINTS, MIN_TOKENS, PolygonBudget,
 from finetune.data.chat import Segment, conversation, encode, polygon_text, question_turns, segments
 from finetune.data.edit_operations import operation_map
 from finetune.data.image_cache import ImageCache
-from finetune.data.image_size import padded_size, processed_size, too_narrow
+from finetune.data.image_frame import padded_size, processed_size
+from finetune.data.image_size import too_narrow
 from finetune.data.images import image_size_hw
 from finetune.data.masks import load_mask, resize_mask
 from finetune.data.region_masking import Draw, RegionMasking, mask_regions

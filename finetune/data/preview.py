@@ -19,7 +19,7 @@ from finetune.config import DataConfig
 from finetune.data.answer_polygons import PolygonFrame
 from finetune.data.chat import IMAGE_PAD, Segment, encode
 from finetune.data.dataset import ForensicDataset, Sample, leaks, num_image_tokens
-from finetune.data.image_size import padded_size, set_frame
+from finetune.data.image_frame import padded_size, set_frame
 from finetune.data.validation import Problem, check_records
 from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Record

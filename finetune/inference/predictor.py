@@ -23,7 +23,7 @@ from finetune.data.answer_polygons import Coordinates, PolygonFrame
 from finetune.data.chat import Segment, encode, segments
 from finetune.data.collator import MODEL_KEYS, ForensicCollator
 from finetune.data.dataset import Sample, num_image_tokens, processed_sizes
-from finetune.data.image_size import processed_size
+from finetune.data.image_frame import processed_size
 from finetune.data.images import load_image
 from finetune.data.masks import polygons_from_mask
 from finetune.data.template import Template, load_template

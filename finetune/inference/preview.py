@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune.config import DataConfig, RunConfig, load_config
 from finetune.data.dataset import ForensicDataset
-from finetune.data.image_size import set_frame
+from finetune.data.image_frame import set_frame
 from finetune.data.preview import RecordView, choose, view_record, without_tokenizer
 from finetune.data.preview_text import Depth, Style, legend, record_text
 from finetune.data.readers import iter_records

@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.config import RunConfig, SourceConfig, load_config, stage_runs
 from finetune.data.dataset import ForensicDataset, leaks
-from finetune.data.image_size import set_frame
+from finetune.data.image_frame import set_frame
 from finetune.data.pictures import PictureDataset
 from finetune.data.readers.options import options_from
 from finetune.data.regions.limit import fitted_records

@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 
 from finetune.config import RunConfig
 from finetune.data.containers import backing_file, is_embedded, read_embedded
-from finetune.data.image_size import processed_size
+from finetune.data.image_frame import processed_size
 from finetune.data.images import image_size_hw
 from finetune.data.pictures import PictureDataset
 from finetune.data.sources import spread

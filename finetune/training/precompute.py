@@ -21,7 +21,7 @@ from torch import Tensor
 from finetune.config import DataConfig, ImagePadding, RunConfig, load_config, stage_runs
 from finetune.data.collator import processed_images
 from finetune.data.dataset import pair_of
-from finetune.data.image_size import processed_size, set_frame
+from finetune.data.image_frame import processed_size, set_frame
 from finetune.data.images import load_image
 from finetune.data.parallel import num_workers, ordered_map
 from finetune.data.sources import read_and_hold_back, read_sources, spread

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from finetune.config import ModelConfig, RunConfig, to_dict
 from finetune.data.dataset import ForensicDataset, checked_dataset
 from finetune.data.edit_operations import unused_operations
-from finetune.data.image_size import set_frame
+from finetune.data.image_frame import set_frame
 from finetune.data.pictures import PictureDataset
 from finetune.data.regions.limit import fitted_records, limit_regions
 from finetune.data.sources import read_and_hold_back, read_sources, shared_warning

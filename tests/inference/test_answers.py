@@ -14,7 +14,7 @@ from PIL import Image
 from finetune.config import DataConfig, GenerationConfig
 from finetune.data.answer_polygons import PolygonFrame
 from finetune.data.dataset import ForensicDataset
-from finetune.data.image_size import processed_size
+from finetune.data.image_frame import processed_size
 from finetune.data.masks import rasterize_polygons
 from finetune.data.template import load_template
 from finetune.inference.answers import read_answers

@@ -13,7 +13,7 @@ from PIL import Image
 from finetune.config import DataConfig, HeadsConfig, ModelConfig
 from finetune.data.collator import ForensicCollator
 from finetune.data.dataset import ForensicDataset
-from finetune.data.image_size import processed_size, resampled, set_frame, short_side_size
+from finetune.data.image_frame import processed_size, resampled, set_frame, short_side_size
 from finetune.data.preview import without_tokenizer
 from finetune.data.regions.text import REGIONS
 from finetune.inference.predictor import Predictor

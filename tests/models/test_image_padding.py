@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model_helpers import STREAM, collate, forward, load, record_named, samples_of
 
 from finetune.config import DataConfig, ModelConfig
-from finetune.data.image_size import framed, padded_size, processed_size, set_frame
+from finetune.data.image_frame import framed, padded_size, processed_size, set_frame
 from finetune.data.preview import without_tokenizer
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import Query

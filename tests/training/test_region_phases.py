@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from finetune.cli import main
 from finetune.config import ModelConfig, RunConfig, load_config
-from finetune.data.image_size import processed_size
+from finetune.data.image_frame import processed_size
 from finetune.models.loading import load_bundle
 from finetune.training.checkpoint import checkpoints
 from finetune.training.run import build_trainer, train

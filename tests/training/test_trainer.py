@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.config import ModelConfig, RunConfig, SourceConfig, load_config
-from finetune.data.image_size import padded_size
+from finetune.data.image_frame import padded_size
 from finetune.errors import ModelLoadError, TrainingDivergedError
 from finetune.losses.criterion import TERMS
 from finetune.models.loading import load_bundle

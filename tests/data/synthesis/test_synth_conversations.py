@@ -188,7 +188,7 @@ def test_coordinates_lie_on_the_mask(data_set: Path) -> None:
 
 
 def test_written_coordinates_need_sizes_that_resizing_keeps() -> None:
-    from finetune.data.image_size import processed_size
+    from finetune.data.image_frame import processed_size
 
     processor = SimpleNamespace(patch_size=14, merge_size=2, size={"shortest_edge": 3136, "longest_edge": 1003520})
     for size in ((224, 224), (196, 252), (28, 112), (28, 84), (200, 252), (1008, 980), (1008, 1008), (1036, 1036)):
