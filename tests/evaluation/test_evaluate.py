@@ -16,6 +16,8 @@ from finetune.cli import main
 from finetune.data.readers import read_records
 from finetune.evaluation.evaluate import report_sample
 from finetune.evaluation.results import EvaluationResults, Origin
+from finetune.inference.pages import frame
+from finetune.inference.pages.markup import bilingual
 from finetune.metrics.localization import authentic_metrics, localization_metrics
 from finetune.schema import Prediction
 from finetune.training.reproducibility import file_hash, seen_before
@@ -368,4 +370,8 @@ def test_the_file_a_model_was_trained_on_is_known_again(
         out = tmp_path / f"out_{folder.name}"
         assert main(["evaluate", "--model", str(folder), "--data", str(manifest), "--out", str(out), *where]) == 0
         assert ("trained or chosen on" in capsys.readouterr().err) is is_known
-        assert json.loads((out / "metrics.json").read_text())["run"]["seen_in_training"] is is_known
+        run = json.loads((out / "metrics.json").read_text())["run"]
+        assert run["seen_in_training"] is is_known
+        assert set(run) <= set(frame._FACTS)  # which have names in both languages
+        page = (out / "report.html").read_text(encoding="utf-8")
+        assert bilingual(*(("是", "yes") if is_known else ("否", "no"))) in page

@@ -26,9 +26,11 @@ _FACTS: dict[str, tuple[str, str]] = {
     "versions": ("版本", "Versions"),
     "trained_commit": ("训练代码提交", "Commit of the training"),
     "data_hash": ("数据哈希", "Data hash"),
+    "seen_in_training": ("训练时见过这些数据", "Data seen in training"),
     "layout": ("回答布局", "Answer layout"),
     "tta": ("测试时增强", "Test-time augmentation"),
     "thresholds": ("阈值", "Thresholds"),
+    "calibration": ("分数校准", "Calibration of scores"),
     "script": ("对话脚本", "Script"),
 }
 
@@ -81,6 +83,8 @@ def _fact(key: str, value: Any) -> str:
         return DASH
     if key == "seconds" and number is not None:
         return esc(format_seconds(number))
+    if isinstance(value, bool):
+        return bilingual("是", "yes") if value else bilingual("否", "no")
     if isinstance(value, Mapping):
         return " · ".join(f"{esc(name)} <b>{esc(_plain(part))}</b>" for name, part in value.items()) or DASH
     if isinstance(value, list | tuple):
