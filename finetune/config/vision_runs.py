@@ -22,7 +22,7 @@ from finetune.errors import ConfigError, shorten
 class VisualLoraSettings:
     """The LoRA of the vision tower that stage C writes."""
 
-    path: str | None = None  # PEFT folder, e.g. runs/vision_c/best_val_auc/vision_lora; null: the tower as it is
+    path: str | None = None  # PEFT folder, e.g. runs/vision_c/best_val_auc/vision_lora; null: the one beside the heads, if any
     layers: list[int] | None = None  # blocks it must be on; null: whatever it is on
 
 
