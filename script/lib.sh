@@ -26,7 +26,7 @@ cpu_count() { getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1; }
 
 # value "$@": what follows an option on the command line.
 value() {
-    [[ $# -ge 2 && -n "$2" ]] || fail "$1 needs a value"
+    [[ $# -ge 2 && -n "$2" && "$2" != --* ]] || fail "$1 needs a value"
     printf '%s' "$2"
 }
 

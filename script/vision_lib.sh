@@ -75,7 +75,7 @@ run_stage() {
             --dry-run | --dry_run) dry=1; shift; continue ;;
             --*=*) value="${flag#*=}" flag="${flag%%=*}"; shift ;;
             --*)
-                [[ $# -ge 2 ]] || { usage >&2; fail "$flag needs a value, or is not known"; }
+                [[ $# -ge 2 && "$2" != --* ]] || { usage >&2; fail "$flag needs a value, or is not known"; }
                 value="$2"; shift 2 ;;
             *=*) extra+=("$flag"); shift; continue ;;
             *) usage >&2; fail "unknown argument '$flag'" ;;

@@ -99,6 +99,8 @@ def test_another_base_configuration() -> None:
         ("c", ["--val_ann", "v"], "need --train_ann"),
         ("a", ["--config", "nothing.yaml"], "no file"),
         ("b", ["stray"], "unknown argument 'stray'"),
+        ("b", ["--out_dir", "--overwrite"], "--out_dir needs a value"),
+        ("a", ["--train_ann", "--val_ann", "v"], "--train_ann needs a value"),
     ],
 )
 def test_a_mistake_is_said_in_one_line(stage: str, arguments: list[str], found: str) -> None:

@@ -65,6 +65,25 @@ def test_every_key_of_the_users_files_loads_nested_and_dotted(tmp_path: Path) ->
     assert many.user_prompt == ["a", "b"]
 
 
+def test_a_table_elsewhere_stays_where_it_was_asked_for(tmp_path: Path) -> None:
+    for output, table, kept in (
+        ("predictions.jsonl", "runs/keep/metrics.csv", True),
+        ("out", "out/sub/m.csv", True),
+        ("out", "out/m.csv", False),
+        ("out/p.jsonl", "out/m.csv", False),
+    ):
+        path = write(tmp_path, EVAL_KEYS | {"inference_output": output, "metrics_csv": table})
+        config = load_vision_config(path, ["inference_output=elsewhere"], VisionEvalConfig)
+        assert config.metrics_csv == (table if kept else None), output
+
+
+@pytest.mark.parametrize("value", ["runs/c/best/vision_lora", 5, ["x"], True])
+def test_a_section_that_is_none_is_named(tmp_path: Path, value: Any) -> None:
+    tree = {key: item for key, item in EVAL_KEYS.items() if not key.startswith("visual")} | {"visual_lora": value}
+    with pytest.raises(ConfigError, match="visual_lora"):
+        load_vision_config(write(tmp_path, tree), [], VisionEvalConfig)
+
+
 def test_overrides_and_a_missing_lora(tmp_path: Path) -> None:
     path = write(tmp_path, EVAL_KEYS | {"visual_lora.path": None})
     config = load_vision_config(path, ["visual_lora.layers=[1]", "batch_size=7"], VisionEvalConfig)

@@ -185,7 +185,7 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise ConfigError(f"config file {path} does not exist; see configs/train/ for ready ones") from error
+        raise ConfigError(f"config file {path} does not exist; see configs/ for ready ones") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config file {path} is not UTF-8 ({_one_line(error)}); save it as UTF-8") from error
     except OSError as error:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 TestTimeAugmentation = Literal["none", "hflip", "flips", "dihedral"]
-ImagePadding = Literal["none", "square"]
 """Copies whose logits are averaged: the picture; and left to right; and top to bottom, both; and all transposed."""
+
+ImagePadding = Literal["none", "square"]
+"""What images are padded to for the vision tower and the language model."""
 
 
 @dataclass

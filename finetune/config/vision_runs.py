@@ -22,7 +22,7 @@ from finetune.errors import ConfigError, shorten
 class VisualLoraSettings:
     """The LoRA of the vision tower that stage C writes."""
 
-    path: str | None = None  # PEFT folder, e.g. runs/vision_c/best_val_auc/vision_lora; null: the one beside the heads, if any
+    path: str | None = None  # PEFT folder such as best_val_auc/vision_lora; null: the one beside the heads, if any
     layers: list[int] | None = None  # blocks it must be on; null: whatever it is on
 
 
@@ -118,7 +118,8 @@ def load_vision_config(path: str | Path, overrides: Sequence[str], schema: type[
     """
     tree = _nested(_read(Path(path)), str(path))
     written = {key: tree.get(key) for key in ("inference_output", "metrics_csv", "head_checkpoint")}
-    own_lora = (tree.get("visual_lora") or {}).get("path")
+    section = tree.get("visual_lora")
+    own_lora = section.get("path") if isinstance(section, dict) else None
     for override in ("", *overrides):
         if override:
             apply_override(tree, override, schema)
@@ -141,7 +142,7 @@ def _lies_in(path: Any, place: Any, suffixes: Sequence[str]) -> bool:
     if not isinstance(path, str) or not isinstance(place, str):
         return False
     folder = Path(place)
-    return Path(path).is_relative_to(folder.parent if folder.suffix.lower() in suffixes else folder)
+    return (folder.parent if folder.suffix.lower() in suffixes else folder) in (Path(path), Path(path).parent)
 
 
 def identifying_settings(config: VisionModelSettings) -> dict[str, Any]:
@@ -180,10 +181,13 @@ def _read(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=lambda pairs: _once(pairs, path))
     except FileNotFoundError as error:
         raise ConfigError(f"config file {path} does not exist; see configs/eval/ for ready ones") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8; save it as UTF-8") from error
+    except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from error
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error.msg} in line {error.lineno}") from error
+        advice = "; in JSON write a path with / or \\\\" if "escape" in error.msg else ""
+        raise ConfigError(f"{path} is not valid JSON: {error.msg} in line {error.lineno}{advice}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected an object with keys such as base_model_path, found {shorten(tree)}")
     return tree

@@ -14,10 +14,9 @@ from typing import Any
 from PIL import Image
 
 from finetune.config import ImagePadding
+from finetune.config.model_folder import FRAME, PADDING, SHORT_SIDE
+from finetune.data.image_size import MAX_ASPECT
 from finetune.torchvision_compat import ensure_torchvision
-
-SHORT_SIDE, PADDING = "image_short_side", "image_padding"
-"""Attributes of the image processor, and keys of its file in a saved folder."""
 
 
 def set_frame(image_processor: Any, short_side: int | None = None, padding: ImagePadding = "none") -> None:
@@ -28,6 +27,11 @@ def set_frame(image_processor: Any, short_side: int | None = None, padding: Imag
             setattr(image_processor, name, value)
         elif hasattr(image_processor, name):
             delattr(image_processor, name)
+
+
+def frame_of(image_processor: Any) -> dict[str, Any]:
+    """What is set of the frame, by the names of the configuration; {} where images are resized as Qwen2.5-VL's are."""
+    return {name: getattr(image_processor, name) for name in FRAME if hasattr(image_processor, name)}
 
 
 def is_padded(image_processor: Any) -> bool:
@@ -47,25 +51,41 @@ def short_side_size(size_hw: tuple[int, int], image_processor: Any) -> tuple[int
 
 def processed_size(size_hw: tuple[int, int], image_processor: Any) -> tuple[int, int]:
     """(H, W) at which the model sees an image, padding left out, from its original size: `image_short_side`, then the
-    smart resize; with padding, the square around it keeps to `max_pixels`.
+    smart resize; with padding, what it has of the square, which keeps to the bounds of pixels.
 
     Raises:
-        ValueError: one side is more than `image_size.MAX_ASPECT` times the other.
+        ValueError: one side is more than `MAX_ASPECT` times the other.
     """
+    cell = image_processor.patch_size * image_processor.merge_size
+    bounds = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+    wanted = short_side_size(size_hw, image_processor)
+    if is_padded(image_processor):
+        return _size_in_square(wanted, cell, *bounds)
     ensure_torchvision()
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    cell = image_processor.patch_size * image_processor.merge_size
-    most = image_processor.size["longest_edge"]
-    wanted = short_side_size(size_hw, image_processor)
-    share = min(wanted) / max(wanted) if is_padded(image_processor) else 1.0  # of the square that is the image
-    height, width = smart_resize(
-        *wanted, factor=cell, min_pixels=image_processor.size["shortest_edge"], max_pixels=most * share
-    )
-    if is_padded(image_processor):  # rounded to whole cells, the longer side may be a cell beyond
-        limit = max(math.isqrt(most) // cell, 1) * cell
-        height, width = min(height, limit), min(width, limit)
+    height, width = smart_resize(*wanted, factor=cell, min_pixels=bounds[0], max_pixels=bounds[1])
     return height, width
+
+
+def _size_in_square(size_hw: tuple[int, int], cell: int, least: int, most: int) -> tuple[int, int]:
+    """(H, W) in whole cells: the longer side as a square of `least` to `most` pixels has it, the other in proportion.
+
+    Where no square of whole cells lies between the bounds, the largest below `most`.
+    """
+    shorter, longer = sorted(size_hw)
+    if longer > MAX_ASPECT * shorter:
+        raise ValueError(f"one side is more than {MAX_ASPECT} times the other")
+    low = -(-(math.isqrt(max(least, 1) - 1) + 1) // cell)
+    high = max(math.isqrt(most) // cell, 1)
+    side = min(max(_rounded(longer, cell), low), high)  # in cells, as all below
+    other = max(_rounded(side * shorter, longer), 1)
+    return (side * cell, other * cell) if size_hw[0] >= size_hw[1] else (other * cell, side * cell)
+
+
+def _rounded(number: int, by: int) -> int:
+    """`number` / `by`, to the nearest whole number."""
+    return (2 * number + by) // (2 * by)
 
 
 def padded_size(processed_hw: tuple[int, int], image_processor: Any) -> tuple[int, int]:

@@ -36,6 +36,8 @@ from finetune.progress import progress_bar
 from finetune.schema import Prediction, Record
 from finetune.training.reproducibility import commit, file_hash, seen_before, versions
 
+RESULTS = ("metrics.json", "report.html")
+
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """Handler of `forensics evaluate`; exit status 0."""
@@ -44,6 +46,8 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     records = read_sources([source], "eval")
     if arguments.max_samples is not None:
         records = spread(records, arguments.max_samples)
+    if arguments.no_baselines and arguments.baseline_data:
+        print("warning: --baseline-data is not read, since --no-baselines leaves the baselines out", file=sys.stderr)
     predictor = load_predictor(arguments)
     with_text = predictor.writes_text and not arguments.no_text
     refuse_unusable(records, predictor)
@@ -88,7 +92,11 @@ def run_model(
     answers = predictor.predict(
         queries_of(records, lambda record: question_turns(record, predictor.template)), with_text=with_text
     )
-    with PredictionWriter(arguments.out) as writer:
+    inputs = [image.path for record in records for image in record.images if image.path]
+    inputs += [target.mask_path for record in records for target in record.targets if target.mask_path]
+    with PredictionWriter(arguments.out, inputs=inputs) as writer:
+        for name in RESULTS:  # of an earlier evaluation, which is being replaced
+            (writer.out_dir / name).unlink(missing_ok=True)
         for record, predictions in zip(records, progress_bar(answers, total=len(records), unit="record"), strict=True):
             for index, prediction in enumerate(predictions):
                 target = record.targets[index]

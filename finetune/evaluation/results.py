@@ -105,9 +105,10 @@ class EvaluationResults:
         `intervals` holds 95 % percentile bootstrap intervals over images as [low, high]; `intervals_over_groups` draws
         whole groups (photographs, scenes), and is there where at least two groups have more than one image each.
         """
+        own = self.uncalibrated(threshold)
         return {
             "image": self.image(threshold),
-            "image_uncalibrated": self.uncalibrated(threshold),
+            **({"image_uncalibrated": own} if own else {}),
             "localization": self.localization(),
             "authentic": self.false_alarms(),
             "text": self._text(),

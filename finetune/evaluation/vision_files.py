@@ -62,7 +62,7 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     intervals = metrics["intervals"]
     rows = []
     for section in ("image", "image_uncalibrated", "localization", "authentic", "empty_maps"):
-        for name, value in metrics[section].items():
+        for name, value in metrics.get(section, {}).items():
             if name == "absent":
                 continue  # the reason why its numbers are missing
             low, high = intervals.get(f"{section}.{name}", (None, None))

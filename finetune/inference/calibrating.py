@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetune.config.model_folder import CALIBRATION
 from finetune.errors import ConfigError
 from finetune.metrics.calibration import Calibration
 from finetune.models.loading import Bundle
-
-CALIBRATION = "calibration.json"
 
 
 def find_calibration(asked: str, heads: Path) -> Path | None:
@@ -33,7 +32,8 @@ def find_calibration(asked: str, heads: Path) -> Path | None:
 
 
 def calibration_of(bundle: Bundle, folder: str | Path, asked: str = "auto") -> Calibration | None:
-    """From a model's image logits to calibrated scores, for `Predictor`; None where scores stay as they are.
+    """From a model's image logits to calibrated scores, for `Predictor`; None where scores stay as they are (also by
+    a file that says so).
 
     Args:
         folder: the heads were read from. asked: `auto`, `off` or a file.
@@ -44,4 +44,5 @@ def calibration_of(bundle: Bundle, folder: str | Path, asked: str = "auto") -> C
     if not bundle.base.reads_tower:
         return None
     path = find_calibration(asked, Path(folder))
-    return None if path is None else Calibration.load(path)
+    calibration = None if path is None else Calibration.load(path)
+    return None if calibration is None or calibration.method == "none" else calibration

@@ -24,7 +24,7 @@ from finetune.inference.output import PredictionWriter
 from finetune.inference.predictor import Predictor
 from finetune.inference.queries import query_for_image
 from finetune.inference.run_folder import holds_output_pictures
-from finetune.inference.visualization import overlay_mask
+from finetune.inference.visualization import overlay_mask, png_mark
 from finetune.models.loading import load_bundle
 from finetune.progress import progress_bar
 from finetune.schema import ImageInput, ImageTarget, Prediction, Record
@@ -101,6 +101,8 @@ def find_images(paths: list[str]) -> list[str]:
     """
     found: list[str] = []
     for text in paths:
+        if not text:
+            raise DataFormatError("an image with an empty path", fix="look whether a variable in the command is empty")
         path = Path(text)
         if path.is_dir():
             found += _images_below(path)
@@ -150,19 +152,23 @@ def predict_files(arguments: argparse.Namespace) -> int:
     """Handler of `forensics predict`; exit status 0."""
     files = find_images(arguments.images)
     _refuse_unreadable(files)
+    writer = None if arguments.out is None else PredictionWriter(arguments.out, inputs=files)
+    if writer is not None and (writer.out_dir / "metrics.json").is_file():
+        raise ConfigError(f"--out {arguments.out} holds an evaluation, whose predictions would go; give another folder")
     predictor = load_predictor(arguments)
     queries = [query_for_image(path, predictor.template) for path in files]
     results = predictor.predict(queries, with_text=not arguments.no_text)
     progress = progress_bar(results, total=len(files), unit="image", disable=len(files) <= 1)
-    if arguments.out is None:
+    if writer is None:
         for (prediction,) in progress:
             tqdm.write(describe(prediction, predictor.generation.mask_threshold))
         return 0
-    with PredictionWriter(arguments.out) as writer:
+    with writer:
         (writer.out_dir / "overlays").mkdir(exist_ok=True)
         for (prediction,) in progress:
             stem = writer.write(prediction)
-            _save_overlay(prediction, writer.out_dir / "overlays" / f"{stem}.png", predictor.generation.mask_threshold)
+            place = writer.claim(writer.out_dir / "overlays" / f"{stem}.png")
+            _save_overlay(prediction, place, predictor.generation.mask_threshold)
             tqdm.write(describe(prediction, predictor.generation.mask_threshold))
     print(f"wrote {arguments.out}/predictions.jsonl, masks/ and overlays/")
     return 0
@@ -190,4 +196,4 @@ def _save_overlay(prediction: Prediction, path: Path, threshold: float) -> None:
     image = np.asarray(load_image(ImageInput(path=prediction.image_path), prediction.id))
     if prediction.mask_scores is not None:
         image = overlay_mask(image, prediction.mask_scores, threshold=threshold)
-    Image.fromarray(image).save(path)
+    Image.fromarray(image).save(path, pnginfo=png_mark())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from finetune.inference.visualization import save_mask_png
+from finetune.errors import ConfigError
+from finetune.inference.replacing import refuse_inputs_among
+from finetune.inference.visualization import is_marked, save_mask_png
 from finetune.schema import Polygon, Prediction
 
 
@@ -22,10 +24,17 @@ class PredictionWriter:
     of the original image; `text_polygons` are those the text states, null where it could not be read. A model with
     `heads.operations` adds `operations`: the share of each, 1 in all, which means something where `label` is 1.
     Evaluations add `label_true`, and `f1` where they measure it.
+
+    Args:
+        inputs: images and masks that are read, none of which may lie where pictures are written.
+
+    Raises:
+        ConfigError: one does; while writing, a picture is in the way that no run has written.
     """
 
-    def __init__(self, out_dir: str | Path, name: str = "predictions.jsonl") -> None:
+    def __init__(self, out_dir: str | Path, name: str = "predictions.jsonl", inputs: Iterable[str | Path] = ()) -> None:
         self.out_dir, self.name = Path(out_dir), name
+        refuse_inputs_among(self.out_dir, ("masks", "overlays"), inputs)
         self._file: TextIO | None = None
         self._names: set[str] = set()
         self._earlier: set[str] = set()
@@ -65,9 +74,19 @@ class PredictionWriter:
         mask_path = None
         if prediction.mask_scores is not None:
             mask_path = f"masks/{stem}.png"
-            save_mask_png(prediction.mask_scores, self.out_dir / mask_path)
+            save_mask_png(prediction.mask_scores, self.claim(self.out_dir / mask_path))
         self._file.write(json.dumps(as_line(prediction, mask_path) | known, ensure_ascii=False) + "\n")
         return stem
+
+    def claim(self, path: Path) -> Path:
+        """A picture's path, refused where a file is there that no run has written.
+
+        Raises:
+            ConfigError: as said.
+        """
+        if path.name not in self._earlier and path.exists() and not is_marked(path):
+            raise ConfigError(f"{path} would be replaced, and no run wrote it; give another --out, or move it away")
+        return path
 
     def _unique_name(self, name: str) -> str:
         name = re.sub(r"\.(jpe?g|png|bmp|tiff?|webp|gif)$", "", Path(name).name, flags=re.IGNORECASE)

@@ -26,6 +26,7 @@ from finetune.data.template import Template, template_problem
 from finetune.errors import ConfigError
 from finetune.inference.answers import read_answers
 from finetune.inference.preview_page import PreviewCard, card_html, preview_page
+from finetune.inference.replacing import is_page, refuse_foreign, refuse_inputs
 from finetune.models.loading import load_vocabulary, saved_settings
 from finetune.schema import Polygon
 from finetune.special_tokens import SpecialTokens
@@ -55,6 +56,9 @@ def _preview(arguments: argparse.Namespace) -> int:
     dataset = ForensicDataset(records, processor, tokens, config)
     if template is not None:
         dataset.template = template
+    if arguments.html:
+        refuse_inputs(arguments.html, "--html", [arguments.data])
+        refuse_foreign(arguments.html, "--html", is_page, "page")
     printer = Printer(arguments.width, arguments.no_color)
     printer.print("\n".join([*notes, legend(printer.style)]))
     cards: list[str] = []

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 UInt8 = NDArray[np.uint8]
 Color = tuple[int, int, int]
@@ -21,6 +22,7 @@ Color = tuple[int, int, int]
 PREDICTED_COLOR: Color = (255, 64, 48)
 TRUE_COLOR: Color = (0, 229, 255)
 
+_SOFTWARE = "qwen-forensics"
 _CJK_FONT_NAMES = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansCJKsc-Regular.otf",
@@ -248,7 +250,23 @@ def save_mask_png(mask_scores: NDArray[np.generic], path: str | Path, threshold:
     else:
         levels = np.where(binarize(mask, 0.5 if threshold is None else threshold), np.uint8(255), np.uint8(0))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(levels).save(path, format="PNG", optimize=True)
+    Image.fromarray(levels).save(path, format="PNG", optimize=True, pnginfo=png_mark())
+
+
+def png_mark() -> PngInfo:
+    """What the PNG files of predictions carry (their `Software` text), so that they are known again."""
+    mark = PngInfo()
+    mark.add_text("Software", _SOFTWARE)
+    return mark
+
+
+def is_marked(path: str | Path) -> bool:
+    """Whether a file is a picture that carries `png_mark`."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == _SOFTWARE
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def to_rgb_array(image: UInt8 | Image.Image) -> UInt8:

@@ -22,6 +22,10 @@ from finetune.errors import DataFormatError
 TEMPERATURE_RANGE = (0.05, 20.0)
 """Temperatures are searched in here; a separable set has no finite optimum and ends at the lower bound."""
 
+MAX_CALIBRATED = 12.0
+"""No logit of the images that a temperature is fitted on is beyond this behind it: scores closer to 0 and 1 would be
+the same number for many images, in files if not in memory, and tie them."""
+
 
 def ece(scores: ArrayLike, labels: ArrayLike, bins: int = 15) -> float | None:
     """Expected calibration error of P(tampered): mean over images of |mean score - share tampered| of their bin.
@@ -59,7 +63,8 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
         labels: (N,) in {0, 1}, both present.
 
     Returns:
-        T within `TEMPERATURE_RANGE`; above 1 = the model was over-confident.
+        T within `TEMPERATURE_RANGE`, and so large that no logit over T is beyond `MAX_CALIBRATED`; above 1 = the model
+        was over-confident.
 
     Raises:
         ValueError: for no image, one class only, or a logit that is not finite.
@@ -72,7 +77,9 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     def negative_log_likelihood(log_temperature: float) -> float:
         return float(np.logaddexp(0, -signed / np.exp(log_temperature)).mean())
 
-    low, high = np.log(TEMPERATURE_RANGE)
+    low, high = TEMPERATURE_RANGE
+    low = max(low, float(np.abs(values).max()) / MAX_CALIBRATED)
+    low, high = np.log(low), np.log(max(low, high))
     found = minimize_scalar(negative_log_likelihood, bounds=(low, high), method="bounded", options={"xatol": 1e-8})
     return float(np.exp(found.x))
 

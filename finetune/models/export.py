@@ -22,7 +22,7 @@ from transformers import Qwen2_5_VLConfig
 from transformers.utils import cached_file
 
 from finetune.config import HeadsConfig, ModelConfig
-from finetune.config.model_folder import ADAPTER_CONFIG, MODEL_CONFIG
+from finetune.config.model_folder import ADAPTER_CONFIG, CALIBRATION, FRAME, MODEL_CONFIG
 from finetune.errors import ConfigError, ModelLoadError
 from finetune.models.loading import (
     SETTINGS,
@@ -103,6 +103,11 @@ def merge(
         "vocabulary_rows": bundle.base.get_input_embeddings().weight.shape[0],
         "tolerance": TOLERANCE,
     }
+    image_processor = bundle.processor.image_processor
+    frame = {name: getattr(image_processor, name) for name in FRAME if hasattr(image_processor, name)}
+    if plain and frame:
+        report["frame"] = frame
+        print(f"warning: the model sees images by {frame}; other tools than this one do not, and their answers differ")
     before = outputs_of(bundle)
     if bundle.model is not bundle.base:
         bundle = _merged(bundle)
@@ -118,6 +123,9 @@ def merge(
             _write_plain(bundle, folder, base, stored, max_shard_size)
         else:
             save_bundle(bundle, folder, max_shard_size=max_shard_size)
+        calibration = Path(adapter or model) / CALIBRATION  # of the same heads
+        if calibration.is_file():
+            shutil.copyfile(calibration, folder / CALIBRATION)
         _round_weights(bundle, torch.float32)
         rounded = outputs_of(bundle)
         report["rounding"] = compare(merged, rounded)

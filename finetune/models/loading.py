@@ -30,6 +30,7 @@ from finetune.models.vocabulary import (
 )
 from finetune.models.weights import (
     base_model_path,
+    check_adapter,
     grow_embeddings,
     load_adapter,
     load_model,
@@ -132,6 +133,8 @@ def load_bundle(
         return open_vision(
             config, heads, min_pixels=min_pixels, max_pixels=max_pixels, device_map=device_map, build_base=build_base
         )
+    if adapter:
+        check_adapter(adapter)
     check_continuation(source, saved, tokens, heads)
     processor, tokens, new_ids = load_vocabulary(source, tokens, min_pixels, max_pixels)
     base_path = base_model_path(adapter) if adapter and adapter == config.path else config.path

@@ -116,10 +116,14 @@ def check_folder(path: str) -> None:
     Raises:
         ModelLoadError: as said.
     """
-    looks_local = path.startswith((".", "/", "~")) or Path(path).exists() or path.count("/") > 1
+    first = path.partition("/")[0]
+    looks_local = (
+        path.startswith((".", "/", "~")) or Path(path).exists() or path.count("/") != 1 or Path(first).is_dir()
+    )
     if looks_local and not Path(path).is_dir():
         raise ModelLoadError(
             f"model folder '{path}' does not exist; give an existing folder or a hub name like org/model"
+            + (f" ('{first}' is a folder here, so this is taken for a path)" if Path(first).is_dir() and first else "")
         )
     if not is_model_folder(path) and (Path(path) / "best").is_dir():
         raise ModelLoadError(f"'{path}' is the folder of a training run, not of a model; give {Path(path) / 'best'}")

@@ -173,12 +173,26 @@ def load_adapter(model: QwenForensicsForConditionalGeneration, path: str | Path,
     return wrapped
 
 
+def check_adapter(path: str | Path) -> None:
+    """Refuse what is no folder of an adapter on this machine.
+
+    Raises:
+        ModelLoadError: as said.
+    """
+    if not (Path(path) / ADAPTER_CONFIG).is_file():
+        found = (
+            f"no {ADAPTER_CONFIG} in it; a whole model is given as the model" if Path(path).is_dir() else "not there"
+        )
+        raise ModelLoadError(f"adapter '{path}': {found}; give the folder of an adapter")
+
+
 def base_model_path(adapter: str) -> str:
     """The base model that an adapter folder names.
 
     Raises:
-        ModelLoadError: it names none.
+        ModelLoadError: it names none, or is no adapter.
     """
+    check_adapter(adapter)
     base = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
     if not base:
         raise ModelLoadError(

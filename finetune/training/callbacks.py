@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.config.model_folder import CALIBRATION
 from finetune.errors import ConfigError
 from finetune.training.sampling import ClassBalancedSampler
 
 logger = logging.getLogger(__name__)
-
-CALIBRATION = "calibration.json"
-"""In every folder of a best model: how its scores become probabilities, fitted on the evaluation images."""
 
 
 class TimeBudgetCallback(TrainerCallback):

@@ -18,9 +18,10 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from finetune.config import ModelConfig, RunConfig, to_dict
+from finetune.config.model_folder import CALIBRATION
 from finetune.data.dataset import ForensicDataset, checked_dataset
 from finetune.data.edit_operations import unused_operations
-from finetune.data.image_frame import set_frame
+from finetune.data.image_frame import frame_of, set_frame
 from finetune.data.pictures import PictureDataset
 from finetune.data.regions.limit import fitted_records, limit_regions
 from finetune.data.sources import read_and_hold_back, read_sources, shared_warning
@@ -33,7 +34,7 @@ from finetune.models.loading import Bundle, load_bundle
 from finetune.schema import Record
 from finetune.special_tokens import SpecialTokens
 from finetune.training.arguments import training_arguments
-from finetune.training.callbacks import CALIBRATION, BestFolders, BestModelCallback, TimeBudgetCallback
+from finetune.training.callbacks import BestFolders, BestModelCallback, TimeBudgetCallback
 from finetune.training.checks import check_best, check_run
 from finetune.training.evaluation_table import EvaluationTable
 from finetune.training.feature_cache import FeatureCache, cache_folder
@@ -129,7 +130,14 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
             min_pixels=config.data.min_pixels,
             max_pixels=config.data.max_pixels,
         )
+    before = frame_of(bundle.processor.image_processor)
     set_frame(bundle.processor.image_processor, config.data.image_short_side, config.data.image_padding)
+    if before and before != (now := frame_of(bundle.processor.image_processor)):
+        logger.warning(
+            "the model was trained with %s and goes on with %s: it sees images otherwise than before; repeat "
+            "data.image_short_side and data.image_padding of the earlier run, unless this is meant",
+            before, now or "neither",
+        )  # fmt: skip
     with args.main_process_first(local=False, desc="checking data"):
         train_set, eval_set = _load_data(config, bundle)
     labels = train_set.class_labels

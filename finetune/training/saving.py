@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.data.image_frame import frame_of
 from finetune.errors import CheckpointError, TrainingDivergedError
 from finetune.training.checkpoint import clear_staging, differences, publish, resume_point, write_failure
 from finetune.training.denormals import denormals_dropped
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 class CheckpointingTrainer(Trainer):
     """`Trainer` whose checkpoints appear complete or not at all and hold all that a resumed run needs."""
 
+    bundle: Any
     budget: Any
     _term_sums: dict[str, Any]
     _term_steps: dict[str, int]
@@ -44,6 +46,7 @@ class CheckpointingTrainer(Trainer):
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "seed": args.seed,
             "max_steps": self.state.max_steps,
+            "frame": frame_of(self.bundle.processor.image_processor),
             "records": len(self.train_dataset) if self.train_dataset is not None else 0,
         }
 

@@ -71,7 +71,10 @@ def _synth(arguments: argparse.Namespace) -> int:
 def prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="YAML", help="e.g. configs/data/prepare_folders.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="e.g. out_dir=data/processed/set splits.ratios.val=0"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="e.g. out_dir=data/processed/set splits.ratios.train=0.9 splits.ratios.val=0",
     )
     parser.add_argument(
         "--on-error",

@@ -94,6 +94,30 @@ def test_isotonic_needs_images_and_a_gain_beyond_chance() -> None:
     assert chosen <= 2 < wins, (chosen, wins)
 
 
+def test_copies_of_an_image_do_not_make_a_gain_certain() -> None:
+    values = np.random.default_rng(0).normal(size=50)
+    alone = calibration._standard_error(values, np.arange(50))
+    assert alone == pytest.approx(values.std(ddof=1) / np.sqrt(50))
+    copied = np.repeat(values, 30)
+    assert calibration._standard_error(copied, np.repeat(np.arange(50), 30)) == pytest.approx(alone)
+    assert calibration._standard_error(copied, np.arange(1500)) < 0.2 * alone
+
+
+@pytest.mark.parametrize("count", [60, 120, 400])
+def test_images_that_can_be_told_apart_are_not_made_sure(count: int) -> None:
+    """A separable set has no best temperature; the smallest one tied 60 % of other images at a score of 1."""
+    rng = np.random.default_rng(1)
+    labels = np.arange(count) % 2
+    found = calibrate((labels * 2 - 1) * rng.uniform(2, 6, count), labels)
+    assert found.method != "none"
+    asked = np.sort(rng.normal(0, 5, 500))  # logits as they come, twice as far out
+    scores = found.apply(asked)
+    assert (np.diff(scores) > 0).all()
+    alike = scores[np.abs(asked) < 6].round(6)  # as in predictions.jsonl, of logits as those that it was fitted on
+    assert 0 < alike.min() < alike.max() < 1
+    assert 0 < scores.min() < scores.max() < 1
+
+
 def test_no_choice_changes_the_order_of_images() -> None:
     logits, labels = drawn(2, 3000)
     found = calibrate(logits + 3.0, labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,11 @@ def test_plain_folder_is_a_released_qwen(checkpoint: Path, photo_records: Path, 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_what_belongs_to_a_model_travels_with_it(adapter_dir: Path, tied: Path, tmp_path: Path, plain: bool) -> None:
-    merge(str(adapter_dir), None, tmp_path / "out", plain=plain)
+    assert not (adapter_dir / "calibration.json").exists()
+    shutil.copytree(adapter_dir, tmp_path / "adapter")
+    (tmp_path / "adapter" / "calibration.json").write_text('{"method": "none"}')
+    merge(str(tmp_path / "adapter"), None, tmp_path / "out", plain=plain)
+    assert (tmp_path / "out" / "calibration.json").read_text() == '{"method": "none"}'
     source = AutoProcessor.from_pretrained(adapter_dir)
     found = AutoProcessor.from_pretrained(tmp_path / "out")
     assert type(found) is type(source)
@@ -315,7 +320,6 @@ def test_heads_beside_a_plain_model_must_be_complete(adapter_dir: Path, tmp_path
 def test_pickles_are_refused_wherever_a_folder_is_loaded(tied: Path, adapter_dir: Path, tmp_path: Path) -> None:
     """A file that would run code if it were unpickled; nothing may open it."""
     import pickle
-    import shutil
 
     class Bomb:
         def __reduce__(self) -> Any:

@@ -104,6 +104,9 @@ def test_a_shorter_side_bounds_the_pictures(capsys: pytest.CaptureFixture[str]) 
         return estimate(config_of("3b", full, *overrides), SINGLE, 1, model).activations
 
     assert activations("data.image_short_side=448", "data.max_pixels=802816") == activations("data.max_pixels=401408")
+    assert activations("data.image_short_side=448", "data.image_padding=square") == activations(
+        "data.max_pixels=802816"
+    )
     assert activations("data.image_short_side=2000") == activations()  # max_pixels holds all the same
     path = str(CONFIGS / "regions_phase2.yaml")
     assert main(["doctor", "--config", path, "--hardware", "4 GB"]) == 1

@@ -26,6 +26,7 @@ from finetune.models.loading import load_bundle
 from finetune.special_tokens import SpecialTokens
 from finetune.training.doctor import check_data_file
 from finetune.training.evaluation import EvaluationState, forward
+from finetune.training.reproducibility import file_hash
 from finetune.training.run import build_trainer, train
 from finetune.training.trainer import ForensicTrainer
 
@@ -359,6 +360,21 @@ def test_a_padded_run_trains_under_attack_and_its_folder_pads(make_config: Make,
     assert 0 <= next(entry["eval_pixel_f1"] for entry in history if "eval_pixel_f1" in entry) <= 1
     best = load_bundle(ModelConfig(path=str(tmp_path / "padded" / "best")))
     assert padded_size((84, 112), best.processor.image_processor) == (112, 112)
+
+
+def test_what_a_model_was_trained_on_and_how_it_saw_is_remembered(
+    make_config: Make, synth_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [str(synth_dir / name) for name in ("train.jsonl", "eval.jsonl")]
+    start = make_config("first", data={"image_padding": "square"}, train={"max_steps": 1})
+    train(start)
+    assert "sees images otherwise" not in caplog.text
+    data = {"train": [files[1]], "eval": [], "image_padding": "none"}
+    train(make_config("second", [f"model.path={tmp_path}/first/best"], data=data, train={"max_steps": 1}))
+    assert "{'image_padding': 'square'} and goes on with neither: it sees images otherwise" in caplog.text
+    trained = json.loads((tmp_path / "second" / "best" / "forensics.json").read_text())["trained"]
+    assert trained["earlier_data"] == sorted(map(file_hash, files))
+    assert list(trained["data_hash"]) == [files[1]]
 
 
 def test_text_first_layout_is_scored_without_answers(make_config: Make, caplog: pytest.LogCaptureFixture) -> None:

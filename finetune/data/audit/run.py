@@ -189,6 +189,7 @@ class _Reading:
         self.errors: list[DataFormatError] = []
         self.lengths = array("q")
         self.length_errors: list[tuple[int, str]] = []
+        self.ungrouped: list[int] = []
 
     def jobs(self) -> Iterator[Job]:
         """One for each record that can be read; raises where a source as a whole cannot."""
@@ -201,7 +202,10 @@ class _Reading:
                     continue
                 if self.count_tokens is not None:
                     self._count(number, item)
-                yield Job(item, source.split, rule.named(item), rule.key(item))
+                group = rule.named(item)
+                if not group:
+                    self.ungrouped.append(number)
+                yield Job(item, source.split, group, rule.key(item))
                 number += 1
             only = self.errors[first_error:]
             if number == first_number and len(only) == 1 and only[0].record is None:
@@ -212,6 +216,10 @@ class _Reading:
         if self.errors:
             examples = tuple(Example(error.record or "", note=str(error)) for error in self.errors[:MAX_EXAMPLES])
             yield Finding("unreadable_record", "error", len(self.errors), examples=examples)
+        if self.ungrouped and self.settings.group_by != "group":  # a rule that was asked for
+            examples = tuple(Example(table.record_ids[n], n) for n in self.ungrouped[:MAX_EXAMPLES])
+            details = {"rule": self.settings.group_by, "total": table.num_records}
+            yield Finding("ungrouped", "warning", len(self.ungrouped), examples=examples, details=details)
         if self.count_tokens is None:
             return
         has_fault = {number for number, _, _ in table.faults}

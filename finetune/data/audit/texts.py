@@ -55,9 +55,15 @@ CHECKS: dict[str, Wording] = {
     ),
     "too_long": Wording(
         "records of more than {limit} tokens: {count} (longest {max})",
-        "{count} 条记录超过 {limit} 个词元（最长 {max}）",
+        "{count} 条记录超过 {limit} 个 token（最长 {max}）",
         "raise data.max_length, lower data.max_pixels or shorten the text; image tokens are never cut",
-        "提高 data.max_length、降低 data.max_pixels 或缩短文本；图像词元不会被截断",
+        "提高 data.max_length、降低 data.max_pixels 或缩短文本；图像 token 不会被截断",
+    ),
+    "ungrouped": Wording(
+        "records to which the group rule '{rule}' gives no group: {count} of {total}",
+        "分组规则“{rule}”对 {total} 条记录中的 {count} 条给不出分组",
+        "correct --group-by; a record without a group is a group of its own, and shared scenes are not seen",
+        "更正 --group-by；没有分组的记录各自成组，因此看不出共享的场景",
     ),
     "wrong_extension": Wording(
         "files with the extension of another format: {count}",

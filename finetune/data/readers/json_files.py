@@ -26,6 +26,7 @@ def iter_objects(path: Path) -> Iterator[tuple[str, str, Any]]:
         DataFormatError: the file cannot be opened, or (after the entries before it) a .json file is damaged.
     """
     if path.suffix.lower() not in JSON_SUFFIXES:
+        _check_is_file(path)
         raise DataFormatError(
             "unknown kind of data file", source=path.name, found=str(path), expected=" or ".join(JSON_SUFFIXES)
         )

@@ -97,8 +97,10 @@ def synthesize(
 def _check_target(out_dir: Path, overwrite: bool) -> None:
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return
+    if out_dir.is_file():
+        raise ForensicsError(f"output {str(out_dir)!r} is a file; give a folder")
     if not overwrite:
-        raise ForensicsError(f"output {str(out_dir)!r} is not empty; choose another folder or pass overwrite")
+        raise ForensicsError(f"output {str(out_dir)!r} is not empty; choose another folder or add --overwrite")
     if not (out_dir / "manifest.json").is_file():
         raise ForensicsError(
             f"output {str(out_dir)!r} holds no manifest.json, so it is not a generated set; it is not"

@@ -28,6 +28,7 @@ from finetune.inference.chat.image_memory import ImageMemory
 from finetune.inference.chat.page import write_chat_report
 from finetune.inference.chat.summary import summarize, summary_text
 from finetune.inference.queries import Query
+from finetune.inference.replacing import begins_with_key, is_page, refuse_foreign, refuse_inputs
 from finetune.inference.visualization import save_mask_png
 from finetune.progress import progress_bar
 from finetune.schema import Record, Turn
@@ -95,6 +96,12 @@ def script_command(arguments: argparse.Namespace) -> int:
         for dialogue in dialogues:
             dialogue.system = arguments.system
     check_images(records)
+    inputs = [arguments.script, *(image.path for record in records for image in record.images)]
+    refuse_inputs(out, "--out", inputs)
+    refuse_foreign(out, "--out", lambda text: begins_with_key(text, "turns"), "file of answers")
+    if arguments.html:
+        refuse_inputs(arguments.html, "--html", inputs)
+        refuse_foreign(arguments.html, "--html", is_page, "page")
     for name in run_script(models, dialogues, out):
         print(f"asked {name}: {sum(len(d.questions) for d in dialogues)} questions in {len(dialogues)} dialogues")
     lines = [dialogue.as_line() for dialogue in dialogues]

@@ -51,6 +51,7 @@ class ChatSession:
         self.images: list[ImageInput] = []
         self.exchanges: list[Exchange] = []
         self.attached: list[ImageInput] = []
+        self._written: set[Path] = set()
 
     @property
     def speaker(self) -> Speaker:
@@ -138,24 +139,38 @@ class ChatSession:
         threshold = self.speaker.generation.mask_threshold
         assert verdict.mask_scores is not None
         overlay = overlay_mask(np.asarray(load_image(image)), verdict.mask_scores, threshold=threshold)
-        _write(lambda: Image.fromarray(overlay).save(target), target)
+        self._write(lambda: Image.fromarray(overlay).save(target), target)
         return target
 
     def save(self, path: str) -> Path:
         """Write the dialogue as one record in the `conversations` format; returns the file.
 
         Raises:
-            ConfigError: nothing to save, or the file cannot be written.
+            ConfigError: nothing to save, a file that is there already and not of this dialogue, another ending than
+                .json and .jsonl, or the file cannot be written.
         """
         if not path:
             raise ConfigError("/save needs a file name, e.g. /save dialogue.json")
         if not self.exchanges:
             raise ConfigError("nothing to save: the dialogue is empty")
         target = Path(os.path.expanduser(_unquoted(path)))
+        if target.suffix not in (".json", ".jsonl"):
+            raise ConfigError(f"/save writes .json or .jsonl, not {target.name}; e.g. /save dialogue.json")
         record = self.record(target.parent)
         text = json.dumps(record, ensure_ascii=False) if target.suffix == ".jsonl" else _pretty([record])
-        _write(lambda: target.write_text(text + "\n", encoding="utf-8"), target)
+        self._write(lambda: target.write_text(text + "\n", encoding="utf-8"), target)
         return target
+
+    def _write(self, action: Callable[[], object], target: Path) -> None:
+        """Write a file that is not there yet, or that this session has written."""
+        if target.exists() and target.resolve() not in self._written:
+            raise ConfigError(f"{target} exists; give another name")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            action()
+        except (OSError, ValueError) as error:  # ValueError: Pillow, for a suffix it does not know
+            raise ConfigError(f"{target} cannot be written: {error}") from error
+        self._written.add(target.resolve())
 
     def record(self, folder: Path) -> dict[str, Any]:
         """The dialogue as a record, image paths relative to `folder` where they lie in it.
@@ -218,14 +233,6 @@ def _free(stem: str) -> Path:
         number += 1
         path = Path(f"{stem}-{number}.png")
     return path
-
-
-def _write(action: Callable[[], object], target: Path) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        action()
-    except (OSError, ValueError) as error:  # ValueError: Pillow, for a suffix it does not know
-        raise ConfigError(f"{target} cannot be written: {error}") from error
 
 
 def _relative(image: ImageInput, folder: Path) -> str:

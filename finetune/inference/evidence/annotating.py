@@ -34,6 +34,7 @@ from finetune.inference.evidence.predicting import predict_records
 from finetune.inference.evidence.prompts import SYSTEM_PROMPTS, choose_prompt, fill_prompt, literal_prompt
 from finetune.inference.evidence.wording import Language, find_regions, place_word
 from finetune.inference.predictor import Predictor
+from finetune.inference.replacing import refuse_inputs
 from finetune.progress import progress_bar
 from finetune.schema import ImageInput, ImageTarget, Prediction, Record, Turn
 from finetune.special_tokens import IMAGE_PLACEHOLDER, SpecialTokens
@@ -48,6 +49,7 @@ def annotate_command(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out is {out}; give a file ending in .jsonl")
     if out.exists() and not arguments.overwrite:
         raise ConfigError(f"--out {out} exists; add --overwrite, or give another file")
+    refuse_inputs(out, "--out", [arguments.data])
     source = SourceConfig(arguments.data, arguments.format, arguments.data_root, options_from(arguments.option))
     records = read_sources([source], "train")
     records = records if arguments.max_samples is None else spread(records, arguments.max_samples)

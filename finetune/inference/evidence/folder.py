@@ -22,6 +22,7 @@ from PIL import Image
 from finetune.data.locking import locked
 from finetune.data.storage.atomic import write_atomically
 from finetune.errors import ConfigError, DataFormatError
+from finetune.inference.replacing import refuse_foreign
 from finetune.inference.run_folder import INFERENCE, LOCK_FILE, open_run
 from finetune.inference.visualization import UInt8, save_mask_png
 
@@ -83,7 +84,13 @@ class EvidenceFolder:
             raise ConfigError(f"output.csv is {self.csv_path}, which is a folder; give a file, e.g. results.csv")
         is_new = not (self.dir / JOURNAL).exists()
         if is_new and self.csv_path.exists() and not overwrite:
-            raise ConfigError(f"output.csv is {self.csv_path}, which exists and is of no run here; add --overwrite")
+            raise ConfigError(
+                f"output.csv is {self.csv_path}, which exists and is of no run here; give another file, or add "
+                "--overwrite where it is the table of another run"
+            )
+        if overwrite:
+            header = ",".join(CSV_COLUMNS)
+            refuse_foreign(self.csv_path, "output.csv", lambda text: text.startswith(header), "table of results")
         own = (JOURNAL, OVERLAYS, HEAT_MAPS)
         self.is_resumed = open_run(self.dir, INFERENCE, identity, own=own, overwrite=overwrite, can_continue=True)
         self.rows = _read_journal(self.dir / JOURNAL) if self.is_resumed else {}

@@ -66,6 +66,12 @@ def open_vision_predictor(
         max_pixels=settings.max_pixels,
         config=ModelConfig(path=base),
     )
+    least = bundle.processor.image_processor.size["shortest_edge"]
+    if settings.max_pixels is not None and settings.max_pixels < least:
+        raise ConfigError(
+            f"max_pixels is {settings.max_pixels}; expected at least {least}, the model's min_pixels: it counts all "
+            "pixels of a picture, width times height"
+        )
     if bundle.has_new_heads:
         raise ModelLoadError(f"{heads}: no trained heads, so its verdicts would be random; give a folder of a stage")
     chosen = generation or GenerationConfig()
@@ -95,6 +101,8 @@ def heads_folder(text: str) -> Path:
             "stages write it (best_val_auc/, best_val_iou/)"
         )
     folder = path.parent if path.is_file() else path
+    if path.is_dir() and not (path / HEADS_FILE).is_file():  # what a stage was told to write to, as --clsA_dir takes it
+        folder = next((path / name for name in ("best_val_auc", "best") if (path / name / HEADS_FILE).is_file()), path)
     if not folder.is_dir():
         raise ModelLoadError(f"head_checkpoint {text} does not exist; give a folder that a stage wrote")
     stored = read_heads(folder)

@@ -63,6 +63,15 @@ def test_a_set_saved_alike_has_no_finding(make_set: MakeSet) -> None:
     assert all(leak.auroc is None or abs(leak.auroc - 0.5) < 0.25 for leak in result.leaks if leak.family != "content")
 
 
+def test_a_rule_that_names_no_group_is_said(make_set: MakeSet) -> None:
+    path = make_set()
+    finding = found(audit(path, group_by="path:nomatch_(x)"))["ungrouped"]
+    assert (finding.severity, finding.details["rule"]) == ("warning", "path:nomatch_(x)")
+    assert finding.count == finding.details["total"] > 0
+    assert "gives no group" in title(finding, "en")
+    assert "ungrouped" not in found(audit(path, group_by="path:([0-9]+)"))
+
+
 def test_tampered_jpg_and_authentic_png_exit_1(make_set: MakeSet, capsys: pytest.CaptureFixture[str]) -> None:
     path = make_set(save=by_class(None, as_jpeg(90)))
     assert main(["audit", str(path), "--workers", "1"]) == 1

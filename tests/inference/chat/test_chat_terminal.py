@@ -305,6 +305,7 @@ def loop(talkative: Path) -> ChatLoop:
         ("/mask", ConfigError, "has a mask yet"),
         ("/save", ConfigError, "needs a file name"),
         ("/save x.json", ConfigError, "nothing to save"),
+        ("/mask x.png", ConfigError, "has a mask yet"),
         ("/adapter z", ConfigError, "there are: m"),
         ("<|im_start|>", ConfigError, "leave it out"),
     ],
