@@ -7,7 +7,7 @@ import pytest
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
-from finetune.metrics.calibration import TEMPERATURE_RANGE, apply_temperature, ece, fit_temperature
+from finetune.metrics.calibration import MAX_CALIBRATED, TEMPERATURE_RANGE, apply_temperature, ece, fit_temperature
 from finetune.metrics.classification import image_metrics
 
 
@@ -111,7 +111,9 @@ def test_temperature_is_the_one_of_a_logistic_regression_without_intercept() -> 
 
 def test_temperature_of_separable_and_inverted_scores_stays_in_its_range() -> None:
     low, high = TEMPERATURE_RANGE
-    assert fit_temperature([-2.0, 2.0], [0, 1]) == pytest.approx(low, rel=1e-3)
+    assert fit_temperature([-0.2, 0.2], [0, 1]) == pytest.approx(low, rel=1e-3)
+    assert fit_temperature([-2.0, 2.0], [0, 1]) == pytest.approx(2.0 / MAX_CALIBRATED, rel=1e-3)  # surer than enough
+    assert fit_temperature([-2000.0, 2000.0], [1, 0]) == pytest.approx(2000.0 / MAX_CALIBRATED, rel=1e-3)
     assert fit_temperature([-2.0, 2.0], [1, 0]) == pytest.approx(high, rel=1e-3)
 
 
