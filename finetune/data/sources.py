@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from finetune.config import SourceConfig
-from finetune.data.readers import data_root, read_records
+from finetune.data.readers import data_root, iter_records, read_records
 from finetune.data.splits import GroupBy, rules_of
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, DataFormatError
 from finetune.schema import Record
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,18 @@ def read_and_hold_back(
     roots = [(Path(source.path).stem, data_root(source.path, source.root)) for source in sources]
     rules = [rule for rule, own in zip(rules_of("group", roots), each, strict=True) for _ in own]
     return hold_back([record for own in each for record in own], ratio, seed, rules)
+
+
+def begin_sources(sources: Sequence[SourceConfig]) -> None:
+    """Open every source and read no further than its first record, or what is wrong with it, which is passed over.
+
+    Raises:
+        DataFormatError: a source that cannot be opened at all.
+    """
+    for source in sources:
+        first = next(iter(iter_records(source.path, source.format, source.root, source.options)), None)
+        if isinstance(first, DataFormatError) and first.record is None:
+            raise first
 
 
 def _read_each(sources: Sequence[SourceConfig], what: str) -> list[list[Record]]:

@@ -24,7 +24,7 @@ from finetune.data.edit_operations import unused_operations
 from finetune.data.image_frame import frame_of, set_frame
 from finetune.data.pictures import PictureDataset
 from finetune.data.regions.limit import fitted_records, limit_regions
-from finetune.data.sources import read_and_hold_back, read_sources, shared_warning
+from finetune.data.sources import begin_sources, read_and_hold_back, read_sources, shared_warning
 from finetune.errors import ConfigError
 from finetune.losses.criterion import TERMS
 from finetune.metrics.calibration import Calibration
@@ -121,6 +121,7 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
     if _is_small(config.model.path) or not is_main:
         transformers_logging.disable_progress_bar()  # a bar for ten milliseconds of reading is only noise
     set_seed(config.seed)  # new LoRA matrices are drawn before the Trainer seeds anything
+    begin_sources([*config.data.train, *config.data.eval])  # a wrong path is known before a model is loaded
     _say(is_main, f"model {config.model.path}")
     with built_whole(args):
         bundle = load_bundle(

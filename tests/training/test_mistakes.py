@@ -16,7 +16,7 @@ import yaml
 from finetune.cli import train_main
 from finetune.config import RunConfig, SourceConfig
 from finetune.data.template import load_template
-from finetune.errors import ConfigError, ModelLoadError
+from finetune.errors import ConfigError, DataFormatError, ModelLoadError
 from finetune.training.checks import check_run, run_problems
 from finetune.training.doctor import check_config
 from finetune.training.run import build_trainer, train
@@ -212,6 +212,20 @@ def test_evaluating_on_training_pictures_is_said(
         caplog.clear()
         build_trainer(config)
         assert ("pictures of data.eval are also in data.train" in caplog.text) is is_said
+
+
+def test_a_wrong_data_path_is_known_before_the_model_is_loaded(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a 7B model a minute later, and without a network after two minutes of asking the hub."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("finetune.training.run.load_bundle", never)
+    for part in ("train", "eval"):
+        with pytest.raises(DataFormatError, match=r"nowhere\.jsonl\): data file not found"):
+            train(make_config("c", data={part: ["nowhere.jsonl"]}))
 
 
 def test_a_model_with_other_tokens_than_the_configuration_asks_for(
