@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import shutil
@@ -44,6 +45,9 @@ def _guarded(handler: Handler, arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            print("error: no space left on the device; make room, and go on with the same command", file=sys.stderr)
+            return ForensicsError.exit_code
         if error.filename is None or error.strerror is None:
             raise
         print(f"error: {error.filename}: {error.strerror}; give a path that exists and may be used", file=sys.stderr)

@@ -88,4 +88,13 @@ fi
 launch+=(--num_cpu_threads_per_process "$OMP_NUM_THREADS" --quiet) # quiet: no traceback of the launcher after an error of ours
 
 say "accelerate: $(basename "$ACCELERATE_CONFIG"), $final process(es), $OMP_NUM_THREADS thread(s) each"
+if [[ "$ACCELERATE_CONFIG" == "$ROOT"/configs/accelerate/* && "$final" == 1 ]] && grep -Eq "^distributed_type: *'?NO'?" "$ACCELERATE_CONFIG"; then
+    # One process needs no launcher, which would hand no signal on and hide the exit status.
+    [[ $on_cpu == 0 ]] || export ACCELERATE_USE_CPU=true
+    ACCELERATE_MIXED_PRECISION="$(sed -n "s/^mixed_precision: *'\{0,1\}\([a-z0-9]*\).*/\1/p" "$ACCELERATE_CONFIG")"
+    export ACCELERATE_MIXED_PRECISION
+    exec python "$ROOT/sft_llm.py" --config "$CONFIG" "$@"
+fi
+# Signals reach the ranks, which then have five minutes for a checkpoint.
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 exec accelerate launch "${launch[@]}" "$ROOT/sft_llm.py" --config "$CONFIG" "$@"

@@ -72,13 +72,20 @@ class BestModelCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A resumed run takes up the best value and the patience from its history."""
         old = self._old()
+        # In this order every rank finds it, whenever rank 0 renames.
+        has_best = any((folder / "best.json").is_file() for folder in (old, self.out_dir))
         if state.is_world_process_zero and old.is_dir() and not self.out_dir.exists():
             old.rename(self.out_dir)  # killed between the two renames of `_save`
         self.best, self.best_step, self.bad_evaluations = None, -1, 0
-        if (self.out_dir / "best.json").is_file():
+        if has_best:
             for entry in state.log_history:
                 if self.metric in entry:
                     self._judge(entry[self.metric], entry["step"])
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether early stopping ends the run here."""
+        return self.patience is not None and self.bad_evaluations >= self.patience
 
     def on_evaluate(
         self,
@@ -94,7 +101,7 @@ class BestModelCallback(TrainerCallback):
             raise ConfigError(f"{key} '{self.metric}' is not among the evaluation's metrics: {known}")
         if self._judge(metrics[self.metric], state.global_step):
             self._save(state, metrics)
-        elif self.patience is not None and self.bad_evaluations >= self.patience:
+        elif self.is_out_of_patience:
             control.should_training_stop = True
             if state.is_world_process_zero:
                 logger.warning(

@@ -40,7 +40,8 @@ class EvaluationTable(TrainerCallback):
         self.rows = []
         if self.trainer.resumed_from is not None and self.path.is_file():
             with self.path.open(encoding="utf-8", newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state.global_step]
+                found = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit()]
+            self.rows = [row for row in found if int(row["step"]) <= state.global_step]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Have the Trainer log before every evaluation, one at the run's end included: a row has a loss and a rate
@@ -63,10 +64,12 @@ class EvaluationTable(TrainerCallback):
         values = row(state.log_history, metrics or {}, state.global_step, self.trainer.budget.elapsed())
         self.rows = [old for old in self.rows if int(old["step"]) != state.global_step]
         self.rows.append({column: _written(values.get(column)) for column in self.columns})
-        with self.path.open("w", encoding="utf-8", newline="") as file:
+        fresh = self.path.with_name(f"{self.path.name}.writing")
+        with fresh.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
+        fresh.replace(self.path)  # a kill leaves the old one whole
 
 
 def row(

@@ -9,6 +9,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from finetune.config.model_folder import CALIBRATION
 from finetune.data.dataset import ForensicDataset, checked_dataset
 from finetune.data.edit_operations import unused_operations
 from finetune.data.image_frame import frame_of, set_frame
+from finetune.data.locking import locked
 from finetune.data.pictures import PictureDataset
 from finetune.data.regions.limit import fitted_records, limit_regions
 from finetune.data.sources import begin_sources, read_and_hold_back, read_sources, shared_warning
@@ -67,6 +70,28 @@ def train(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
         ForensicsError: anything wrong with configuration, model or data, before the first step where it can be known.
     """
     check_run(config)  # before an earlier run is moved
+    with _alone_in(Path(config.output_dir)):
+        return _train(config, overwrite)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Rank 0 keeps other runs out of a folder.
+
+    Raises:
+        ForensicsError: another process trains in it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    refusal = f"another process is training in {folder}; wait for it, or give another output_dir"
+    with locked(folder.with_name(f".{folder.name}.lock"), refusal):
+        yield
+
+
+def _train(config: RunConfig, overwrite: bool) -> dict[str, Any]:
+    """`train`, once the folder is this process's own."""
     if os.environ.get("RANK", "0") == "0" and (moved := take_folder(config, overwrite=overwrite)):
         print(moved)
     trainer, best, record = build_trainer(config)
@@ -75,7 +100,11 @@ def train(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
     point = trainer.find_resume_point(config.train.resume)
     if point is not None:
         _say(trainer.is_world_process_zero(), f"resuming from {point}")
-    trainer.train(resume_from_checkpoint=point)
+    if point is not None and trainer.take_up_finished(point, best):
+        _say(trainer.is_world_process_zero(), "it is the run's last one: nothing is left to train")
+        _keep_history(trainer, out_dir / "history.json")
+    else:
+        trainer.train(resume_from_checkpoint=point)
     stopped = trainer.stop_signals.received
     if stopped:
         record["exit_status"] = 128 + stopped  # as the shell reports a process that a signal ended
@@ -93,10 +122,9 @@ def train(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
         _write_json(out_dir / RUN_RECORD, record)
         _write_json(out_dir / "history.json", trainer.state.log_history)
         if stopped:
-            print(
-                f"stopped by {signal.Signals(stopped).name} at step {record['steps']}; checkpoint-{record['steps']} is "
-                "complete, go on with --resume"
-            )
+            is_saved = (out_dir / f"checkpoint-{record['steps']}").is_dir()
+            told = f"checkpoint-{record['steps']} is complete" if is_saved else "no checkpoint of this step was written"
+            print(f"stopped by {signal.Signals(stopped).name} at step {record['steps']}; {told}, go on with --resume")
             return record
         print(f"trained {record['steps']} steps in {record['seconds']} s; the best model is in {out_dir / 'best'}")
     return record
@@ -323,6 +351,13 @@ def _write_start(config: RunConfig, table: str, record: dict[str, Any]) -> None:
     (out_dir / "config.yaml").write_text(written, encoding="utf-8")
     (out_dir / "trainable.txt").write_text(table + "\n", encoding="utf-8")
     _write_json(out_dir / RUN_RECORD, record)
+
+
+def _keep_history(trainer: ForensicTrainer, file: Path) -> None:
+    """What was logged behind the last checkpoint of a finished run, where its file holds on to it."""
+    logged = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    if logged[: len(trainer.state.log_history)] == trainer.state.log_history:
+        trainer.state.log_history = logged
 
 
 def _has_just_evaluated(trainer: ForensicTrainer) -> bool:

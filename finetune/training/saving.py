@@ -17,18 +17,23 @@ import torch
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.config import to_dict
 from finetune.data.image_frame import frame_of
 from finetune.errors import CheckpointError, TrainingDivergedError
-from finetune.training.checkpoint import clear_staging, differences, publish, resume_point, write_failure
+from finetune.training.checkpoint import clear_staging, differences, publish, read_manifest, resume_point, write_failure
 from finetune.training.denormals import denormals_dropped
 
 logger = logging.getLogger(__name__)
+
+_KEPT = ("learning_rate", "group_learning_rates", "weight_decay", "lr_scheduler")
+"""What of `describe_run` the state of the optimizer and of the schedule holds."""
 
 
 class CheckpointingTrainer(Trainer):
     """`Trainer` whose checkpoints appear complete or not at all and hold all that a resumed run needs."""
 
     bundle: Any
+    run_config: Any
     budget: Any
     _term_sums: dict[str, Any]
     _term_steps: dict[str, int]
@@ -46,6 +51,13 @@ class CheckpointingTrainer(Trainer):
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "seed": args.seed,
             "max_steps": self.state.max_steps,
+            "engine": self._engine(),
+            "optimizer": [str(args.optim), *sorted(self.run_config.train.muon_groups)],
+            "learning_rate": args.learning_rate,
+            "group_learning_rates": self.run_config.train.group_learning_rates,
+            "weight_decay": args.weight_decay,
+            "lr_scheduler": self.run_config.train.lr_scheduler,
+            **{f"loss.{name}": value for name, value in to_dict(self.run_config.loss).items()},
             "frame": frame_of(self.bundle.processor.image_processor),
             "records": len(self.train_dataset) if self.train_dataset is not None else 0,
         }
@@ -56,6 +68,8 @@ class CheckpointingTrainer(Trainer):
         if self.is_world_process_zero():
             try:
                 point = resume_point(self.args.output_dir, resume)
+                if point is not None:
+                    self._refuse_other_state(point)
                 found = [None if point is None else str(point), None]
             except CheckpointError as error:
                 found = [None, str(error)]
@@ -64,6 +78,51 @@ class CheckpointingTrainer(Trainer):
         if found[1] is not None:
             raise CheckpointError(found[1])
         return found[0]
+
+    def _engine(self) -> str:
+        """What holds optimizer and weights; a checkpoint of DeepSpeed is divided among its ranks."""
+        if not self.is_deepspeed_enabled:
+            return "no DeepSpeed"
+        return f"DeepSpeed ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage} on {self.args.world_size} ranks"
+
+    def _refuse_other_state(self, point: Path) -> None:
+        """Refuse a checkpoint whose optimizer state this run cannot take up.
+
+        Raises:
+            CheckpointError: another engine or another optimizer wrote it.
+        """
+        then = (read_manifest(point) or {}).get("run", {})
+        now = self.describe_run()
+        for name in ("engine", "optimizer"):
+            if name in then and then[name] != now[name]:
+                raise CheckpointError(
+                    f"{point} was written with {name} {then[name]}, this run has {now[name]}: its optimizer state "
+                    "cannot be taken up; go on as before, or start a new run from its weights (model.path or adapter)"
+                )
+
+    def take_up_finished(self, point: str, best: Any) -> bool:
+        """Load a checkpoint behind which no step is to come, all steps done or patience used up; False where some are.
+
+        The base class would train one more. A checkpoint of DeepSpeed is left to it.
+
+        Args:
+            best: the run's `BestModelCallback`, whose bookkeeping is restored; None without evaluation.
+        """
+        if self.is_deepspeed_enabled:
+            return False
+        state = TrainerState.load_from_json(str(Path(point) / "trainer_state.json"))
+        state.is_world_process_zero = self.is_world_process_zero()
+        state.is_local_process_zero = self.is_local_process_zero()
+        last = self.args.max_steps
+        if last <= 0 and state.num_train_epochs == self.args.num_train_epochs:
+            last = state.max_steps
+        if best is not None:
+            best.on_train_begin(self.args, state, self.control)
+        if not 0 < last <= state.global_step and not (best is not None and best.is_out_of_patience):
+            return False
+        self._load_from_checkpoint(point)
+        self.state, self.resumed_from = state, point
+        return True
 
     def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **keywords: Any) -> Any:
         """As the base class, without denormal numbers; where the run diverges, the records of that step are saved.
@@ -140,7 +199,9 @@ class CheckpointingTrainer(Trainer):
         elapsed = 0.0
         if self.resumed_from is not None:
             for changed in differences(self.resumed_from, self.describe_run()):
-                logger.warning("resumed with another %s: the losses will not be those of one run", changed)
+                is_kept = changed.split(":")[0] in _KEPT
+                effect = "the checkpoint's holds on" if is_kept else "the losses will not be those of one run"
+                logger.warning("resumed with another %s: %s", changed, effect)
             file = self._progress_file(self.resumed_from)
             if file.is_file():
                 saved = json.loads(file.read_text(encoding="utf-8"))

@@ -6,10 +6,12 @@ Runs are really killed (`kill -9` on a process), disks are really full (a size l
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from safetensors.torch import load_file
 from finetune.cli import main
 from finetune.config import RunConfig
 from finetune.data.region_masking import RegionMasking
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, ForensicsError
 from finetune.training import run
 from finetune.training.checkpoint import MANIFEST, STAGING, checkpoint_problem, checkpoints, resume_point
 from finetune.training.run import build_trainer, train
@@ -348,3 +350,109 @@ def test_changed_run_is_named(whole: Path, make_config: Make, caplog: pytest.Log
         train(config)
     assert "another batch_size: 2 -> 3" in caplog.text
     assert "another max_steps: 10 -> 9" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("engine", "DeepSpeed ZeRO-2 on 2 ranks", "was written with engine DeepSpeed ZeRO-2 on 2 ranks, this run"),
+        ("optimizer", ["adafactor"], r"was written with optimizer \['adafactor'\]"),
+    ],
+)
+def test_a_state_that_cannot_be_taken_up_is_refused(
+    whole: Path, make_config: Make, name: str, value: Any, found: str
+) -> None:
+    """Adam and the schedule began anew without a word, or DeepSpeed ended in a traceback."""
+    config = make_config("other", **section(resume="auto"))
+    shutil.copytree(whole, config.output_dir)
+    for folder in checkpoints(config.output_dir):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        assert manifest["run"]["engine"] == "no DeepSpeed"
+        manifest["run"][name] = value
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=found):
+        train(config)
+
+
+def test_rates_of_the_checkpoint_that_hold_on_are_named(
+    whole: Path, make_config: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = section(resume="auto", learning_rate=1e-5, max_steps=11)
+    config = make_config("rates", **changes, loss={"dice": 2.0})
+    shutil.copytree(whole, config.output_dir)
+    train(config)
+    assert "resumed with another learning_rate: 0.001 -> 1e-05: the checkpoint's holds on" in caplog.text
+    assert "resumed with another loss.dice: 1.0 -> 2.0: the losses will not be those of one run" in caplog.text
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_a_finished_run_trains_no_further(whole: Path, make_config: Make, is_recorded: bool) -> None:
+    """Also one that was killed between its last checkpoint and the files written at the end."""
+    config = make_config("finished", **section(resume="auto"))
+    out = Path(config.output_dir)
+    shutil.copytree(whole, out)
+    for name in () if is_recorded else ("history.json", "run_record.json"):
+        (out / name).unlink()
+    for _ in range(2):
+        record = train(config)
+        assert record["steps"] == 10
+        assert record["best"] == pytest.approx(json.loads((whole / "run_record.json").read_text())["best"])
+    lost = 0 if is_recorded else 1  # the mean over the run, which stood in the lost file alone
+    assert numbers(out) == numbers(whole)[: len(numbers(whole)) - lost]
+    assert (out / "log.csv").read_text() == (whole / "log.csv").read_text()
+    assert (out / "best" / "best.json").read_text() == (whole / "best" / "best.json").read_text()
+    assert [path.name for path in checkpoints(out)] == [path.name for path in checkpoints(whole)]
+    (name,) = (path.name for path in (whole / "best").glob("*.safetensors"))
+    ours, theirs = load_file(out / "best" / name), load_file(whole / "best" / name)
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_an_early_stop_holds_after_a_resume(make_config: Make) -> None:
+    changes = section(early_stopping_patience=1, metric_for_best="eval_recall_real", max_steps=40, eval_steps=2)
+    config = make_config("early", **changes)
+    steps = train(config)["steps"]
+    assert steps < 40
+    config.train.resume = "auto"
+    assert train(config)["steps"] == steps
+
+
+def test_a_table_that_was_cut_off_does_not_stop_a_resume(whole: Path, make_config: Make) -> None:
+    config = make_config("cut", **section(resume="auto", max_steps=12))
+    shutil.copytree(whole, config.output_dir)
+    table = Path(config.output_dir, "log.csv")
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:-1]) + lines[-1].split(",")[0])  # within the last row, before its step
+    train(config)
+    steps = [row.split(",")[1] for row in table.read_text().splitlines()[1:]]
+    assert steps == ["4", "8", "12"]
+    assert not table.with_name("log.csv.writing").exists()
+
+
+def test_two_runs_do_not_share_a_folder(make_config: Make) -> None:
+    config = make_config("shared", **section())
+    with (
+        run._alone_in(Path(config.output_dir)),
+        pytest.raises(ForensicsError, match=r"another process is training in .*shared; wait for it"),
+    ):
+        train(config)
+    assert not Path(config.output_dir).exists()
+    assert not list(Path(config.output_dir).parent.glob(".*.lock"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_script_hands_a_signal_on(write_config: Callable[..., Path], repo_root: Path, number: int) -> None:
+    """As a scheduler sends it, to the script alone: a checkpoint, its status, and nothing left running."""
+    path = write_config("signalled", **section(max_steps=400, eval_steps=400))
+    environment = {**os.environ, "ACCELERATE_CONFIG": "cpu", "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(repo_root / "script" / "sft_llm.sh"), str(path), "train.logging_steps=1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            if line.startswith("step 3/"):
+                process.send_signal(number)
+        assert process.wait(timeout=60) == 128 + number
+    assert f"stopped by {signal.Signals(number).name} at step " in printed[-1]
+    assert "is complete" in printed[-1]
