@@ -71,16 +71,16 @@ class BestModelCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A resumed run takes up the best value and the patience from its history."""
-        old = self._old()
-        # In this order every rank finds it, whenever rank 0 renames.
-        has_best = any((folder / "best.json").is_file() for folder in (old, self.out_dir))
+        old, stored = self._old(), self._stored_step()
         if state.is_world_process_zero and old.is_dir() and not self.out_dir.exists():
             old.rename(self.out_dir)  # killed between the two renames of `_save`
         self.best, self.best_step, self.bad_evaluations = None, -1, 0
-        if has_best:
+        if stored is not None:
             for entry in state.log_history:
                 if self.metric in entry:
                     self._judge(entry[self.metric], entry["step"])
+            if stored > state.global_step:  # of steps that are made again, maybe in another way: it does not count
+                self.best, self.best_step = None, -1
 
     @property
     def is_out_of_patience(self) -> bool:
@@ -116,6 +116,16 @@ class BestModelCallback(TrainerCallback):
             return True
         self.bad_evaluations += 1
         return False
+
+    def _stored_step(self) -> int | None:
+        """The step of the best model that is there, None without one; in this order every rank finds it, whenever rank
+        0 renames."""
+        for folder in (self._old(), self.out_dir):
+            try:
+                return int(json.loads((folder / "best.json").read_text(encoding="utf-8"))["step"])
+            except FileNotFoundError:
+                continue
+        return None
 
     def _old(self) -> Path:
         return self.out_dir.with_name(self.out_dir.name + ".old")

@@ -77,7 +77,7 @@ def test_a_crash_while_writing_leaves_the_old_best(tmp_path: Path) -> None:
     evaluate(callback, trainer, 3, 0.3)
     assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["best.json", "weights"]
     (tmp_path / "best").rename(tmp_path / "best.old")  # killed between the two renames
-    state: Any = SimpleNamespace(log_history=[], is_world_process_zero=True)
+    state: Any = SimpleNamespace(log_history=[], is_world_process_zero=True, global_step=3)
     BestModelCallback(tmp_path / "best", "eval_score", patience=None).on_train_begin(None, state, None)  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
@@ -87,8 +87,20 @@ def test_a_resumed_run_remembers_its_best(tmp_path: Path) -> None:
     evaluate(first, trainer, 1, 0.8)
     history = [{"step": 1, "eval_score": 0.8}, {"step": 1, "loss": 1.0}, {"step": 2, "eval_score": 0.7}]
     resumed = BestModelCallback(tmp_path / "best", "eval_score", patience=2)
-    resumed.on_train_begin(None, SimpleNamespace(log_history=history, is_world_process_zero=True), None)  # type: ignore[arg-type]
+    state: Any = SimpleNamespace(log_history=history, is_world_process_zero=True, global_step=2)
+    resumed.on_train_begin(None, state, None)  # type: ignore[arg-type]
     assert (resumed.best, resumed.best_step, resumed.bad_evaluations) == (0.8, 1, 1)
+    for rank, folder in ((0, "best"), (1, "best.old")):  # the other rank may look before or after it is renamed
+        (tmp_path / "best").rename(tmp_path / "moving").rename(tmp_path / folder)
+        other = BestModelCallback(tmp_path / "best", "eval_score", patience=2)
+        other.on_train_begin(None, SimpleNamespace(**{**vars(state), "is_world_process_zero": rank == 0}), None)  # type: ignore[arg-type]
+        assert (other.best, other.bad_evaluations) == (0.8, 1)
+    (tmp_path / "best.old").rename(tmp_path / "best")
+    state.global_step = 0  # gone back to a checkpoint before it
+    resumed.on_train_begin(None, state, None)  # type: ignore[arg-type]
+    assert (resumed.best, resumed.best_step) == (None, -1)
+    state.global_step = 2
+    resumed.on_train_begin(None, state, None)  # type: ignore[arg-type]
     assert evaluate(resumed, trainer, 3, 0.75)
     assert (tmp_path / "best" / "weights").read_text() == "1"
 

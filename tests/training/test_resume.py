@@ -407,6 +407,27 @@ def test_a_finished_run_trains_no_further(whole: Path, make_config: Make, is_rec
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
+def test_going_back_leaves_no_best_of_the_run_that_was_left(whole: Path, make_config: Make) -> None:
+    """A loss that is weighted otherwise is larger, so the value of the abandoned steps would never be met."""
+    changes = section(metric_for_best="eval_loss", resume=None, save_steps=2)
+    changes["train"]["trainer_args"]["save_total_limit"] = 9
+    del changes["train"]["save_steps"]
+    config = make_config("back", **changes)
+    train(config)
+    out = Path(config.output_dir)
+    before = json.loads((out / "best" / "best.json").read_text())
+    assert before["step"] > 2
+    again = make_config("back", ["loss.dice=9"], **changes)
+    again.train.resume = str(out / "checkpoint-2")
+    record = train(again)
+    found = json.loads((out / "best" / "best.json").read_text())
+    values = {e["step"]: e["eval_loss"] for e in json.loads((out / "history.json").read_text()) if "eval_loss" in e}
+    assert found["value"] == pytest.approx(values[found["step"]])
+    assert found["value"] == pytest.approx(min(values.values()))
+    assert record["best"] == pytest.approx(found["value"])
+    assert found["value"] > before["value"] + 1
+
+
 def test_an_early_stop_holds_after_a_resume(make_config: Make) -> None:
     changes = section(early_stopping_patience=1, metric_for_best="eval_recall_real", max_steps=40, eval_steps=2)
     config = make_config("early", **changes)
