@@ -34,6 +34,7 @@ from finetune.metrics.calibration import Calibration
 from finetune.models.adapters import set_trainable
 from finetune.models.groups import trainable_table
 from finetune.models.loading import Bundle, load_bundle
+from finetune.models.vocabulary import check_folder
 from finetune.schema import Record
 from finetune.special_tokens import SpecialTokens
 from finetune.training.arguments import training_arguments
@@ -149,12 +150,14 @@ def build_trainer(config: RunConfig) -> tuple[ForensicTrainer, BestModelCallback
     if _is_small(config.model.path) or not is_main:
         transformers_logging.disable_progress_bar()  # a bar for ten milliseconds of reading is only noise
     set_seed(config.seed)  # new LoRA matrices are drawn before the Trainer seeds anything
+    tokens = SpecialTokens(config.tokens.num_cls, config.tokens.num_mask)
+    check_folder(config.model.adapter or config.model.path)
     begin_sources([*config.data.train, *config.data.eval])  # a wrong path is known before a model is loaded
     _say(is_main, f"model {config.model.path}")
     with built_whole(args):
         bundle = load_bundle(
             _model_config(config),
-            SpecialTokens(config.tokens.num_cls, config.tokens.num_mask),
+            tokens,
             config.heads,
             min_pixels=config.data.min_pixels,
             max_pixels=config.data.max_pixels,
